@@ -1,0 +1,1 @@
+"""Room for several GPUs. The command line refuses its flags until then."""

@@ -1,0 +1,143 @@
+"""Reading checkpoint files: lazily, strictly, and with no more RAM than what is kept."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .errors import InputError
+
+LISTED_NAMES = 8  # how many tensor names an error message spells out
+
+
+class _SafetensorsFile:
+    """One safetensors file. Each read maps the file anew, so that pages go when their tensor goes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            self.names = list(file.keys())
+
+    def _open(self):
+        try:
+            return safetensors.safe_open(self.path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _damaged(self.path, error) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        with self._open() as file:
+            return file.get_tensor(name)
+
+
+class _PickleFile:
+    """One `torch.save` file, memory-mapped."""
+
+    def __init__(self, path: Path):
+        try:
+            try:
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:  # the old format cannot be mapped
+                if "mmap" not in str(error):
+                    raise
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True)
+            self.names = list(self._tensors)
+        except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            raise _damaged(path, error) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:160]
+    return InputError(f"{path}: cannot be read as a checkpoint, download it again ({reason})")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the shards that an index names."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file, see --ckpt_dir")
+    if path.suffix != ".json":
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    for shard in shards:
+        if not (path.parent / shard).is_file():
+            raise InputError(f"{path.parent / shard}: no such checkpoint file, although {path.name} names it")
+    return [path.parent / shard for shard in shards]
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yields (tensor name, function that reads it) for a .safetensors, .pth or index .json file.
+
+    Raises InputError for a missing or damaged file.
+    """
+    for file_path in _files(Path(path)):
+        file = _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _PickleFile(file_path)
+        for name in file.names:
+            yield name, lambda file=file, name=name: file.read(name)
+
+
+def load_weights(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    names: Callable[[str], str | list[str] | None] | None = None,
+    dtype: Callable[[str], torch.dtype | None] | None = None,
+) -> None:
+    """Fills a module that was built on the meta device.
+
+    A tensor that keeps its type stays memory-mapped; one that changes it is converted alone, so that peak RAM
+    is what is kept plus one tensor.
+
+    Args:
+        module: every parameter and persistent buffer is replaced; their shapes are the expected ones.
+        path: a .safetensors or .pth file, or the index .json of a sharded one.
+        names: maps a name in the file to the module's; None skips the tensor; a list splits it along
+            dimension 0 into equal parts. Default: the same name.
+        dtype: maps the module's name to the type to keep it in, or None for the type in the file.
+
+    Raises:
+        InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
+    """
+    path = Path(path)
+    expected = module.state_dict()
+    loaded, unexpected, misshaped = {}, [], []
+    for stored_name, read in tqdm(list(read_tensors(path)), desc=f"Loading {path.name}", leave=False):
+        targets = names(stored_name) if names else stored_name
+        if targets is None:
+            continue
+        parts = [targets] if isinstance(targets, str) else targets
+        tensor = read()
+        if tensor.shape[:1] and tensor.shape[0] % len(parts):
+            misshaped.append(f"{stored_name} {tuple(tensor.shape)}")
+            continue
+        for name, part in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]):
+            if name not in expected:
+                unexpected.append(stored_name)
+            elif part.shape != expected[name].shape:
+                misshaped.append(f"{stored_name} {tuple(part.shape)} instead of {tuple(expected[name].shape)}")
+            else:
+                loaded[name] = part.to(dtype(name) if dtype else None)
+    missing = [name for name in expected if name not in loaded]
+    # A tensor of another shape is missing too; say it once.
+    if misshaped:
+        raise InputError(f"{path}: tensors of another shape: {_listed(misshaped)}; is it for another task?")
+    if missing or unexpected:
+        found = [f"missing: {_listed(missing)}"] if missing else []
+        found += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
+        raise InputError(f"{path}: not the expected tensors ({'; '.join(found)}); is it for another task?")
+    module.load_state_dict(loaded, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - LISTED_NAMES
+    return ", ".join(names[:LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
