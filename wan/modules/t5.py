@@ -1,0 +1,122 @@
+"""The text encoder: the encoder half of UMT5-XXL, loaded from Wan2.1's file."""
+
+import re
+
+import torch
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from ..utils.checkpoint import load_weights
+from .tokenizers import HuggingfaceTokenizer
+
+__all__ = ["T5EncoderModel"]
+
+UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+}
+
+# Names in the file -> names in the library's module; those under a block without their "blocks.N." and "block.N."
+OUTER_NAMES = {"token_embedding": "embed_tokens", "norm": "final_layer_norm"}
+BLOCK_NAMES = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def _library_name(stored_name: str) -> str:
+    """The module's name for a tensor of the file; a name that is not known stays, for the loader to report."""
+    owner = stored_name.removesuffix(".weight")
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", owner)
+    if block and block[2] in BLOCK_NAMES:
+        return f"block.{block[1]}.{BLOCK_NAMES[block[2]]}.weight"
+    return f"{OUTER_NAMES.get(owner, owner)}.weight"
+
+
+class T5EncoderModel:
+    """UMT5 encoder with its tokenizer: prompts in, one embedding per token out.
+
+    `model` is the library's encoder stack: `embed_tokens` (vocabulary table), `block.N.layer.0` (self attention
+    with its relative position bias) and `.1` (FFN), `final_layer_norm`. The table may stay on the CPU when the
+    rest is elsewhere: it is looked up where it lies. Everything else must be on the device that is passed to
+    the call.
+
+    Args:
+        text_len: prompts are padded and truncated to this many tokens.
+        dtype: type of the weights and of the result.
+        device: where the weights go once loaded.
+        checkpoint_path: Wan2.1's T5 file. None leaves the weights on the meta device, without storage.
+        tokenizer_path: directory of the tokenizer.
+        shard_fn: called as `shard_fn(model, sync_module_states=False)` in place of the move to `device`.
+        config: fields of `UMT5Config` that differ from UMT5-XXL's.
+
+    Raises:
+        InputError: a missing, damaged or unfitting checkpoint or tokenizer.
+    """
+
+    def __init__(
+        self,
+        text_len,
+        dtype=torch.bfloat16,
+        device="cpu",
+        checkpoint_path=None,
+        tokenizer_path=None,
+        shard_fn=None,
+        *,
+        config=None,
+    ):
+        self.text_len = text_len
+        self.dtype = dtype
+        self.device = device
+        self.checkpoint_path = checkpoint_path
+        self.tokenizer_path = tokenizer_path
+
+        self.tokenizer = HuggingfaceTokenizer(tokenizer_path, seq_len=text_len, clean="whitespace")
+        # Eager attention: the order and rounding of its score, bias and softmax are those of the original.
+        sizes = UMT5Config(**UMT5_XXL | (config or {}), attn_implementation="eager")
+        with torch.device("meta"):
+            model = UMT5EncoderModel(sizes).encoder.to(dtype)
+        self.model = model.eval().requires_grad_(False)
+        if checkpoint_path is not None:
+            load_weights(model, checkpoint_path, names=_library_name, dtype=lambda name: dtype)
+            if shard_fn is not None:
+                self.model = shard_fn(model, sync_module_states=False)
+            else:
+                model.to(device)
+
+    @property
+    def pieces(self) -> list[nn.Module]:
+        """The layers in the order of their visits: self attention, FFN of the first block, of the second, ..."""
+        return [layer for block in self.model.block for layer in block.layer]
+
+    def __call__(self, texts, device) -> list[torch.Tensor]:
+        """Encodes prompts.
+
+        Args:
+            texts: str or list of str.
+            device: where the layers are, and the result will be.
+
+        Returns:
+            One tensor [L, d_model] of type `dtype` per prompt, L being its number of tokens, at most `text_len`.
+        """
+        ids, mask = self.tokenizer(texts, return_mask=True, add_special_tokens=True)
+        table = self.model.embed_tokens
+        embeddings = table(ids.to(table.weight.device)).to(device)
+        context = self.model(inputs_embeds=embeddings, attention_mask=mask.to(device)).last_hidden_state
+        return [tokens[:length] for tokens, length in zip(context, mask.sum(dim=1).tolist())]
