@@ -1,0 +1,223 @@
+"""Pictures and clips in and out of files.
+
+Writers work on a temporary name beside the target and rename it when the file is whole, so that a target is
+either complete or untouched. Readers turn whatever is wrong with a file into an `InputError` that names it.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import torch
+from PIL import Image
+
+from wan.utils.errors import InputError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def check_writable(path, image=False):
+    """Fail now rather than after hours of work if `path` cannot become a video (or, with `image`, a picture).
+
+    Raises InputError, naming --save_file, if the suffix is not one that can be written, the path is a directory,
+    or its folder is missing or refuses a new file.
+    """
+    path = Path(path)
+    suffixes = IMAGE_SUFFIXES if image else VIDEO_SUFFIXES
+    if os.path.isdir(path):
+        raise InputError(f"--save_file {path}: is a directory; add a file name")
+    if path.suffix.lower() not in suffixes:
+        kind = "image" if image else "video"
+        raise InputError(
+            f"--save_file {path}: cannot write this kind of {kind}; end it in {', '.join(suffixes)}"
+        )
+    if not os.path.isdir(path.parent):
+        raise InputError(f"--save_file {path}: no folder {path.parent}; create it or choose another place")
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(path)  # raises OSError if the name itself is impossible, too long for example
+        with replacing(path, keep=False) as temporary:
+            temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"--save_file {path}: {error.strerror}; choose another place") from error
+
+
+@contextmanager
+def replacing(path, keep=True):
+    """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
+
+    If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        if keep:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_uint8(video):
+    """Values in [-1, 1], any shape, as the 8-bit values of a video's frames: clamped, scaled and cut, not rounded.
+
+    A uint8 tensor is returned as it is.
+    """
+    if video.dtype == torch.uint8:
+        return video
+    return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
+
+
+def save_video(video, path, fps=16):
+    """Write `video` as H.264 (constant rate factor 10, 4:2:0), one frame at a time. The same input gives the same bytes.
+
+    Args:
+        video: [3, F, H, W], float in [-1, 1] or uint8, on any device; F at least 1, H and W even. The frames are
+            encoded at their own size: none is scaled to a multiple of 16 as imageio does by default, which for the
+            multiples of 16 that the models make is the same thing.
+        path: the target, ending in one of VIDEO_SUFFIXES.
+        fps: frames per second.
+
+    Raises:
+        ValueError: another shape.
+        OSError: the encoder could not write the whole file (a full disk, for example).
+    """
+    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
+        raise ValueError(f"expected a video [3, F, H, W] with even H and W, got {list(video.shape)}")
+    _, frame_num, height, width = video.shape
+    with replacing(path) as temporary:
+        encoder = imageio_ffmpeg.write_frames(
+            str(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1
+        )
+        try:
+            encoder.send(None)
+            for frame in video.unbind(1):
+                encoder.send(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
+        except OSError as error:
+            raise OSError(f"{path}: the video encoder stopped early") from error
+        finally:
+            encoder.close()
+        written = _count_frames(temporary)
+        if written != frame_num:
+            raise OSError(f"{path}: only {written} of {frame_num} frames could be written; is the disk full?")
+
+
+def _count_frames(path):
+    """Frames in a file, without decoding; 0 if it cannot be read."""
+    try:
+        with av.open(str(path)) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+    except (av.FFmpegError, IndexError):
+        return 0
+
+
+def save_image(image, path):
+    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix."""
+    if image.ndim == 4:
+        image = image.squeeze(1)
+    if image.dtype != torch.uint8:
+        image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    with replacing(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
+
+
+def open_image(path, flag):
+    """The picture at `path` as PIL RGB, read completely.
+
+    Raises InputError, naming `flag` and the file, if it is missing, empty or not a picture that can be read.
+    """
+    _check_file(path, flag)
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError(f"{flag} {path}: not a readable image; give a PNG or JPEG file") from error
+    if 0 in image.size:
+        raise InputError(
+            f"{flag} {path}: the image is {image.width}x{image.height}; give one that has pixels"
+        )
+    return image
+
+
+def _check_file(path, flag):
+    if not os.path.isfile(path):
+        wrong = "is a directory" if os.path.isdir(path) else "no such file"
+        raise InputError(f"{flag} {path}: {wrong}; check the path")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{flag} {path}: the file is empty; give another one")
+
+
+class VideoFile:
+    """A clip on disk: its index is read at once, its frames when asked for.
+
+    Attributes:
+        path, flag: where it is, and the option that named it (for messages).
+        fps: average frames per second.
+        timestamps: [T, 2] float32, the second at which each frame, in order of showing, starts and ends, counted
+            from the stream's start.
+        height, width: pixels, as shown (a rotation stored in the file is applied).
+
+    Raises InputError, naming flag and file, here or in `frames`, if the file cannot be read or has no frames.
+    """
+
+    def __init__(self, path, flag="video"):
+        self.path, self.flag = path, flag
+        _check_file(path, flag)
+        with self._open() as (container, stream):
+            packets = [
+                (packet.pts, packet.duration or 0)
+                for packet in container.demux(stream)
+                if packet.size and not packet.is_discard
+            ]
+            rate, unit, start = stream.average_rate or stream.base_rate, stream.time_base, stream.start_time
+        if not packets or not rate:
+            raise InputError(f"{flag} {path}: the video has no frames; give another one")
+        self.fps = float(rate)
+        if any(
+            pts is None for pts, _ in packets
+        ):  # a container without times: frames follow each other evenly
+            packets, unit, start = [(i, 1) for i in range(len(packets))], 1 / rate, 0
+        spans = np.array([(pts, pts + duration) for pts, duration in sorted(packets)])
+        start = spans[0, 0] if start is None else start
+        # The subtraction in float32 is what decord does, on whose seconds Wan's choice of frames is built.
+        seconds = (spans.astype(np.float32) - np.float32(start)) * np.float64(unit)
+        self.timestamps = seconds.astype(np.float32)
+        self.height, self.width = next(self.frames([0])).shape[:2]
+
+    def __len__(self):
+        return len(self.timestamps)
+
+    def frames(self, ids: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Yield frames [H, W, 3], uint8 RGB, by their numbers in ascending order (repeats allowed); all by default."""
+        ids = range(len(self)) if ids is None else ids
+        given = 0
+        with self._open() as (container, stream):
+            stream.thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(stream)):
+                while given < len(ids) and ids[given] == number:
+                    image = frame.to_ndarray(format="rgb24")
+                    yield np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+                    given += 1
+                if given == len(ids):
+                    return
+        raise InputError(
+            f"{self.flag} {self.path}: frame {ids[given]} of {len(self)} cannot be decoded; the file may be cut short"
+        )
+
+    @contextmanager
+    def _open(self):
+        try:
+            with av.open(os.fspath(self.path)) as container:
+                if not container.streams.video:
+                    raise InputError(
+                        f"{self.flag} {self.path}: the file has no video in it; give another one"
+                    )
+                yield container, container.streams.video[0]
+        except av.FFmpegError as error:
+            raise InputError(f"{self.flag} {self.path}: not a readable video ({error.strerror})") from error
