@@ -118,5 +118,10 @@ class T5EncoderModel:
         ids, mask = self.tokenizer(texts, return_mask=True, add_special_tokens=True)
         table = self.model.embed_tokens
         embeddings = table(ids.to(table.weight.device)).to(device)
-        context = self.model(inputs_embeds=embeddings, attention_mask=mask.to(device)).last_hidden_state
+        # Ready to be added to the scores [B, heads, L, L]: no layer expands it, and no step waits for its values.
+        padding = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(
+            mask == 0, torch.finfo(self.dtype).min
+        )
+        padding = padding[:, None, None].to(device)
+        context = self.model(inputs_embeds=embeddings, attention_mask=padding).last_hidden_state
         return [tokens[:length] for tokens, length in zip(context, mask.sum(dim=1).tolist())]
