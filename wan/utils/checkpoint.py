@@ -123,9 +123,12 @@ def load_weights(
             if name not in expected:
                 unexpected.append(stored_name)
             elif part.shape != expected[name].shape:
-                misshaped.append(f"{stored_name} {tuple(part.shape)} instead of {tuple(expected[name].shape)}")
+                misshaped.append(
+                    f"{stored_name} {tuple(part.shape)} instead of {tuple(expected[name].shape)}"
+                )
             else:
-                loaded[name] = part.to(dtype(name) if dtype else None)
+                kept = dtype(name) if dtype else None
+                loaded[name] = part.to(kept or part.dtype)
     missing = [name for name in expected if name not in loaded]
     # A tensor of another shape is missing too; say it once.
     if misshaped:

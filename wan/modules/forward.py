@@ -1,0 +1,269 @@
+"""The DiT's forward pass, for every model type, by chunks of tokens; the whole sequence is one chunk.
+
+Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them.
+What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; everything
+else is computed for one chunk of tokens at a time and added in place. A chunk attends to all keys at once, so
+each row's arithmetic is the one of the whole pass.
+
+Precision is that of the published model: norms, modulation, time embedding, head and the residual stream in
+fp32, rotary embedding in fp64, linear and convolution layers and attention in the type their weights are kept in.
+"""
+
+import contextlib
+import math
+
+import torch
+from einops import rearrange
+
+# Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
+_FP32_OWNERS = (
+    "norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_k_img", "modulation", "emb_pos",
+    "time_embedding", "time_projection", "head",
+)  # fmt: skip
+_FP32_PREFIXES = ("img_emb.proj.0.", "img_emb.proj.4.")
+
+
+def storage_dtype(name, compute_dtype):
+    """The type in which the DiT parameter `name` can be kept without changing a bit of the output.
+
+    The published weights are fp32. Linear and convolution layers cast theirs to the compute type at each use, so
+    casting them once loses nothing; what computes in fp32 stays fp32.
+    """
+    fp32 = name.startswith(_FP32_PREFIXES) or any(part in _FP32_OWNERS for part in name.split("."))
+    return torch.float32 if fp32 else compute_dtype
+
+
+def spans(length, chunk):
+    """Slices that cut `length` tokens into pieces of `chunk`; 0 means one piece."""
+    step = chunk or length
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def dit_forward(
+    model,
+    x,
+    t,
+    context,
+    seq_len,
+    clip_fea=None,
+    y=None,
+    vace_context=None,
+    vace_context_scale=1.0,
+    chunk=None,
+):
+    """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
+
+    Args:
+        chunk: tokens per chunk, 0 for all; default the model's own `chunk`.
+
+    Returns:
+        list of [out_dim, F, H, W] fp32.
+
+    Raises:
+        ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
+    """
+    if model.model_type in ("i2v", "flf2v") and (clip_fea is None or y is None):
+        raise ValueError(f"a {model.model_type} model needs clip_fea and y")
+    chunk = model.chunk if chunk is None else chunk
+    device = x[0].device
+    with _full_precision(device):
+        time = model.time_embedding(sinusoidal_embedding(model.freq_dim, t.to(device)))  # [B, dim]
+        modulation = model.time_projection(time).unflatten(1, (6, -1))  # [B, 6, dim]
+    text = embed_text(model, context, device)  # [B, text_len, dim]
+    image = None if clip_fea is None or not hasattr(model, "img_emb") else model.img_emb(clip_fea)
+
+    flows = []
+    for i, latent in enumerate(x):
+        if y is not None:
+            latent = torch.cat([latent, y[i]])
+        tokens, grid, dtype = embed_patches(model.patch_embedding, latent)
+        if tokens.size(1) > seq_len:
+            raise ValueError(f"{tokens.size(1)} tokens do not fit seq_len {seq_len}")
+        layers = _Layers(
+            modulation[i : i + 1],
+            text[i : i + 1],
+            None if image is None else image[i : i + 1],
+            Rope(model.freqs.to(device), grid),
+            chunk,
+        )
+        if vace_context is None:
+            for n, block in enumerate(model.blocks):
+                layers.run(block, tokens, dtype if n == 0 else torch.float32)
+        else:
+            _run_with_hints(model, layers, tokens, dtype, vace_context[i], vace_context_scale)
+        flows.append(predict(model, tokens, time[i : i + 1], grid, chunk))
+    return flows
+
+
+class _Layers:
+    """Runs blocks over one sample's residual stream, in place."""
+
+    def __init__(self, modulation, text, image, rope, chunk):
+        self.modulation = modulation  # [1, 6, dim] fp32
+        self.text = text  # [1, text_len, dim]
+        self.image = image  # [1, 257 or 514, dim] or None
+        self.rope = rope
+        self.chunk = chunk
+
+    def run(self, block, x, dtype):
+        """One block on x: [1, L, dim] fp32, changed in place.
+
+        dtype: the type that the first norm gives its result in. The stream is fp32 from the start, but what
+        embeds the patches computes in the model's type, and the first block's norm follows it.
+        """
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
+            6, dim=1
+        )
+        self._self_attention(block, x, shift, scale, gate, dtype)
+        self._cross_attention(block, x)
+        for span in spans(x.size(1), self.chunk):
+            hidden = block.norm2(x[:, span]) * (1 + ffn_scale) + ffn_shift
+            x[:, span] += block.ffn(hidden.to(block.ffn[0].weight.dtype)) * ffn_gate
+
+    def _self_attention(self, block, x, shift, scale, gate, dtype):
+        attention, length = block.self_attn, x.size(1)
+        keys = values = None
+
+        def modulated(span):
+            hidden = block.norm1(x[:, span].to(dtype)).float() * (1 + scale) + shift
+            return hidden.to(attention.q.weight.dtype)
+
+        for span in spans(length, self.chunk):
+            hidden = modulated(span)
+            value = _heads(attention, attention.v(hidden))
+            key = _heads(attention, attention.norm_k(attention.k(hidden)))
+            if keys is None:
+                keys, values = (value.new_empty(1, length, *value.shape[2:]) for _ in range(2))
+            keys[:, span] = self.rope(key, span)
+            values[:, span] = value
+            del hidden, key, value
+        for span in spans(length, self.chunk):
+            query = _heads(attention, attention.norm_q(attention.q(modulated(span))))
+            query = self.rope(query, span).to(values.dtype)
+            out = _attend(query, keys, values).flatten(2)
+            x[:, span] += _linear(attention.o, out) * gate
+
+    def _cross_attention(self, block, x):
+        attention = block.cross_attn
+        value = _heads(attention, _linear(attention.v, self.text))
+        key = _heads(attention, attention.norm_k(_linear(attention.k, self.text))).to(value.dtype)
+        if self.image is not None:
+            image_value = _heads(attention, _linear(attention.v_img, self.image))
+            image_key = _heads(attention, attention.norm_k_img(_linear(attention.k_img, self.image)))
+            image_key = image_key.to(value.dtype)
+        for span in spans(x.size(1), self.chunk):
+            query = _heads(attention, attention.norm_q(_linear(attention.q, block.norm3(x[:, span]))))
+            query = query.to(value.dtype)
+            out = _attend(query, key, value)
+            if self.image is not None:
+                out = out.float() + _attend(query, image_key, image_value).float()
+            x[:, span] += _linear(attention.o, out.flatten(2))
+
+
+def _run_with_hints(model, layers, x, dtype, source, strength):
+    """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
+    stream, _, _ = embed_patches(model.vace_patch_embedding, source)
+    before = model.vace_blocks[0].before_proj
+    for span in spans(x.size(1), layers.chunk):
+        stream[:, span] = _linear(before, stream[:, span]) + x[:, span].to(dtype)
+    hinted = dict(zip(model.vace_layers, model.vace_blocks))
+    for i, block in enumerate(model.blocks):
+        norm_dtype = dtype if i == 0 else torch.float32
+        if i in hinted:
+            layers.run(hinted[i], stream, norm_dtype)
+        layers.run(block, x, norm_dtype)
+        if i in hinted:
+            for span in spans(x.size(1), layers.chunk):
+                x[:, span] += _linear(hinted[i].after_proj, stream[:, span]) * strength
+
+
+def embed_text(model, context, device):
+    """Prompt embeddings, list of [L, text_dim], zero-padded to text_len and projected: [B, text_len, dim]."""
+    first = model.text_embedding[0]
+    padded = torch.zeros(
+        len(context), model.text_len, first.in_features, dtype=first.weight.dtype, device=device
+    )
+    for row, embedding in zip(padded, context):
+        if embedding.size(0) > model.text_len:
+            raise ValueError(f"a prompt of {embedding.size(0)} tokens is longer than {model.text_len}")
+        row[: embedding.size(0)] = embedding
+    return model.text_embedding(padded)
+
+
+def embed_patches(embedding, latent):
+    """[C, F, H, W] to a residual stream [1, F' H' W', dim] fp32, its grid (F', H', W'), and the type it has."""
+    step = embedding.kernel_size[0]
+    stream = dtype = None
+    frames = latent.size(1) // step
+    for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
+        patch = latent[None, :, frame * step : (frame + 1) * step].to(embedding.weight.dtype)
+        patch = embedding(patch)
+        if stream is None:
+            grid, dtype = (frames, *patch.shape[3:]), patch.dtype
+            area = math.prod(patch.shape[3:])
+            stream = torch.empty(1, frames * area, patch.size(1), device=patch.device)
+        stream[:, frame * area : (frame + 1) * area] = patch.flatten(2).transpose(1, 2)
+    return stream, grid, dtype
+
+
+def predict(model, x, time, grid, chunk):
+    """The head and the way back from tokens to a latent video: [1, L, dim] to [out_dim, F, H, W] fp32."""
+    head = model.head
+    with _full_precision(x.device):
+        shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
+        patches = torch.cat(
+            [head.head(head.norm(x[:, s]) * (1 + scale) + shift) for s in spans(x.size(1), chunk)], 1
+        )
+    (f, h, w), (p, q, r) = grid, model.patch_size
+    return rearrange(patches[0], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+class Rope:
+    """Rotary position embedding over frame, row and column, in fp64, for any span of the tokens."""
+
+    def __init__(self, freqs, grid):
+        """freqs: [positions, head_dim / 2] complex128 as rope_frequencies gives; grid: (frames, rows, columns)."""
+        half = freqs.size(1)
+        self.tables = freqs.split([half - 2 * (half // 3), half // 3, half // 3], dim=1)
+        self.grid = grid
+
+    def __call__(self, x, span):
+        """x: [1, n, heads, head_dim], the tokens of `span`. Returns the same shape in fp32."""
+        _, rows, columns = self.grid
+        index = torch.arange(span.start, span.stop, device=x.device)
+        positions = (index // (rows * columns), index // columns % rows, index % columns)
+        turn = torch.cat([table[position] for table, position in zip(self.tables, positions)], dim=1)
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        pairs *= turn.unsqueeze(1)
+        return torch.view_as_real(pairs).flatten(3).float()
+
+
+def sinusoidal_embedding(dim, position):
+    """Timesteps [B] to [B, dim] fp32: cosines, then sines, of geometrically falling rates, in fp64."""
+    half = dim // 2
+    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=position.device) / half)
+    angles = torch.outer(position.double(), rates)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def _linear(layer, x):
+    """The layer in the type of its weight."""
+    return layer(x.to(layer.weight.dtype))
+
+
+def _heads(attention, x):
+    return x.unflatten(2, (attention.num_heads, -1))
+
+
+def _attend(query, key, value):
+    # Looked up at each call: whatever attention this tree's model module uses is used.
+    from . import model
+
+    return model.flash_attention(query, key, value)
+
+
+def _full_precision(device):
+    """Outside any autocast that is on, as the parts that compute in fp32 must be."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

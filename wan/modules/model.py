@@ -1,0 +1,244 @@
+"""The diffusion transformer (DiT): its modules, named as the checkpoints name them.
+
+The forward pass is in forward.py, written over these names.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..utils.checkpoint import load_weights
+from ..utils.errors import InputError
+from .attention import flash_attention as flash_attention
+from .forward import dit_forward, storage_dtype
+
+CLIP_WIDTH = 1280
+CLIP_TOKENS = 257
+
+
+@functools.lru_cache
+def rope_frequencies(head_dim, positions=1024, theta=10000.0):
+    """Unit complex numbers of the rotary embedding of frame, row and column (Su et al., RoFormer, 2021).
+
+    Returns [positions, head_dim / 2] complex128, the columns being those of the frame axis, the row axis and the
+    column axis; the frame axis takes what is left when a third each has gone to the other two.
+    """
+    with torch.device("cpu"):
+        per_axis = [head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)]
+        tables = []
+        for dim in per_axis:
+            rates = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles = torch.outer(torch.arange(positions, dtype=torch.float64), rates)
+            tables.append(torch.polar(torch.ones_like(angles), angles))
+        return torch.cat(tables, dim=1)
+
+
+class WanRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x.float() * scale).type_as(x) * self.weight
+
+
+class WanLayerNorm(nn.LayerNorm):
+    """Layer norm in fp32, its result in the input's type."""
+
+    def __init__(self, dim, eps=1e-6, elementwise_affine=False):
+        super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self, dim, num_heads, qk_norm=True, eps=1e-6):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.norm_k = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+
+
+class WanI2VCrossAttention(WanSelfAttention):
+    """Cross attention to the text and, with keys and values of its own, to the image features."""
+
+    def __init__(self, dim, num_heads, qk_norm=True, eps=1e-6):
+        super().__init__(dim, num_heads, qk_norm, eps)
+        self.k_img = nn.Linear(dim, dim)
+        self.v_img = nn.Linear(dim, dim)
+        self.norm_k_img = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+
+
+class WanAttentionBlock(nn.Module):
+    def __init__(self, image, dim, ffn_dim, num_heads, qk_norm=True, cross_attn_norm=False, eps=1e-6):
+        super().__init__()
+        self.norm1 = WanLayerNorm(dim, eps)
+        self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps)
+        self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.cross_attn = (WanI2VCrossAttention if image else WanSelfAttention)(dim, num_heads, qk_norm, eps)
+        self.norm2 = WanLayerNorm(dim, eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))  # shift, scale, gate of attention and of FFN
+
+
+class Head(nn.Module):
+    def __init__(self, dim, out_dim, patch_size, eps=1e-6):
+        super().__init__()
+        self.norm = WanLayerNorm(dim, eps)
+        self.head = nn.Linear(dim, math.prod(patch_size) * out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))  # shift, scale
+
+
+class MLPProj(nn.Module):
+    """Image features to context tokens; the norms compute in fp32, the layers in their own type."""
+
+    def __init__(self, in_dim, out_dim, first_last=False):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(in_dim),
+            nn.Linear(in_dim, in_dim),
+            nn.GELU(),
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim),
+        )
+        if first_last:
+            self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
+
+    def forward(self, features):
+        """features: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32."""
+        x = features.float()
+        if hasattr(self, "emb_pos"):
+            x = x.reshape(-1, 2 * x.size(1), x.size(2)) + self.emb_pos
+        first, second = self.proj[1], self.proj[3]
+        x = first(self.proj[0](x).to(first.weight.dtype))
+        x = second(self.proj[2](x))
+        return self.proj[4](x.float())
+
+
+class WanModel(nn.Module):
+    """Predicts the flow of a noisy latent video. Constructor arguments are the keys of config.json.
+
+    Raises InputError for an unknown model type or a width that its heads cannot share.
+    """
+
+    def __init__(
+        self,
+        model_type="t2v",
+        patch_size=(1, 2, 2),
+        text_len=512,
+        in_dim=16,
+        dim=2048,
+        ffn_dim=8192,
+        freq_dim=256,
+        text_dim=4096,
+        out_dim=16,
+        num_heads=16,
+        num_layers=32,
+        window_size=(-1, -1),
+        qk_norm=True,
+        cross_attn_norm=True,
+        eps=1e-6,
+    ):
+        super().__init__()
+        if model_type not in ("t2v", "i2v", "flf2v", "vace"):
+            raise InputError(f"config.json: model_type {model_type!r} is not one of t2v, i2v, flf2v, vace")
+        if dim % (2 * num_heads):
+            raise InputError(f"config.json: dim {dim} does not give {num_heads} heads an even width each")
+        if tuple(window_size) != (-1, -1):
+            raise InputError(f"config.json: window_size {window_size} is not supported, only (-1, -1)")
+        self.model_type = model_type
+        self.patch_size = tuple(patch_size)
+        self.text_len = text_len
+        self.freq_dim = freq_dim
+        self.dim = dim
+        self.out_dim = out_dim
+        self.num_heads = num_heads
+        self.num_layers = num_layers
+        self.freqs = rope_frequencies(dim // num_heads)
+        self.chunk = 0  # tokens that go through a layer at a time, 0 for all
+
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        # VACE reads the text only; its images come in through the latents.
+        image = model_type in ("i2v", "flf2v")
+        block = functools.partial(
+            WanAttentionBlock, image, dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps
+        )
+        self.blocks = nn.ModuleList(block() for _ in range(num_layers))
+        self._new_block = block
+        self.head = Head(dim, out_dim, self.patch_size, eps)
+        if image:
+            self.img_emb = MLPProj(CLIP_WIDTH, dim, first_last=model_type == "flf2v")
+
+    def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
+        """Predicts the flow of each sample.
+
+        Args:
+            x: list of [C, F, H, W] noisy latents.
+            t: [B] timesteps in [0, 1000].
+            context: list of [L, text_dim] prompt embeddings, L at most text_len.
+            seq_len: upper bound of a sample's tokens. Nothing is padded to it.
+            clip_fea: [B, 257, 1280] image features ([2 B, 257, 1280] for first and last frames), or None.
+            y: list of [C', F, H, W] that join x along the channels, or None.
+
+        Returns:
+            list of [out_dim, F, H, W] fp32.
+
+        Raises:
+            ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
+        """
+        return dit_forward(self, x, t, context, seq_len, clip_fea=clip_fea, y=y)
+
+    @classmethod
+    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32):
+        """Loads config.json and diffusion_pytorch_model.safetensors, or its shards, in their lossless types.
+
+        Args:
+            checkpoint_dir: directory.
+            dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
+                head are kept in fp32 whatever it is.
+
+        Raises:
+            InputError: missing or damaged files, or tensors that do not fit config.json.
+        """
+        model = cls.from_config(checkpoint_dir)
+        load_weights(model, weights_path(checkpoint_dir), dtype=lambda name: storage_dtype(name, dtype))
+        return model
+
+    @classmethod
+    def from_config(cls, checkpoint_dir):
+        """Builds the model that config.json describes on the meta device, without weights."""
+        path = Path(checkpoint_dir) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, --ckpt_dir must be a Wan2.1 checkpoint directory")
+        try:
+            config = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            with torch.device("meta"):
+                return cls(**config)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: does not describe a {cls.__name__} ({error})") from error
+
+
+def weights_path(checkpoint_dir):
+    """The DiT's weight file, or the index of its shards."""
+    single = Path(checkpoint_dir) / "diffusion_pytorch_model.safetensors"
+    index = single.with_name(single.name + ".index.json")
+    return index if index.is_file() and not single.is_file() else single

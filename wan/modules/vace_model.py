@@ -1,0 +1,37 @@
+"""The DiT of VACE (Jiang et al., VACE: All-in-One Video Creation and Editing, 2025): a second stack of blocks
+reads the source material and gives hints to the first."""
+
+from torch import nn
+
+from ..utils.errors import InputError
+from .forward import dit_forward
+from .model import WanModel
+
+
+class VaceWanModel(WanModel):
+    """WanModel with `vace_blocks`, one for every block number in `vace_layers`.
+
+    Raises InputError as WanModel does, and for layers that do not start with 0.
+    """
+
+    def __init__(self, vace_layers=None, vace_in_dim=None, model_type="vace", in_dim=16, **config):
+        super().__init__(model_type=model_type, in_dim=in_dim, **config)
+        self.vace_layers = list(range(0, self.num_layers, 2)) if vace_layers is None else list(vace_layers)
+        if self.vace_layers[:1] != [0] or self.vace_layers != sorted(set(self.vace_layers)):
+            raise InputError(f"config.json: vace_layers {self.vace_layers} must rise from 0")
+        self.vace_blocks = nn.ModuleList(self._new_block() for _ in self.vace_layers)
+        for block in self.vace_blocks:
+            block.after_proj = nn.Linear(self.dim, self.dim)
+        self.vace_blocks[0].before_proj = nn.Linear(self.dim, self.dim)
+        self.vace_patch_embedding = nn.Conv3d(
+            vace_in_dim or in_dim, self.dim, kernel_size=self.patch_size, stride=self.patch_size
+        )
+
+    def forward(self, x, t, vace_context, context, seq_len, vace_context_scale=1.0, clip_fea=None, y=None):
+        """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
+
+        clip_fea and y are accepted for call compatibility and not used.
+        """
+        return dit_forward(
+            self, x, t, context, seq_len, vace_context=vace_context, vace_context_scale=vace_context_scale
+        )
