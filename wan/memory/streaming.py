@@ -1,0 +1,322 @@
+"""Weights that live in CPU memory and visit the device in turn.
+
+A model is cut into pieces, modules whose order of use is known. As many as there is room for stay on the
+device; the others pass through a small ring of device buffers: while one computes, the next is copied. Nothing
+is copied back, for weights do not change.
+
+    with Streamer(transformer_pieces(model), "cuda"):
+        model(...)
+
+Who orders what:
+
+- The main thread, which launches the kernels, never waits for the device. When it comes to a piece, it makes
+  the compute stream wait for the event of the piece's arrival; when it leaves the piece, it records the event
+  that releases the piece's buffer.
+- A worker thread moves the bytes: from the weights, which may be memory-mapped, to page-locked staging buffers
+  of bounded size, and from there with asynchronous copies on a stream of their own, which waits for the release.
+- The main thread waits for the worker only where it comes to a piece whose copy is not yet enqueued.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..utils.errors import InputError
+
+ALIGNMENT = 256  # bytes: where a tensor may start in a device buffer
+STAGE_BYTES = 32 << 20  # at most, of one staging buffer
+PINNED_BYTES = 512 << 20  # at most, of all staging buffers; half of the available memory where that is less
+
+log = logging.getLogger(__name__)
+
+
+def transformer_pieces(model: nn.Module) -> list[nn.Module]:
+    """The pieces of a DiT in visiting order: self attention, cross attention and FFN of every block.
+
+    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
+    block's `after_proj`. What is not listed (embeddings, norms, modulation, head) is small and belongs on the
+    device.
+    """
+    hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
+    pieces = [hints[0].before_proj] if hints else []
+    for i, block in enumerate(model.blocks):
+        for visited in [hints[i], block] if i in hints else [block]:
+            pieces += [visited.self_attn, visited.cross_attn, visited.ffn]
+        if i in hints:
+            pieces.append(hints[i].after_proj)
+    return pieces
+
+
+class Streamer:
+    """Brings the weights of `pieces` to the device while it is attached; a context manager, to use repeatedly.
+
+    A piece arrives when one of its modules that own parameters is called: before that, no more than the shapes
+    and dtypes of the parameters may be read. The order of `pieces` is taken to repeat without end. Calls in
+    another order give the same results, only slower. Weights keep their dtype; the modules' buffers stay where
+    they are.
+
+    Detached, also after an exception, every module has its own parameters again, the very objects, and nothing
+    of them is left on the device.
+
+    Args:
+        pieces: disjoint modules in the order of their visits, with weights in CPU memory: plain, memory-mapped,
+            or meta tensors where bytes are only counted.
+        device: where to compute. On a CPU the streamer does nothing.
+        ring: number of device buffers, each as large as the largest streamed piece; all but one fetch ahead.
+        resident_bytes: device memory, beside the ring's, for pieces that stay, spread over the sequence.
+
+    Raises:
+        InputError: `ring` is not a whole number of at least 2.
+        ValueError: pieces overlap, or weights are not in CPU memory.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[nn.Module],
+        device: torch.device | str,
+        *,
+        ring: int = 2,
+        resident_bytes: int = 0,
+    ):
+        if not isinstance(ring, int) or ring < 2:
+            raise InputError(f"--stream_ring {ring}: must be a whole number of at least 2 buffers")
+        self.device = torch.device(device)
+        self._pieces = [piece for piece in map(_Piece, pieces) if piece.weights]
+        owners = [owner for piece in self._pieces for owner in piece.owners]
+        if len(owners) > len(set(owners)):
+            raise ValueError("pieces to stream overlap")
+        stays = _spread([piece.size for piece in self._pieces], int(resident_bytes))
+        self._resident = [piece for piece, stay in zip(self._pieces, stays) if stay]
+        streamed = [piece for piece, stay in zip(self._pieces, stays) if not stay]
+        self._ring_size = min(ring, len(streamed))
+        self._slot_bytes = max((piece.size for piece in streamed), default=0)
+        for position, piece in enumerate(self._pieces):
+            following = self._pieces[position:] + self._pieces[:position]
+            piece.ahead = [other for other in following if other in streamed][: self._ring_size]
+        self._undo = ExitStack()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the streamer holds on the device while it is attached."""
+        if self.device.type == "cpu":
+            return 0
+        return self._ring_size * self._slot_bytes + sum(piece.size for piece in self._resident)
+
+    def __enter__(self):
+        self.attach()
+        return self
+
+    def __exit__(self, *exception):
+        self.detach()
+
+    def attach(self) -> None:
+        """Allocates `device_bytes`, hooks the modules' calls and starts the first copies.
+
+        Raises torch.OutOfMemoryError, with everything as before, if the device has not enough memory.
+        """
+        if self.device.type == "cpu" or not self._pieces:
+            return
+        self._backend = torch.get_device_module(self.device)
+        self._copy_stream = self._backend.Stream(self.device)
+        self._current: _Piece | None = None
+        self._slots: list[_Slot] = []  # the ring's, then one for every resident piece
+        self._stages: deque[_Stage] = deque()
+        # Buffers are normal tensors even if the caller is in inference mode, for the worker thread is not.
+        with ExitStack() as undo, torch.inference_mode(False):
+            undo.callback(self._free)
+            for _ in range(self._ring_size):
+                self._allocate_slot(self._slot_bytes)
+            for piece in self._resident:
+                self._allocate_slot(piece.size)
+            self._allocate_stages()
+            self._worker = ThreadPoolExecutor(1, "streamer")
+            undo.callback(self._worker.shutdown, cancel_futures=True)
+            undo.callback(self._leave)
+            for piece in self._pieces:
+                for owner in piece.owners:
+                    undo.callback(owner.register_forward_pre_hook(partial(self._visit, piece)).remove)
+            self._fetch_ahead(self._pieces[0])
+            for piece, slot in zip(self._resident, self._slots[self._ring_size :]):
+                self._fetch(piece, slot)
+            self._undo = undo.pop_all()
+
+    def detach(self) -> None:
+        """Undoes attach(), once."""
+        self._undo.close()
+
+    def _visit(self, piece: _Piece, *_: Any) -> None:
+        """Makes a piece the current one, before the call of a module of it."""
+        if piece is self._current:
+            return
+        self._leave()
+        self._fetch_ahead(piece)
+        self._compute_stream().wait_event(piece.arrival.result())
+        self._current = piece
+        piece.place()
+
+    def _leave(self) -> None:
+        """Ends the current piece's visit: all that reads its buffer has been launched."""
+        if self._current is not None:
+            self._current.restore()
+            self._current.slot.released = self._compute_stream().record_event()
+            self._current = None
+
+    def _fetch_ahead(self, piece: _Piece) -> None:
+        """Fills the ring with the streamed pieces from `piece` on. Those that are there already stay."""
+        ring = self._slots[: self._ring_size]
+        for coming in piece.ahead:
+            if coming.slot is None:
+                self._fetch(coming, next(slot for slot in ring if slot.piece not in piece.ahead))
+
+    def _fetch(self, piece: _Piece, slot: _Slot) -> None:
+        """Gives the slot to the piece, and the copy to the worker, who takes one after the other."""
+        if slot.piece is not None:
+            slot.piece.slot = None
+        slot.piece, piece.slot = piece, slot
+        piece.arrival = self._worker.submit(self._copy, piece, slot)
+
+    def _copy(self, piece: _Piece, slot: _Slot) -> Any:
+        """On the worker thread: enqueues the copy of a piece to its slot; returns the event behind it."""
+        with self._backend.stream(self._copy_stream):
+            self._copy_stream.wait_event(slot.released)
+            for start in range(0, piece.size, self._stages[0].buffer.numel()):
+                stage = self._stages[0]
+                self._stages.rotate(-1)
+                stage.copied.synchronize()
+                part = stage.buffer[: piece.size - start]
+                piece.read(start, part)
+                slot.buffer[start : start + part.numel()].copy_(part, non_blocking=True)
+                stage.copied.record(self._copy_stream)
+            return self._copy_stream.record_event()
+
+    def _allocate_slot(self, size: int) -> None:
+        # The allocator may give memory that earlier work on the compute stream still uses: wait for that, too.
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._slots.append(_Slot(buffer, self._compute_stream().record_event()))
+
+    def _allocate_stages(self) -> None:
+        """Allocates the staging buffers: page-locked as long as the system allows it, at least two in any case."""
+        home = self._pieces[0].weights[0].home.device
+        size = min(STAGE_BYTES, max(piece.size for piece in self._pieces))
+        count = max(2, min(PINNED_BYTES, psutil.virtual_memory().available // 2) // STAGE_BYTES)
+        pinned = home.type == "cpu"
+        while len(self._stages) < count:
+            try:
+                buffer = torch.empty(size, dtype=torch.uint8, device=home, pin_memory=pinned)
+            except RuntimeError as error:
+                if not pinned:
+                    raise
+                reason = str(error).partition("\n")[0]
+                log.warning("no more memory could be page-locked, streaming may be slower: %s", reason)
+                pinned, count = False, 2
+            else:
+                self._stages.append(_Stage(buffer, self._backend.Event(blocking=True)))
+
+    def _free(self) -> None:
+        # The memory returns to the compute stream's pool: that stream waits for the last copies into it.
+        self._compute_stream().wait_event(self._copy_stream.record_event())
+        for slot in self._slots:
+            slot.buffer = None  # a traceback that still holds the slot must not hold its memory
+        for piece in self._pieces:
+            piece.slot = piece.arrival = None
+        self._slots.clear()
+        self._stages.clear()
+
+    def _compute_stream(self) -> Any:
+        return self._backend.current_stream(self.device)
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A parameter: the module that has it, under which name, and where in its piece's buffer it goes."""
+
+    owner: nn.Module
+    name: str
+    home: nn.Parameter
+    offset: int  # bytes
+
+
+class _Piece:
+    """Modules that visit the device together, their weights laid out in one buffer.
+
+    Attributes:
+        size: bytes of the layout.
+        ahead: the streamed pieces that the ring should hold during the visit, in visiting order.
+        slot: where the weights are or will be, None while they are only at home.
+        arrival: result of the copy to the slot, the event behind it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.weights: list[_Weight] = []
+        self.size = 0
+        self.ahead: list[_Piece] = []
+        self.slot: _Slot | None = None
+        self.arrival: Future | None = None
+        for owner in module.modules():
+            for name, home in owner.named_parameters(recurse=False, remove_duplicate=False):
+                if home.device.type not in ("cpu", "meta"):
+                    raise ValueError(f"weights to stream must be in CPU memory, not on {home.device}")
+                self.weights.append(_Weight(owner, name, home, self.size))
+                self.size += -(-home.nbytes // ALIGNMENT) * ALIGNMENT
+        self.owners = {weight.owner for weight in self.weights}
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fills `out`, [n] uint8, with the bytes of the layout from `start` on."""
+        stop = start + out.numel()
+        for weight in self.weights:
+            source = weight.home.detach().reshape(-1).view(torch.uint8)
+            first, last = max(start, weight.offset), min(stop, weight.offset + source.numel())
+            if first < last:
+                out[first - start : last - start] = source[first - weight.offset : last - weight.offset]
+
+    def place(self) -> None:
+        """Replaces the modules' parameters by views of the slot."""
+        for weight in self.weights:
+            view = self.slot.buffer[weight.offset : weight.offset + weight.home.nbytes]
+            view = view.view(weight.home.dtype).view(weight.home.shape)
+            # Without gradient: autocast would keep its casts of parameters that need one.
+            setattr(weight.owner, weight.name, nn.Parameter(view, requires_grad=False))
+
+    def restore(self) -> None:
+        """Gives the modules their own parameters again."""
+        for weight in self.weights:
+            setattr(weight.owner, weight.name, weight.home)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A device buffer, the event behind the last use of what was in it, and the piece that it is given to."""
+
+    buffer: torch.Tensor | None
+    released: Any
+    piece: _Piece | None = None
+
+
+@dataclass(eq=False)
+class _Stage:
+    """A staging buffer, and the event behind the last copy out of it."""
+
+    buffer: torch.Tensor
+    copied: Any
+
+
+def _spread(sizes: Sequence[int], room: int) -> list[bool]:
+    """Which pieces stay on the device: what fits `room` bytes, spread as evenly as Bresenham draws a line."""
+    total, credit, stays = sum(sizes), 0, []
+    for size in sizes:
+        credit += size * room
+        stays.append(credit >= size * total)
+        if stays[-1]:
+            credit -= size * total
+    return stays
