@@ -1,0 +1,203 @@
+"""What VACE works from: a source video, its mask and reference images, read and brought to the model's size."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from wan.utils.errors import InputError
+from wan.utils.video import VideoFile, open_image
+
+# Latent frames that a clip of the full area may have: 21, that is 81 frames.
+MAX_LATENT_FRAMES = 21
+
+
+class VaceVideoProcessor:
+    """Chooses size, frame rate and frames of a source clip within a token budget, and loads them.
+
+    Args:
+        downsample: (t, h, w) pixels per token: the VAE's stride times the DiT's patch, (4, 16, 16).
+        min_area, max_area: of the result, in pixels; never above the clip's own area.
+        min_fps, max_fps: limits on the frame rate, used when `keep_last` is false.
+        zero_start: begin with the first frame rather than at a random one; used when `keep_last` is false.
+        seq_len: the token budget.
+        keep_last: spread the chosen frames over the whole clip, its last frame included.
+
+    Raises ValueError if `seq_len` cannot hold one frame of `min_area`.
+    """
+
+    def __init__(self, downsample, min_area, max_area, min_fps, max_fps, zero_start, seq_len, keep_last):
+        self.downsample = tuple(downsample)
+        self.min_area, self.max_area = min_area, max_area
+        self.min_fps, self.max_fps = min_fps, max_fps
+        self.zero_start, self.keep_last = zero_start, keep_last
+        self.seq_len = seq_len
+        if seq_len * self.downsample[1] * self.downsample[2] < min_area:
+            raise ValueError(f"seq_len {seq_len} is less than one frame of {min_area} pixels")
+
+    def set_area(self, area):
+        """Make `area`, in pixels, both limits."""
+        self.min_area = self.max_area = area
+
+    def set_seq_len(self, seq_len):
+        """Set the token budget."""
+        self.seq_len = seq_len
+
+    def load_video(self, data_key, crop_box=None, seed=2024):
+        """Load the chosen frames of the clip at path `data_key`, the one that --src_video names.
+
+        Args:
+            crop_box: (x1, x2, y1, y2), the part of the picture to use; all of it by default.
+            seed: for the start, when `zero_start` and `keep_last` are false.
+
+        Returns:
+            The clip, [3, F, H, W] float32 in [-1, 1]; the numbers of its frames in the file; (H, W); its frame rate.
+
+        Raises InputError, naming the flag and the file, if the clip cannot be read or is too small or narrow.
+        """
+        return self._load([VideoFile(data_key, "--src_video")], crop_box, seed)
+
+    def load_video_pair(self, data_key, data_key2, crop_box=None, seed=2024):
+        """Load the same frames of a clip and its mask, the ones that --src_video and --src_mask name.
+
+        As `load_video`, with the mask after the clip in the result. A mask of another size is scaled to the clip.
+        Raises InputError also if the two differ in length.
+        """
+        video, mask = VideoFile(data_key, "--src_video"), VideoFile(data_key2, "--src_mask")
+        if len(mask) != len(video):
+            raise InputError(
+                f"--src_mask {data_key2}: {len(mask)} frames, but --src_video {data_key} has {len(video)}; "
+                "give a mask as long as the video"
+            )
+        return self._load([video, mask], crop_box, seed)
+
+    def _load(self, files, crop_box, seed):
+        first = files[0]
+        x1, x2, y1, y2 = crop_box or (0, first.width, 0, first.height)
+        ids, size, fps = self._choose(first, y2 - y1, x2 - x1, np.random.default_rng(seed))
+        clips = []
+        for file in files:
+            clip = torch.empty(3, len(ids), *size)
+            for i, frame in enumerate(file.frames(ids)):
+                if crop_box:
+                    frame = frame[y1:y2, x1:x2]
+                clip[:, i] = _fill(torch.from_numpy(frame), *size)
+            clips.append(clip.div_(127.5).sub_(1.0))
+        return *clips, ids, size, fps
+
+    def _choose(self, file, height, width, rng):
+        """Frame numbers, (H, W) and frame rate for a clip of which a part of height x width pixels is used."""
+        stride_t, stride_h, stride_w = self.downsample
+        duration = float(file.timestamps[-1].mean())  # to the middle of the last frame
+        fps = min(file.fps, self.max_fps)
+        available = len(file) if self.keep_last else max(1, int(duration * fps))
+
+        tokens = min(
+            self.seq_len, self.max_area / (stride_h * stride_w), height // stride_h * (width // stride_w)
+        )
+        length = min((available - 1) // stride_t + 1, int(self.seq_len / tokens)) if tokens else 0
+        tokens = min(tokens, int(self.seq_len / length)) if length else 0
+        rows = round(np.sqrt(tokens * (height / width)))
+        columns = int(tokens / rows) if rows else 0
+        if columns == 0:
+            raise InputError(
+                f"{file.flag} {file.path}: {width}x{height} pixels are too few in one direction; "
+                f"give a video of at least {stride_w}x{stride_h} that is less narrow"
+            )
+        frame_num = (length - 1) * stride_t + 1
+
+        if self.keep_last:
+            fps = frame_num / duration
+            times = np.linspace(0.0, duration, frame_num)
+        else:
+            start = 0.0 if self.zero_start else rng.uniform(0, duration - frame_num / fps)
+            times = np.linspace(start, start + frame_num / fps, frame_num)
+        return self._frames_at(times, file.timestamps), (rows * stride_h, columns * stride_w), fps
+
+    def _frames_at(self, times, timestamps):
+        """Numbers of the frames on screen at `times`, ascending; in a gap between two frames it is the earlier one.
+
+        At the instant where one frame ends and the next starts, `keep_last` takes the first of the two.
+        """
+        times, (starts, ends) = times[:, None], timestamps.T
+        inside = (times >= starts) & ((times <= ends) if self.keep_last else (times < ends))
+        latest = np.searchsorted(starts, times[:, 0], side="right") - 1
+        return np.where(inside.any(axis=1), inside.argmax(axis=1), latest.clip(min=0)).tolist()
+
+
+def _fill(frame, height, width):
+    """Scale a frame [H, W, 3], uint8, until it covers height x width, and crop its centre: [3, height, width], uint8.
+
+    Bicubic with antialiasing, rounded to 8 bits as interpolation of uint8 tensors does.
+    """
+    frame = frame.permute(2, 0, 1)[None]
+    source_height, source_width = frame.shape[2:]
+    if (source_height, source_width) != (height, width):
+        scale = max(width / source_width, height / source_height)
+        size = round(scale * source_height), round(scale * source_width)
+        frame = F.interpolate(frame, size=size, mode="bicubic", antialias=True)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        frame = frame[:, :, top : top + height, left : left + width]
+    return frame[0]
+
+
+def fit_reference(image, height, width):
+    """A reference picture, PIL RGB, as [3, 1, height, width] in [-1, 1]: scaled to fit and centred on white."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(255).sub_(0.5).div_(0.5)
+    if pixels.shape[2:] == (height, width):
+        return pixels[0][:, None]
+    scale = min(height / image.height, width / image.width)
+    rows, columns = max(1, int(image.height * scale)), max(1, int(image.width * scale))
+    canvas = torch.ones(3, 1, height, width)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas[:, 0, top : top + rows, left : left + columns] = F.interpolate(
+        pixels, size=(rows, columns), mode="bilinear", align_corners=False
+    )[0]
+    return canvas
+
+
+def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+    """Load each sample's source video, mask and reference images as tensors on `device`.
+
+    Args:
+        processor: a VaceVideoProcessor; its area and token budget are set to those of `image_size`.
+        src_video, src_mask: per sample a path or None. Without a video the sample is `num_frames` grey frames of
+            `image_size`; without a mask, all of it is to be made. A video keeps its own length (as far as the
+            token budget allows) and aspect.
+        src_ref_images: per sample a list of paths, or None.
+        image_size: (width, height) in pixels.
+
+    Returns:
+        Three lists with an entry per sample: videos [3, F, H, W] in [-1, 1]; masks [1, F, H, W] in [0, 1], 1 where
+        the picture is to be made; references, each a list of [3, 1, H, W] in [-1, 1], or None.
+
+    Raises InputError, naming flag and file, for a file that cannot be read, a mask of another length than its
+    video, or a mask without a video.
+    """
+    width, height = image_size
+    area = width * height
+    _, stride_h, stride_w = processor.downsample
+    processor.set_area(area)
+    processor.set_seq_len(area // (stride_h * stride_w) * MAX_LATENT_FRAMES)
+
+    videos, masks, references = [], [], []
+    for video_path, mask_path, image_paths in zip(src_video, src_mask, src_ref_images):
+        if video_path is None:
+            if mask_path is not None:
+                raise InputError(f"--src_mask {mask_path}: there is no video to mask; give --src_video too")
+            video = torch.zeros(3, num_frames, height, width, device=device)
+        elif mask_path is None:
+            video = processor.load_video(video_path)[0].to(device)
+        else:
+            video, mask = (clip.to(device) for clip in processor.load_video_pair(video_path, mask_path)[:2])
+        if mask_path is None:
+            mask = torch.ones_like(video[:1])
+        else:
+            mask = mask[:1].add(1).div_(2).clamp_(0, 1)
+        images = None
+        if image_paths is not None:
+            opened = (open_image(path, "--src_ref_images") for path in image_paths)
+            images = [fit_reference(image, *video.shape[2:]).to(device) for image in opened]
+        videos.append(video)
+        masks.append(mask)
+        references.append(images)
+    return videos, masks, references
