@@ -1,8 +1,8 @@
 """Weights that live in CPU memory and visit the device in turn.
 
 A model is cut into pieces, modules whose order of use is known. As many as there is room for stay on the
-device; the others pass through a small ring of device buffers: while one computes, the next is copied. Nothing
-is copied back, for weights do not change.
+device; the others pass through a small ring of device buffers: while one computes, the next is copied.
+Nothing is copied back, for weights do not change.
 
     with Streamer(transformer_pieces(model), "cuda"):
         model(...)
@@ -12,8 +12,9 @@ Who orders what:
 - The main thread, which launches the kernels, never waits for the device. When it comes to a piece, it makes
   the compute stream wait for the event of the piece's arrival; when it leaves the piece, it records the event
   that releases the piece's buffer.
-- A worker thread moves the bytes: from the weights, which may be memory-mapped, to page-locked staging buffers
-  of bounded size, and from there with asynchronous copies on a stream of their own, which waits for the release.
+- A worker thread moves the bytes: from the weights, which may be memory-mapped, to page-locked staging
+  buffers of bounded size, and from there with asynchronous copies on a stream of their own, which waits for
+  the release.
 - The main thread waits for the worker only where it comes to a piece whose copy is not yet enqueued.
 """
 
@@ -59,19 +60,19 @@ def transformer_pieces(model: nn.Module) -> list[nn.Module]:
 
 
 class Streamer:
-    """Brings the weights of `pieces` to the device while it is attached; a context manager, to use repeatedly.
+    """Brings the weights of `pieces` to the device while attached; a context manager, usable repeatedly.
 
-    A piece arrives when one of its modules that own parameters is called: before that, no more than the shapes
-    and dtypes of the parameters may be read. The order of `pieces` is taken to repeat without end. Calls in
-    another order give the same results, only slower. Weights keep their dtype; the modules' buffers stay where
-    they are.
+    A piece arrives when one of its modules that own parameters is called: before that, no more than the
+    shapes and dtypes of the parameters may be read. The order of `pieces` is taken to repeat without end.
+    Calls in another order give the same results, only slower. Weights keep their dtype; the modules' buffers
+    stay where they are.
 
-    Detached, also after an exception, every module has its own parameters again, the very objects, and nothing
-    of them is left on the device.
+    Detached, also after an exception, every module has its own parameters again, the very objects, and
+    nothing of them is left on the device.
 
     Args:
-        pieces: disjoint modules in the order of their visits, with weights in CPU memory: plain, memory-mapped,
-            or meta tensors where bytes are only counted.
+        pieces: disjoint modules in the order of their visits, with weights in CPU memory: plain,
+            memory-mapped, or meta tensors where bytes are only counted.
         device: where to compute. On a CPU the streamer does nothing.
         ring: number of device buffers, each as large as the largest streamed piece; all but one fetch ahead.
         resident_bytes: device memory, beside the ring's, for pieces that stay, spread over the sequence.
@@ -201,12 +202,12 @@ class Streamer:
             return self._copy_stream.record_event()
 
     def _allocate_slot(self, size: int) -> None:
-        # The allocator may give memory that earlier work on the compute stream still uses: wait for that, too.
+        # The allocator may give memory that earlier work on the compute stream still uses: wait for it.
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._slots.append(_Slot(buffer, self._compute_stream().record_event()))
 
     def _allocate_stages(self) -> None:
-        """Allocates the staging buffers: page-locked as long as the system allows it, at least two in any case."""
+        """Allocates the staging buffers: page-locked while the system allows it, at least two in any case."""
         home = self._pieces[0].weights[0].home.device
         size = min(STAGE_BYTES, max(piece.size for piece in self._pieces))
         count = max(2, min(PINNED_BYTES, psutil.virtual_memory().available // 2) // STAGE_BYTES)
