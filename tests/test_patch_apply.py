@@ -1,0 +1,536 @@
+"""patches/apply.py on small trees of the test's own, with a series of three small patches.
+
+The series has what a series can have: a file edited by two patches, insertions at the top and the end, new files in a
+new folder (one of them empty), and a patch that edits a file which another one made.
+"""
+
+import ast
+import errno
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATCHES = Path(__file__).parent.parent / "patches"
+NAMES = ["0001-one.patch", "0002-two.patch", "0003-three.patch"]
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git to make the trees")
+
+
+def numbered(word, count=20):
+    return [f"{word} line {n}" for n in range(1, count + 1)]
+
+
+def text(lines):
+    return ("\n".join(lines) + "\n").encode()
+
+
+def with_lines(lines, *insertions):
+    """`lines` with (after, line, line ...) inserted, counted in the original."""
+    result = list(lines)
+    for after, *added in sorted(insertions, reverse=True):
+        result[after:after] = added
+    return result
+
+
+GENERATE, PIPELINE, VAE = numbered("generate"), numbered("pipeline"), numbered("vä")
+BASE_TREE = {
+    "generate.py": text(GENERATE),
+    "wan/pipeline.py": text(PIPELINE),
+    "wan/vae.py": text(VAE),
+    "README.md": b"read me\r\nmixed ends\n",
+}
+GENERATE_1 = with_lines(GENERATE, (5, "    one = 1", ""), (15, "# ünï"))
+GENERATE_2 = with_lines(GENERATE_1, (7, "    two = 2"))  # right below the first patch's insertion
+EXPECTED = [
+    BASE_TREE,
+    {**BASE_TREE, "generate.py": text(GENERATE_1), "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top")))},
+    {
+        **BASE_TREE,
+        "generate.py": text(GENERATE_2),
+        "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"))),
+        "wan/memory/__init__.py": b"",
+        "wan/memory/tiles.py": b"one\n",
+    },
+    {
+        **BASE_TREE,
+        "generate.py": text(GENERATE_2),
+        "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"))),
+        "wan/memory/__init__.py": b"",
+        "wan/memory/tiles.py": b"one\ntwo\n",
+        "wan/vae.py": text(with_lines(VAE, (20, "end"))),
+    },
+]
+PATCHED = EXPECTED[-1]
+
+
+def put(tree, content):
+    for path, data in content.items():
+        file = tree / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+
+def files(tree):
+    """{path: content} of all files outside .git."""
+    return {
+        file.relative_to(tree).as_posix(): file.read_bytes()
+        for file in sorted(tree.rglob("*"))
+        if file.is_file() and ".git" not in file.parts
+    }
+
+
+def state(tree):
+    """All that must not change when nothing is done: contents, kinds, modes and times of files, folders."""
+    return {
+        path.relative_to(tree).as_posix(): (
+            path.read_bytes() if path.is_file() else None,
+            path.lstat().st_mode,
+            path.lstat().st_mtime_ns if path.is_file() else None,
+        )
+        for path in sorted(tree.rglob("*"))
+        if ".git" not in path.parts
+    }
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, "-B", *arguments], check=False, capture_output=True, text=True)
+
+
+def git(tree, *arguments):
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "core.autocrlf=false"]
+    return subprocess.run(
+        ["git", "-C", str(tree), *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def commit_all(tree):
+    git(tree, "add", "--all")
+    git(tree, "commit", "-q", "-m", "state")
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    """(a clone at BASE, a patches folder for it), the patches written by patches/refresh.py."""
+    folder = tmp_path_factory.mktemp("kit")
+    clone, patches, work = folder / "clone", folder / "patches", folder / "work"
+    clone.mkdir(), patches.mkdir()
+    for name in ("apply.py", "refresh.py"):
+        shutil.copy(PATCHES / name, patches)
+    git(clone, "init", "-q")
+    put(clone, BASE_TREE)
+    commit_all(clone)
+    (patches / "BASE").write_text(git(clone, "rev-parse", "HEAD"))
+    (patches / "series").write_text("".join(name + "\n" for name in NAMES))
+    shutil.copytree(clone, work)
+    for name, expected in zip(NAMES, EXPECTED[1:]):
+        (patches / name).write_text(f"{name}\n\nWhat: a test\n\n")
+        put(work, expected)
+        assert python(patches / "refresh.py", work, name).returncode == 0
+        commit_all(work)
+    return clone, patches
+
+
+@pytest.fixture
+def tree(kit, tmp_path):
+    """A fresh clone at BASE."""
+    return Path(shutil.copytree(kit[0], tmp_path / "Wan2.1 tree"))
+
+
+@pytest.fixture
+def apply_module(kit):
+    spec = importlib.util.spec_from_file_location("patches_apply", kit[1] / "apply.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def apply(apply_module, capsys):
+    """apply(tree, *flags) runs the program and returns (exit code, what it printed)."""
+
+    def apply(tree, *flags):
+        code = apply_module.main([str(tree), *flags])
+        out, err = capsys.readouterr()
+        assert (code == 0) == (err == ""), "only a refusal writes to stderr"
+        return code, out or err
+
+    return apply
+
+
+def refused(result, *words):
+    code, said = result
+    assert code == 2
+    assert said.startswith("apply.py: ") and said.count("\n") == 1, "a refusal is one line"
+    for word in words:
+        assert word in said
+
+
+def test_clean_clone_and_back(apply, tree):
+    (tree / "generate.py").chmod(0o755)
+    before = files(tree)
+    code, said = apply(tree)
+    assert code == 0 and said.endswith("0001-one.patch, 0002-two.patch, 0003-three.patch: done\n")
+    assert "wan/memory/tiles.py: put in" in said
+    assert files(tree) == PATCHED
+    assert (tree / "generate.py").stat().st_mode & 0o777 == 0o755
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == before
+    assert not (tree / "wan/memory").exists(), "the folder that a patch made goes with its files"
+    assert git(tree, "status", "--porcelain").split() == ["M", "generate.py"], "only the mode set above"
+
+
+def test_crlf_tree(apply, tree):
+    crlf = {path: data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") for path, data in BASE_TREE.items()}
+    put(tree, crlf)
+    assert apply(tree)[0] == 0
+    new = {path: data for path, data in PATCHED.items() if path not in BASE_TREE}
+    old = {path: PATCHED[path].replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") for path in BASE_TREE}
+    assert files(tree) == {**new, **old}
+    assert apply(tree)[1].endswith("nothing to do\n")
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == crlf
+
+
+def test_mixed_line_endings_stay_as_they_are(apply, tree):
+    mixed = BASE_TREE["generate.py"].replace(b"line 9\n", b"line 9\r\n")
+    (tree / "generate.py").write_bytes(mixed)
+    assert apply(tree)[0] == 0
+    assert (tree / "generate.py").read_bytes() == PATCHED["generate.py"].replace(b"line 9\n", b"line 9\r\n")
+    assert apply(tree, "--reverse")[0] == 0
+    assert (tree / "generate.py").read_bytes() == mixed
+
+
+def test_download_without_git(apply, tree, monkeypatch):
+    shutil.rmtree(tree / ".git")
+    monkeypatch.setenv("PATH", str(tree))  # no git program either
+    assert apply(tree)[0] == 0
+    assert files(tree) == PATCHED
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == BASE_TREE
+
+
+def test_inside_another_repository(apply, tree):
+    shutil.rmtree(tree / ".git")
+    git(tree.parent, "init", "-q")
+    assert apply(tree)[0] == 0
+    assert files(tree) == PATCHED
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == BASE_TREE
+
+
+def edit(tree, path, old, new):
+    data = (tree / path).read_bytes()
+    assert data.count(old) == 1
+    (tree / path).write_bytes(data.replace(old, new))
+
+
+ABOVE = ("generate.py", b"generate line 1\n", b"import mine\nchanged line 1\n")
+WITHIN = ("generate.py", b"generate line 5\n", b"changed line 5\n")
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_edited_above_the_insertions_is_merged(apply, tree, ending):
+    edit(tree, *ABOVE)
+    (tree / "generate.py").write_bytes((tree / "generate.py").read_bytes().replace(b"\n", ending))
+    before = files(tree)
+    code, said = apply(tree)
+    assert code == 0 and "generate.py: put in, merged with other changes" in said
+    merged = PATCHED["generate.py"].replace(*ABOVE[1:]).replace(b"\n", ending)
+    assert files(tree) == {**PATCHED, "generate.py": merged}
+    assert apply(tree)[1].endswith("nothing to do\n")
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == before
+
+
+def test_edited_and_one_patch_already_in(apply, tree):
+    put(tree, EXPECTED[1])
+    edit(tree, *ABOVE)
+    before = files(tree)
+    assert apply(tree)[0] == 0
+    assert files(tree) == {**PATCHED, "generate.py": PATCHED["generate.py"].replace(*ABOVE[1:])}
+    assert apply(tree, "--reverse", "--only", "0003-three")[0] == 0
+    assert apply(tree, "--reverse", "--only", "0002-two")[0] == 0
+    assert files(tree) == before
+
+
+def test_edited_after_applying_then_reversed(apply, tree):
+    assert apply(tree)[0] == 0
+    edit(tree, "generate.py", b"generate line 20\n", b"generate line 20\nmine\n")
+    assert apply(tree)[1].endswith("nothing to do\n")
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == {**BASE_TREE, "generate.py": BASE_TREE["generate.py"] + b"mine\n"}
+
+
+def test_edited_within_an_insertion_is_refused(apply, tree):
+    edit(tree, *WITHIN)
+    before = state(tree)
+    refused(apply(tree), "nothing was changed", "generate.py", "other changes")
+    refused(apply(tree, "--check"), "generate.py")
+    assert state(tree) == before
+
+
+def test_own_lines_inside_the_inserted_ones_are_refused_in_reverse(apply, tree):
+    assert apply(tree)[0] == 0
+    edit(tree, "generate.py", b"    one = 1\n", b"    one = 1\n    mine = 3\n")
+    before = state(tree)
+    refused(apply(tree, "--reverse"), "generate.py")
+    assert state(tree) == before
+
+
+def test_edited_without_base_in_git_is_refused(apply, tree):
+    shutil.rmtree(tree / ".git")
+    edit(tree, *ABOVE)
+    edit(tree, "wan/vae.py", b"line 3\n", b"line 3!\n")
+    before = state(tree)
+    for flags in [], ["--check"], ["--reverse"], ["--only", "0001-one.patch"]:
+        refused(apply(tree, *flags), "nothing was changed", "generate.py, wan/vae.py", "git fetch origin")
+    assert state(tree) == before
+
+
+def test_foreign_file_where_a_patch_puts_one(apply, tree):
+    put(tree, {"wan/memory/tiles.py": b"mine\n"})
+    before = state(tree)
+    refused(apply(tree), "wan/memory/tiles.py")
+    assert state(tree) == before
+
+
+@pytest.mark.parametrize("flags, content", [([], PATCHED), (["--reverse"], BASE_TREE)])
+def test_already_done(apply, tree, flags, content):
+    put(tree, content)
+    before = state(tree)
+    code, said = apply(tree, *flags)
+    assert code == 0 and said.endswith("nothing to do\n")
+    assert state(tree) == before
+
+
+HALF = {
+    **EXPECTED[0],
+    "generate.py": EXPECTED[1]["generate.py"],
+    "wan/memory/tiles.py": EXPECTED[3]["wan/memory/tiles.py"],
+}
+
+
+def test_half_applied_is_completed_or_taken_out(apply, tree):
+    put(tree, HALF)
+    code, said = apply(tree)
+    assert code == 0 and "wan/memory/tiles.py: already there" in said
+    assert files(tree) == PATCHED
+    shutil.rmtree(tree / "wan/memory")
+    put(tree, HALF)
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == BASE_TREE
+
+
+@pytest.mark.parametrize("name", ["wan/vae.py", "wan"])
+def test_read_only(apply, tree, name):
+    (tree / name).chmod(0o555)
+    before = state(tree)
+    refused(apply(tree), name, "read-only", "nothing was changed")
+    assert state(tree) == before
+    (tree / name).chmod(0o755)
+
+
+def test_not_an_upstream_tree(apply, tree, tmp_path):
+    refused(apply(tmp_path / "nowhere"), "nowhere is not a folder")
+    (tmp_path / "empty").mkdir()
+    refused(apply(tmp_path / "empty"), "not a Wan2.1 tree", "generate.py")
+    assert list((tmp_path / "empty").iterdir()) == []
+    (tree / "wan/pipeline.py").unlink()
+    before = state(tree)
+    refused(apply(tree), "not a Wan2.1 tree", "wan/pipeline.py")
+    assert state(tree) == before
+
+
+def test_check_changes_nothing(apply, tree):
+    before = state(tree)
+    code, said = apply(tree, "--check")
+    assert code == 0 and "generate.py: would be put in" in said and "nothing was changed" in said
+    assert state(tree) == before
+    put(tree, PATCHED)
+    before = state(tree)
+    assert "generate.py: would be taken out" in apply(tree, "--check", "--reverse")[1]
+    assert state(tree) == before
+
+
+def test_only(apply, tree):
+    for count, name in enumerate(NAMES, 1):
+        for later in NAMES[count:]:
+            refused(apply(tree, "--only", later), f"put {name} in first")
+        assert apply(tree, "--only", name.replace(".patch", ""))[0] == 0
+        assert files(tree) == EXPECTED[count]
+        assert apply(tree, "--only", name)[1].endswith(f"{name}: nothing to do\n")
+    for count, name in reversed(list(enumerate(NAMES, 1))):
+        for earlier in NAMES[: count - 1]:
+            refused(apply(tree, "--reverse", "--only", earlier), "first")
+        assert apply(tree, "--reverse", "--only", name)[0] == 0
+        assert files(tree) == EXPECTED[count - 1]
+    refused(apply(tree, "--only", "0009-nine"), "there is no patch 0009-nine", ", ".join(NAMES))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "call, flags",
+    [
+        ("fsync", []),
+        ("fsync", ["--reverse"]),
+        ("replace", []),
+        ("replace", ["--reverse"]),
+        ("remove", ["--reverse"]),
+    ],
+)
+def test_failure_half_way_leaves_the_tree_as_it_was(
+    apply_module, tree, monkeypatch, capsys, call, flags, number, error
+):
+    put(tree, PATCHED if flags else BASE_TREE)
+    before = state(tree)
+    real, calls = getattr(os, call), []
+
+    def fail_once(*arguments):
+        if not str(arguments[0]).endswith(".wan-patch-old"):
+            calls.append(arguments)
+            if len(calls) == number:
+                raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, fail_once)
+    code = apply_module.main([str(tree), *flags])
+    assert len(calls) >= number
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert "nothing was changed" in capsys.readouterr().err
+    assert state(tree) == before
+
+
+def test_written_content_is_verified(apply_module, tree, monkeypatch, capsys):
+    before = state(tree)
+    real = os.replace
+
+    def spoil(source, target):
+        real(source, target)
+        if source.endswith(".wan-patch-new") and target.endswith("vae.py"):
+            Path(target).write_bytes(b"something else\n")
+
+    monkeypatch.setattr(os, "replace", spoil)
+    assert apply_module.main([str(tree)]) == 2
+    assert "vae.py did not keep" in capsys.readouterr().err
+    assert state(tree) == before
+
+
+def run_and_kill(kit, tree, number):
+    """Run apply.py in a process that gets the signal at its third rename."""
+    code = (
+        "import os, runpy, sys\n"
+        "real, calls = os.replace, []\n"
+        "def replace(source, target):\n"
+        "    calls.append(target)\n"
+        "    if len(calls) == 3:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    return real(source, target)\n"
+        "os.replace = replace\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return python("-c", code, kit[1] / "apply.py", tree)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(kit, tree, number):
+    before = state(tree)
+    done = run_and_kill(kit, tree, number)
+    assert done.returncode == 130 and "nothing was changed" in done.stderr
+    assert state(tree) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("flags, content", [([], PATCHED), (["--reverse"], BASE_TREE)])
+def test_after_a_kill_without_warning_a_second_run_mends_the_tree(kit, tree, apply, flags, content):
+    assert run_and_kill(kit, tree, signal.SIGKILL).returncode == -signal.SIGKILL
+    for path, data in files(tree).items():
+        known = [expected.get(path) for expected in EXPECTED]
+        assert path.rsplit(".", 1)[-1].startswith("wan-patch-") or data in known, "no file is half written"
+    assert files(tree) not in (BASE_TREE, PATCHED)
+    assert apply(tree, *flags)[0] == 0
+    assert files(tree) == content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a right there")
+def test_symbolic_link_stays_one(apply, tree, tmp_path):
+    (tree / "generate.py").rename(tmp_path / "real.py")
+    (tree / "generate.py").symlink_to(tmp_path / "real.py")
+    assert apply(tree)[0] == 0
+    assert (tree / "generate.py").is_symlink()
+    assert (tmp_path / "real.py").read_bytes() == PATCHED["generate.py"]
+
+
+def test_same_as_plain_git_apply(apply, kit, tree, tmp_path):
+    plain = Path(shutil.copytree(tree, tmp_path / "plain"))
+    for count, name in enumerate(NAMES, 1):
+        git(plain, "apply", "--unidiff-zero", str(kit[1] / name))
+        assert apply(tree, "--only", name)[0] == 0
+        assert files(plain) == files(tree) == EXPECTED[count]
+    for name in reversed(NAMES):
+        git(plain, "apply", "--unidiff-zero", "--reverse", str(kit[1] / name))
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(plain) == files(tree) == BASE_TREE
+
+
+@pytest.fixture
+def own_kit(kit, tmp_path):
+    """A copy of the patches folder that a test may spoil, and a function to run its apply.py."""
+    patches = Path(shutil.copytree(kit[1], tmp_path / "patches"))
+
+    def run(tree):
+        done = python(patches / "apply.py", tree)
+        return done.returncode, done.stdout or done.stderr
+
+    return patches, run
+
+
+def test_patches_folder_with_crlf(own_kit, tree):
+    patches, run = own_kit
+    for file in [*patches.glob("*.patch"), patches / "series", patches / "BASE"]:
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert run(tree)[0] == 0
+    assert files(tree) == PATCHED
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b"+    one = 1\n", b"+    one = 11\n"),  # not what the id promises
+        (b"+    one = 1\n", b" generate line 5\n+    one = 1\n"),  # context
+        (b"+    one = 1\n", b"-generate line 5\n"),  # a deletion
+        (b"+    one = 1\n", b""),  # cut
+        (b",2 @@\n", b",2 @@ def f():\n"),  # text of the file
+        (b"@@ -5,0 +6,2 @@\n", b"@@ -5 +6,2 @@\n"),  # replaces a line
+        (b"--- a/generate.py\n", b"old mode 100644\nnew mode 100755\n--- a/generate.py\n"),
+    ],
+)
+def test_damaged_patch_is_refused(own_kit, tree, old, new):
+    patches, run = own_kit
+    data = (patches / NAMES[0]).read_bytes()
+    assert old in data
+    (patches / NAMES[0]).write_bytes(data.replace(old, new, 1))
+    before = state(tree)
+    refused(run(tree), "damaged")
+    assert state(tree) == before
+
+
+def test_refresh_refuses_an_edit_that_is_not_an_insertion(own_kit, tree):
+    patches, _ = own_kit
+    before = (patches / NAMES[0]).read_bytes()
+    edit(tree, *WITHIN)
+    done = python(patches / "refresh.py", tree, NAMES[0])
+    assert done.returncode != 0 and "does not only insert" in done.stderr
+    assert (patches / NAMES[0]).read_bytes() == before
+
+
+def test_runs_on_python_3_8():
+    ast.parse((PATCHES / "apply.py").read_text(), feature_version=(3, 8))
