@@ -59,6 +59,12 @@ def transformer_pieces(model: nn.Module) -> list[nn.Module]:
     return pieces
 
 
+def check_ring(ring: int) -> None:
+    """Raises InputError unless `ring` is a usable number of device buffers."""
+    if not isinstance(ring, int) or ring < 2:
+        raise InputError(f"--stream_ring {ring}: must be a whole number of at least 2 buffers")
+
+
 class Streamer:
     """Brings the weights of `pieces` to the device while attached; a context manager, usable repeatedly.
 
@@ -90,8 +96,7 @@ class Streamer:
         ring: int = 2,
         resident_bytes: int = 0,
     ):
-        if not isinstance(ring, int) or ring < 2:
-            raise InputError(f"--stream_ring {ring}: must be a whole number of at least 2 buffers")
+        check_ring(ring)
         self.device = torch.device(device)
         self._pieces = [piece for piece in map(_Piece, pieces) if piece.weights]
         owners = [owner for piece in self._pieces for owner in piece.owners]
