@@ -1,0 +1,73 @@
+"""First and last frame to video."""
+
+import torch.nn.functional as F
+
+from .image2video import WanI2V, to_tensor
+from .pipeline import check_frame_num
+
+
+class WanFLF2V(WanI2V):
+    """Makes videos between two given images."""
+
+    def generate(
+        self,
+        input_prompt,
+        first_frame,
+        last_frame,
+        max_area=720 * 1280,
+        frame_num=81,
+        shift=16,
+        sample_solver="unipc",
+        sampling_steps=50,
+        guide_scale=5.5,
+        n_prompt="",
+        seed=-1,
+        offload_model=True,
+        *,
+        on_latents=None,
+    ):
+        """
+        Args:
+            input_prompt: what happens.
+            first_frame: PIL image; the video keeps its aspect.
+            last_frame: PIL image. One of another size than the first is cropped, or padded with grey, about its
+                centre, as the published pipeline does, and then scaled to the video's size.
+            max_area: pixels of a frame, at most.
+            frame_num: frames, 4n+1, at least 5.
+            shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed, offload_model, on_latents: as WanT2V's.
+
+        Returns:
+            [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
+
+        Raises:
+            InputError: a frame number that cannot be.
+        """
+        check_frame_num(frame_num, at_least=5)
+        first, last = to_tensor(first_frame), to_tensor(last_frame)
+        if first.shape != last.shape:
+            ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
+            # Height and width change places in the published pipeline, and so they do here.
+            last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
+        return self._animate(
+            input_prompt,
+            n_prompt,
+            [first, last],
+            max_area,
+            frame_num,
+            seed,
+            on_latents,
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            offload_model=offload_model,
+        )
+
+
+def center_crop(image, height, width):
+    """[3, H, W] to [3, height, width] about the centre; where it is smaller it is padded with zeros."""
+    short, narrow = max(0, height - image.shape[1]), max(0, width - image.shape[2])
+    image = F.pad(image, (narrow // 2, (narrow + 1) // 2, short // 2, (short + 1) // 2))
+    top = round((image.shape[1] - height) / 2)
+    left = round((image.shape[2] - width) / 2)
+    return image[:, top : top + height, left : left + width]

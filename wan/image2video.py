@@ -1,0 +1,140 @@
+"""Image to video."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .pipeline import WanPipeline, check_frame_num
+
+
+class WanI2V(WanPipeline):
+    """Makes videos that start with a given image."""
+
+    uses_clip = True
+
+    def __init__(
+        self,
+        config,
+        checkpoint_dir,
+        device_id=0,
+        rank=0,
+        t5_fsdp=False,
+        dit_fsdp=False,
+        use_usp=False,
+        t5_cpu=False,
+        init_on_cpu=True,
+        **options,
+    ):
+        """As WanPipeline's; `init_on_cpu` is accepted for call compatibility, loading is always on the CPU."""
+        super().__init__(
+            config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu, **options
+        )
+
+    def generate(
+        self,
+        input_prompt,
+        img,
+        max_area=720 * 1280,
+        frame_num=81,
+        shift=5.0,
+        sample_solver="unipc",
+        sampling_steps=40,
+        guide_scale=5.0,
+        n_prompt="",
+        seed=-1,
+        offload_model=True,
+        *,
+        on_latents=None,
+    ):
+        """
+        Args:
+            input_prompt: what happens.
+            img: PIL image, the first frame; the video keeps its aspect.
+            max_area: pixels of a frame, at most.
+            frame_num: frames, 4n+1.
+            shift: of the noise schedule; 3 suits 480p.
+            sample_solver, sampling_steps, guide_scale, n_prompt, seed, offload_model, on_latents: as WanT2V's.
+
+        Returns:
+            [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
+
+        Raises:
+            InputError: a frame number that cannot be.
+        """
+        check_frame_num(frame_num)
+        image = to_tensor(img)
+        return self._animate(
+            input_prompt,
+            n_prompt,
+            [image],
+            max_area,
+            frame_num,
+            seed,
+            on_latents,
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            offload_model=offload_model,
+        )
+
+    def _animate(
+        self, prompt, n_prompt, images, max_area, frame_num, seed, on_latents, *, offload_model, **denoise
+    ):
+        """Makes the video whose first frame, and last if there are two, is given.
+
+        images: one or two [3, H, W] in [-1, 1].
+        """
+        height, width = self._latent_size(images[0], max_area)
+        shape = (self.vae.model.z_dim, (frame_num - 1) // self.vae_stride[0] + 1, height, width)
+        noise = self._noise(shape, self._generator(seed))
+        context, context_null = self._encode_prompts(prompt, n_prompt, offload_model)
+        features = self._encode_images([image[:, None] for image in images], offload_model)
+        with self.stages("encode"):
+            known = self._known_frames(images, frame_num, height, width)
+            known = self.vae.encode([known])[0].to(self.device)
+        y = torch.cat([known_mask(shape, last=len(images) > 1).to(self.device), known])
+        common = {"clip_fea": features, "y": [y], "seq_len": self._sequence_length(*shape[1:])}
+        latent = self._denoise(
+            noise,
+            {"context": context, **common},
+            {"context": context_null, **common},
+            offload_model=offload_model,
+            **denoise,
+        )
+        return self._decode(latent, on_latents)
+
+    def _latent_size(self, image, max_area):
+        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches."""
+        aspect = image.shape[1] / image.shape[2]
+        _, down, right = self.vae_stride
+        _, patch_height, patch_width = self.patch_size
+        height = np.sqrt(max_area * aspect) // down // patch_height * patch_height
+        width = np.sqrt(max_area / aspect) // right // patch_width * patch_width
+        return max(patch_height, round(height)), max(patch_width, round(width))
+
+    def _known_frames(self, images, frame_num, height, width):
+        """[3, frame_num, H, W]: the images scaled to the video's size at its ends, grey between them."""
+        _, down, right = self.vae_stride
+        frames = torch.zeros(3, frame_num, height * down, width * right)
+        for position, image in zip((0, -1), images):
+            frames[:, position] = F.interpolate(image[None], size=frames.shape[2:], mode="bicubic")[0]
+        return frames
+
+
+def to_tensor(image):
+    """PIL image to [3, H, W] fp32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return pixels.float().div(255).sub_(0.5).div_(0.5)
+
+
+def known_mask(shape, last):
+    """[4, F, H, W]: 1 where a latent frame codes a known frame, a channel for each of the four that it codes.
+
+    The first latent frame codes the first frame alone, so all four of its channels speak of that one.
+    """
+    mask = torch.zeros(4, *shape[1:])
+    mask[:, 0] = 1
+    if last:
+        mask[-1, -1] = 1
+    return mask

@@ -1,0 +1,111 @@
+"""Which component is on the device, and when: a component is at home, and visits the device to compute.
+
+Weights never change, so a visit is a copy to the device, and going home is dropping that copy: the parameters that
+were at home all along take their places again.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch import nn
+
+
+class Component:
+    """Modules that visit a device together.
+
+    Home is wherever their parameters are when the visit starts; parameters that are on the device already stay.
+
+    Args:
+        modules: the modules to move.
+        device: where they compute.
+        apart: modules inside them whose parameters stay home.
+        streamer: a Streamer that brings the parameters of some of `apart` in turn while the rest is there.
+    """
+
+    def __init__(self, modules, device, apart=(), streamer=None):
+        self.modules = list(modules)
+        self.device = torch.device(device)
+        self._apart = {id(inner) for module in apart for inner in module.modules()}
+        self._streamer = streamer
+        self._home = []  # (a module's parameters or buffers, name in them, what is at home)
+        self._here = False
+
+    def arrive(self):
+        """Brings everything to the device. All or nothing, also if the device has no room."""
+        if self._here:
+            return
+        self._here = True
+        try:
+            for entries, name, tensor in self._tensors():
+                if tensor.device != self.device:
+                    copy = tensor.detach().to(self.device)
+                    if isinstance(tensor, nn.Parameter):
+                        copy = nn.Parameter(copy, requires_grad=False)
+                    self._home.append((entries, name, tensor))
+                    entries[name] = copy
+            if self._streamer:
+                self._streamer.attach()
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self):
+        """Sends everything home and gives the device's memory back."""
+        if not self._here:
+            return
+        self._here = False
+        if self._streamer:
+            self._streamer.detach()
+        for entries, name, tensor in self._home:
+            entries[name] = tensor
+        self._home.clear()
+        release_memory(self.device)
+
+    @contextlib.contextmanager
+    def on_device(self, stay=False):
+        """Inside, the component is on the device; outside, it is home, unless `stay` keeps it there.
+
+        An exception sends it home whatever `stay` says.
+        """
+        self.arrive()
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        if not stay:
+            self.leave()
+
+    def around(self, function):
+        """The function, with the component on the device while it runs."""
+
+        @functools.wraps(function)
+        def visiting(*args, **kwargs):
+            with self.on_device():
+                return function(*args, **kwargs)
+
+        return visiting
+
+    def _tensors(self):
+        for root in self.modules:
+            for module in root.modules():
+                if id(module) in self._apart:
+                    continue
+                for entries in (module._parameters, module._buffers):
+                    for name, tensor in list(entries.items()):
+                        if tensor is not None:
+                            yield entries, name, tensor
+
+
+def visit_by_halves(vae, device):
+    """Makes a VAE bring to the device only the half that a call needs: the encoder to encode, the decoder to decode."""
+    model = vae.model
+    vae.encode = Component([model.encoder, model.conv1], device).around(vae.encode)
+    vae.decode = Component([model.conv2, model.decoder], device).around(vae.decode)
+
+
+def release_memory(device):
+    """Returns the allocator's unused memory to the device, so that other users of it find it."""
+    if torch.device(device).type != "cpu":
+        torch.get_device_module(device).empty_cache()

@@ -1,0 +1,59 @@
+"""Text to video."""
+
+from .pipeline import WanPipeline, check_frame_num
+
+
+class WanT2V(WanPipeline):
+    """Makes videos, or with one frame images, from text."""
+
+    def generate(
+        self,
+        input_prompt,
+        size=(1280, 720),
+        frame_num=81,
+        shift=5.0,
+        sample_solver="unipc",
+        sampling_steps=50,
+        guide_scale=5.0,
+        n_prompt="",
+        seed=-1,
+        offload_model=True,
+        *,
+        on_latents=None,
+    ):
+        """
+        Args:
+            input_prompt: what to show.
+            size: (width, height) in pixels; multiples of 16.
+            frame_num: frames, 4n+1.
+            shift: of the noise schedule.
+            sample_solver: "unipc" or "dpm++".
+            sampling_steps: solver steps.
+            guide_scale: strength of classifier-free guidance.
+            n_prompt: what to avoid; empty for the config's.
+            seed: of the noise; negative for a random one.
+            offload_model: send each component home when it is done.
+            on_latents: called with the finished latents [16, F, H / 8, W / 8] before they are decoded.
+
+        Returns:
+            [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
+
+        Raises:
+            InputError: a frame number or a size that cannot be.
+        """
+        check_frame_num(frame_num)
+        shape = self._latent_shape(size, frame_num)
+        generator = self._generator(seed)
+        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
+        common = {"seq_len": self._sequence_length(*shape[1:])}
+        latent = self._denoise(
+            self._noise(shape, generator),
+            {"context": context, **common},
+            {"context": context_null, **common},
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            offload_model=offload_model,
+        )
+        return self._decode(latent, on_latents)

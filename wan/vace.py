@@ -1,0 +1,164 @@
+"""VACE: video from source frames, masks and reference images, each alone or together."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from .modules.vace_model import VaceWanModel
+from .pipeline import WanPipeline
+from .utils.errors import InputError
+from .utils.vace_source import VaceVideoProcessor, prepare_source
+
+
+class WanVace(WanPipeline):
+    """Makes videos from text and source material: edits, extends, fills in, or shows what is referred to."""
+
+    model_class = VaceWanModel
+
+    def __init__(self, config, *args, **options):
+        """As WanPipeline's."""
+        super().__init__(config, *args, **options)
+        self.vid_proc = VaceVideoProcessor(
+            downsample=tuple(stride * patch for stride, patch in zip(self.vae_stride, self.patch_size)),
+            min_area=720 * 1280,
+            max_area=720 * 1280,
+            min_fps=config.sample_fps,
+            max_fps=config.sample_fps,
+            zero_start=True,
+            seq_len=75600,
+            keep_last=True,
+        )
+
+    def prepare_source(self, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+        """Loads the source files of each sample.
+
+        Args:
+            src_video, src_mask: list of path or None.
+            src_ref_images: list of (list of paths) or None.
+            num_frames: frames where there is no source video.
+            image_size: (width, height) in pixels.
+            device: accepted for call compatibility; sources stay on the CPU, frames leave it one at a time.
+
+        Returns:
+            Videos [3, F, H, W] in [-1, 1], masks [1, F, H, W] in [0, 1], references [3, 1, H, W]: a list each.
+
+        Raises:
+            InputError: files that cannot be read or do not belong together.
+        """
+        return prepare_source(
+            self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu"
+        )
+
+    def generate(
+        self,
+        input_prompt,
+        input_frames,
+        input_masks,
+        input_ref_images,
+        size=(1280, 720),
+        frame_num=81,
+        context_scale=1.0,
+        shift=5.0,
+        sample_solver="unipc",
+        sampling_steps=50,
+        guide_scale=5.0,
+        n_prompt="",
+        seed=-1,
+        offload_model=True,
+        *,
+        on_latents=None,
+    ):
+        """
+        Args:
+            input_prompt: what to show.
+            input_frames: list of one video [3, F, H, W] in [-1, 1]; it sets the size and length of the result.
+            input_masks: list of one mask [1 or 3, F, H, W], 1 where the video is to be made anew; None if all is.
+            input_ref_images: list of one list of [3, 1, H, W] in [-1, 1], or of None, or None.
+            size, frame_num: accepted for call compatibility.
+            context_scale: strength of the source material.
+            shift, sample_solver, sampling_steps, guide_scale, n_prompt, seed, offload_model, on_latents: as WanT2V's.
+
+        Returns:
+            [3, F, H, W] fp32 in [-1, 1] on the CPU.
+        """
+        if input_masks is None:
+            input_masks = [torch.ones_like(frames[:1]) for frames in input_frames]
+        generator = self._generator(seed)
+        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
+        with self.stages("encode"):
+            coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
+            masks = self.vace_encode_masks(input_masks, input_ref_images)
+            source = [latent.to(self.device) for latent in self.vace_latent(coded, masks)]
+        channels, *shape = coded[0].shape
+        common = {
+            "vace_context": source,
+            "vace_context_scale": context_scale,
+            "seq_len": self._sequence_length(*shape),
+        }
+        latent = self._denoise(
+            self._noise((channels // 2, *shape), generator),
+            {"context": context, **common},
+            {"context": context_null, **common},
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            offload_model=offload_model,
+        )
+        references = input_ref_images[0] if input_ref_images else None
+        return self._decode(latent[:, len(references or ()) :], on_latents)
+
+    def vace_encode_frames(self, frames, ref_images, masks=None, vae=None):
+        """Codes what stays and what is to be made of each video, and its reference images before them.
+
+        Returns a list of [32, references + F, h, w]; without masks, of [16, ...], all being coded alike.
+        """
+        vae = vae or self.vae
+        if masks is None:
+            coded = vae.encode(frames)
+        else:
+            masks = [(mask > 0.5).to(video) for mask, video in zip(masks, frames)]
+            kept = vae.encode([video * (1 - mask) for video, mask in zip(frames, masks)])
+            made = vae.encode([video * mask for video, mask in zip(frames, masks)])
+            coded = [torch.cat(pair) for pair in zip(kept, made)]
+        for i, references in enumerate(_per_sample(ref_images, len(frames))):
+            for reference in reversed(vae.encode(references)):
+                if reference.size(1) != 1:
+                    raise InputError("--src_ref_images: a reference must be a single image")
+                if masks is not None:
+                    reference = torch.cat([reference, torch.zeros_like(reference)])
+                coded[i] = torch.cat([reference, coded[i]], dim=1)
+        return coded
+
+    def vace_encode_masks(self, masks, ref_images=None, vae_stride=None):
+        """Masks [C, F, H, W], the first channel of them, to the latents' grid: list of [64, references + F', h, w].
+
+        Each 8 x 8 square of pixels becomes 64 channels; references have a mask of zeros.
+        """
+        time, down, right = vae_stride or self.vae_stride
+        coded = []
+        for mask, references in zip(masks, _per_sample(ref_images, len(masks))):
+            height, width = (side // (2 * step) * 2 for side, step in zip(mask.shape[2:], (down, right)))
+            squares = rearrange(
+                mask[0],
+                "f (h down) (w right) -> (down right) f h w",
+                h=height,
+                w=width,
+                down=down,
+                right=right,
+            )
+            frames = (mask.size(1) + time - 1) // time
+            squares = F.interpolate(squares[None], size=(frames, height, width), mode="nearest-exact")[0]
+            coded.append(
+                torch.cat([squares.new_zeros(squares.size(0), len(references), height, width), squares], 1)
+            )
+        return coded
+
+    def vace_latent(self, z, m):
+        """Joins coded videos and masks along the channels."""
+        return [torch.cat([latent, mask.to(latent)]) for latent, mask in zip(z, m)]
+
+
+def _per_sample(ref_images, samples):
+    """A list of references for each sample, empty where there are none."""
+    return [references or [] for references in ref_images or [None] * samples]
