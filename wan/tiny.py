@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from .configs.tiny import TINY_CONFIGS
 from .utils.errors import InputError
 
-VERSION = 1  # of the contents; a change of any tensor or file needs a new one
+VERSION = 2  # of the contents; a change of any tensor or file needs a new one
 
 CLIP_TEXT = {"vocab": 64, "positions": 514, "width": 16, "layers": 1}
 CLIP_EMBED_DIM = 32
