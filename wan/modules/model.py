@@ -9,12 +9,11 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..utils.checkpoint import load_weights
 from ..utils.errors import InputError
-from .attention import flash_attention as flash_attention
+from .attention import flash_attention  # noqa: F401 (forward.py looks it up here)
 from .forward import dit_forward, storage_dtype
 
 CLIP_WIDTH = 1280
