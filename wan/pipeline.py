@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from .memory.chunking import apply_chunking
+from .memory.offload_folder import OffloadFolder
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer, transformer_pieces
@@ -97,7 +98,10 @@ class WanPipeline:
                 config=config.get("clip_config"),
             )
             self._image = self._image_component()
-        self.model = self.model_class.from_pretrained(files, dtype=config.param_dtype)
+        folder = self.options.offload_folder
+        self.model = self.model_class.from_pretrained(
+            files, dtype=config.param_dtype, offload_folder=OffloadFolder(folder) if folder else None
+        )
         apply_chunking(self.model, self.options.dit_chunk)
         self._dit = self._dit_component()
         self.vae = load_vae(config, files, self.device, self.options)

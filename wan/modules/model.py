@@ -207,19 +207,25 @@ class WanModel(nn.Module):
         return dit_forward(self, x, t, context, seq_len, clip_fea=clip_fea, y=y)
 
     @classmethod
-    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32):
+    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32, offload_folder=None):
         """Loads config.json and diffusion_pytorch_model.safetensors, or its shards, in their lossless types.
 
         Args:
             checkpoint_dir: directory.
             dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
                 head are kept in fp32 whatever it is.
+            offload_folder: an OffloadFolder that the weights, so converted, are to be mapped from.
 
         Raises:
             InputError: missing or damaged files, or tensors that do not fit config.json.
         """
         model = cls.from_config(checkpoint_dir)
-        load_weights(model, weights_path(checkpoint_dir), dtype=lambda name: storage_dtype(name, dtype))
+        source = weights_path(checkpoint_dir)
+
+        def kept(name):
+            return storage_dtype(name, dtype)
+
+        load_weights(model, offload_folder.converted(source, kept) if offload_folder else source, dtype=kept)
         return model
 
     @classmethod

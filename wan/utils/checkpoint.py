@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -58,8 +59,8 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: cannot be read as a checkpoint, download it again ({reason})")
 
 
-def _files(path: Path) -> list[Path]:
-    """The file itself, or the shards that an index names."""
+def checkpoint_files(path: Path) -> list[Path]:
+    """The file itself, or the shards that an index names. Raises InputError for a missing or damaged one."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file, see --ckpt_dir")
     if path.suffix != ".json":
@@ -79,15 +80,15 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]
 
     Raises InputError for a missing or damaged file.
     """
-    for file_path in _files(Path(path)):
+    for file_path in checkpoint_files(Path(path)):
         file = _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _PickleFile(file_path)
         for name in file.names:
-            yield name, lambda file=file, name=name: file.read(name)
+            yield name, partial(file.read, name)
 
 
 def load_weights(
     module: nn.Module,
-    path: str | Path,
+    source,
     *,
     names: Callable[[str], str | list[str] | None] | None = None,
     dtype: Callable[[str], torch.dtype | None] | None = None,
@@ -99,7 +100,8 @@ def load_weights(
 
     Args:
         module: every parameter and persistent buffer is replaced; their shapes are the expected ones.
-        path: a .safetensors or .pth file, or the index .json of a sharded one.
+        source: a .safetensors or .pth file, or the index .json of a sharded one; or an open file with `path`,
+            `names` and `read(name)`.
         names: maps a name in the file to the module's; None skips the tensor; a list splits it along
             dimension 0 into equal parts. Default: the same name.
         dtype: maps the module's name to the type to keep it in, or None for the type in the file.
@@ -107,10 +109,13 @@ def load_weights(
     Raises:
         InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
     """
-    path = Path(path)
+    if hasattr(source, "read"):
+        path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
+    else:
+        path, tensors = Path(source), list(read_tensors(Path(source)))
     expected = module.state_dict()
     loaded, unexpected, misshaped = {}, [], []
-    for stored_name, read in tqdm(list(read_tensors(path)), desc=f"Loading {path.name}", leave=False):
+    for stored_name, read in tqdm(tensors, desc=f"Loading {path.name}", leave=False):
         targets = names(stored_name) if names else stored_name
         if targets is None:
             continue
