@@ -363,3 +363,13 @@ def test_preparation_equals_upstream(compared):
                 assert all(map(torch.equal, references[0][0], references[1][0]))
             seen += 1
     assert seen == 3
+
+
+def test_the_examples_fit_together():
+    examples = Path(__file__).parent.parent / "examples"
+    clip, mask = str(examples / "vace_video.mp4"), str(examples / "vace_mask.mp4")
+    references = [str(examples / f"vace_ref_{i}.png") for i in (1, 2)]
+    videos, masks, images = prepare_source(processor(), [clip], [mask], [references], 81, (128, 96), "cpu")
+    assert videos[0].shape == (3, 17, 96, 128) and masks[0].shape == (1, 17, 96, 128)
+    assert 0.05 < masks[0].mean() < 0.3
+    assert len(images[0]) == 2
