@@ -1,0 +1,119 @@
+"""Finished latents in files, with what is needed to make the video of them later."""
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .checkpoint import read_tensors
+from .errors import InputError
+from .video import replacing
+
+FORMAT = "wan-latents-1"
+SMALL = 4096  # numbers in the largest tensor that counts for the fingerprint of a VAE
+
+
+def check_latents_path(path, flag="--save_latents"):
+    """Fails now rather than after hours of work if `path` cannot become a file of latents.
+
+    Raises InputError, naming `flag`, if it is a directory or its folder is missing or refuses a new file.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a directory; add a file name")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"{flag} {path}: no folder {path.parent}; create it or choose another place")
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(path)  # raises OSError if the name itself is impossible, too long for example
+        with replacing(path, keep=False) as temporary:
+            temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}; choose another place") from error
+
+
+def save_latents(path, latents, metadata, flag="--save_latents"):
+    """Writes latents [C, F, h, w] as a safetensors file, whole or not at all.
+
+    Args:
+        path: replaced if it exists.
+        latents: on any device; kept as fp32.
+        metadata: dict; names and values are stored as strings.
+        flag: named by the error.
+
+    Raises:
+        InputError: the file cannot be written, such as on a full disk.
+    """
+    tensors = {"latents": latents.detach().to("cpu", torch.float32).contiguous()}
+    texts = {"format": FORMAT} | {name: str(value) for name, value in metadata.items()}
+    try:
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, texts)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{flag} {path}: cannot be written ({_one_line(error)}); make room for it"
+        ) from error
+
+
+def load_latents(path, expected, flag="--decode_latents"):
+    """Reads latents and their metadata.
+
+    Args:
+        path: file that save_latents wrote.
+        expected: dict of metadata that must agree, such as task and size. A name may stand for a flag.
+        flag: named by the errors.
+
+    Returns:
+        (latents [C, F, h, w] fp32 on the CPU, metadata as dict of strings).
+
+    Raises:
+        InputError: no such file, truncated, no latents of this program, or made with other values than `expected`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            ours = metadata.get("format") == FORMAT and names == ["latents"]
+            latents = file.get_tensor("latents") if ours else None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{flag} {path}: damaged or not a file of latents ({_one_line(error)})") from error
+    if not ours or latents.dim() != 4 or latents.dtype != torch.float32:
+        raise InputError(f"{flag} {path}: not latents that --save_latents wrote")
+    for name, value in expected.items():
+        if metadata.get(name) != str(value):
+            raise InputError(f"{flag} {path}: {_disagreement(name, metadata.get(name), value)}")
+    return latents, metadata
+
+
+def vae_fingerprint(path):
+    """Digest that tells the decoder of one VAE checkpoint from another's, whatever the format of the file.
+
+    It covers the names of all tensors of the decoder and the values of the small ones: biases, norms, first layer.
+
+    Raises InputError for a missing or damaged file.
+    """
+    digest = hashlib.sha256()
+    for name, read in sorted(read_tensors(path), key=lambda entry: entry[0]):
+        if name.startswith(("conv2.", "decoder.")):
+            digest.update(name.encode())
+            tensor = read()
+            if tensor.numel() <= SMALL:
+                digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _disagreement(name, found, wanted):
+    if name == "vae":
+        return "was made with another VAE; give the --ckpt_dir that made it"
+    return f"was made with --{name} {found}, not {wanted}; give --{name} {found}"
+
+
+def _one_line(error):
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
