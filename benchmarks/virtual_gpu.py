@@ -10,100 +10,77 @@ the held tensors and its results are wrapped again, so values are those of the C
 storage is counted once, rounded up to 512 bytes as CUDA's caching allocator rounds, from the moment it appears
 until the last tensor on it is gone.
 
+With ``meta=True`` meta tensors are held: full-size models are counted without being computed. Weights on the host
+may then be meta tensors too, and what comes back to the host is zeros that take no memory until touched. Only small
+tensors whose values came from the host or a factory keep true values (indices, lengths, time steps), until they meet
+others.
+
 What is counted is what operators return. Memory that a CUDA kernel allocates for itself (workspaces, casts inside a
 copy) is not. Operators that PyTorch composes from others are counted step by step. Scaled dot product attention
 counts as a fused kernel for 16-bit types and with its score matrix for float32 and float64.
 
-It rests on PyTorch's Python backend for the PrivateUse1 dispatch key, which is experimental: it is made for tests and
-benchmarks, not for the package. Importing this file registers the device type; there is nothing else to set up.
+Streams, events and pinned memory: see virtual_streams. It all rests on PyTorch's Python backend for the PrivateUse1
+dispatch key, which is experimental: it is made for tests and benchmarks, not for the package. Importing this file
+registers the device type; there is nothing else to set up, and it works in every thread.
 """
 
 import contextlib
 import threading
 import weakref
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["DEVICE", "VirtualGPU", "VirtualTensor"]
+from benchmarks import virtual_autocast
+from benchmarks.virtual_streams import Event, RaceError, Timeline
+from benchmarks.virtual_tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor, attention, copy_
 
-aten = torch.ops.aten
-ROUNDING = 512  # bytes; the granularity of CUDA's caching allocator
-
-
-class Allocation:
-    """The bytes of one storage on the device; given back when the last tensor that shares it is gone."""
-
-    __slots__ = ("__weakref__", "gpu", "nbytes", "storage")
-
-    def __init__(self, gpu, storage):
-        self.gpu = gpu
-        self.storage = storage  # keeps the address, by which the ledger knows it, taken
-        self.nbytes = 0
-        self.resize(storage.nbytes())
-
-    def resize(self, requested):
-        rounded = -(-requested // ROUNDING) * ROUNDING
-        self.gpu._reserve(rounded - self.nbytes, requested)
-        self.nbytes = rounded
-
-    def __del__(self):
-        self.gpu._release(self.nbytes)
+__all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor"]
 
 
-class VirtualTensor(torch.Tensor):
-    """A tensor on the virtual device. `held` is the CPU tensor with its values, `allocation` counts its storage."""
+class Record(NamedTuple):
+    """One thing that happened on the device.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    kind: "alloc", "free", "copy_in" (host to device), "copy_out", "op", "record_event", "wait_event", "record_stream"
+        or "pin". name: the operator or event. allocation: number of the storage, in order of allocation.
+    """
 
-    @staticmethod
-    def __new__(cls, held, gpu):
-        allocation = gpu._allocation_of(held)
-        wrapper = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.shape,
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            device=DEVICE,
-            storage_size=allocation.storage.nbytes() or 2**62,  # an empty one may grow later, as out=
-        )
-        wrapper.held = held
-        wrapper.allocation = allocation
-        return wrapper
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _dispatch(func, args, kwargs or {})
-
-    def __repr__(self, *, tensor_contents=None):
-        return f"VirtualTensor({self.held}, device='{DEVICE}')"
-
-    def numpy(self, *, force=False):
-        if not force:
-            raise TypeError(f"a tensor on {DEVICE} has no numpy array: call .cpu() first")
-        return self.detach().cpu().numpy()
-
-    def tolist(self):
-        return self.cpu().tolist()
+    kind: str
+    name: str
+    nbytes: int
+    stream: str
+    label: str | None
+    allocation: int | None
 
 
 class VirtualGPU:
-    """Makes device ``vgpu:0`` usable inside its `with` block, in every thread.
+    """Makes device ``vgpu:0`` usable inside its `with` block.
 
     capacity: bytes, or None for no limit. An allocation beyond it raises torch.OutOfMemoryError, whose attribute
         `requested` is the bytes asked for.
-    live, peak: bytes allocated now, and at most since the start or the last reset_peak().
+    meta: count without computing.
+    pin_limit: bytes of host memory that can be pinned, or None for no limit; beyond it pinning raises RuntimeError.
+    record_ops: note every operator in the record, not only memory, moves and events.
 
-    A tensor that outlives the block stays usable and goes on counting in the ledger of the GPU that made it.
+    live, peak: bytes allocated now, and at most since the start or the last reset_peak(). pinned: bytes of pinned
+        host memory now. record: list of Record, in order.
+
+    A tensor that outlives the block stays usable and goes on counting in the ledger of the GPU that made it. Leaving
+    the block without an exception waits for all streams and raises RaceError if that shows a race.
     """
 
-    def __init__(self, capacity=None):
-        self.capacity = capacity
-        self.live = self.peak = 0
+    def __init__(self, capacity=None, meta=False, *, pin_limit=None, record_ops=False):
+        self.capacity, self.meta, self.pin_limit, self.record_ops = capacity, meta, pin_limit, record_ops
+        self.live = self.peak = self.pinned = 0
+        self.record = []
+        self.timeline = Timeline(self)
+        self._numbers = 0
         self._allocations = weakref.WeakValueDictionary()  # by address of the held storage
+        self._pinned = {}  # bytes by address of the storage
+        self._callbacks = []
         self._lock = threading.RLock()
+        self._local = threading.local()
         self._patches = contextlib.ExitStack()
 
     def __enter__(self):
@@ -111,12 +88,66 @@ class VirtualGPU:
         self._patches.enter_context(_host_side())
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, exception_type, exception, traceback):
         self._patches.close()
         _active.remove(self)
+        if exception is None:
+            self.timeline.synchronize()
 
     def reset_peak(self):
         self.peak = self.live
+
+    @contextlib.contextmanager
+    def label(self, text):
+        """Records and errors of this thread carry this label inside."""
+        before, self._local.label = self.current_label, text
+        try:
+            yield
+        finally:
+            self._local.label = before
+
+    @property
+    def current_label(self):
+        return getattr(self._local, "label", None)
+
+    def on_op(self, callback):
+        """Call `callback(name)` before every operator, copies and attention included. What it raises, that raises."""
+        self._callbacks.append(callback)
+
+    def note(self, kind, name="", nbytes=0, stream=None, allocation=None):
+        stream = stream or self.timeline.current
+        self.record.append(Record(kind, name, nbytes, stream.name, self.current_label, allocation))
+
+    def submit(self, name, reads=(), writes=()):
+        """An operator is about to run on the current stream; raises RaceError, or what a callback raises."""
+        for callback in self._callbacks:
+            callback(name)
+        if self.record_ops:
+            self.note("op", name)
+        with self._lock:
+            self.timeline.submit(name, reads, writes)
+
+    def pin(self, tensor):
+        """Count the memory of a host tensor as pinned, for as long as it lives; returns the tensor."""
+        nbytes, storage = tensor.nbytes, tensor.untyped_storage()
+        if self.pin_limit is not None and self.pinned + nbytes > self.pin_limit:
+            raise RuntimeError(f"cannot pin {nbytes} bytes: {self.pinned} of {self.pin_limit} are pinned")
+        self.pinned += nbytes
+        self._pinned[storage._cdata] = nbytes
+        weakref.finalize(storage, self._unpin, storage._cdata).atexit = False
+        self.note("pin", nbytes=nbytes)
+        return tensor
+
+    def is_pinned(self, tensor):
+        return tensor.untyped_storage()._cdata in self._pinned
+
+    def _unpin(self, address):
+        self.pinned -= self._pinned.pop(address)
+
+    def _count(self):
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
 
     def _allocation_of(self, held):
         storage = held.untyped_storage()
@@ -137,9 +168,20 @@ class VirtualGPU:
             self.live += nbytes
             self.peak = max(self.peak, self.live)
 
-    def _release(self, nbytes):
+    def _release(self, allocation):
         with self._lock:
-            self.live -= nbytes
+            self.live -= allocation.nbytes
+            if allocation.accesses:  # else it was refused
+                self.note("free", nbytes=allocation.nbytes, allocation=allocation.number)
+                self.timeline.freed(allocation.accesses, allocation.stream, allocation.streams)
+
+    def _fresh(self, make, size, *args, **options):
+        """A new tensor from a factory of torch, held as this GPU holds its tensors."""
+        numel = 1
+        for n in size:
+            numel *= n
+        options["device"] = "meta" if self.meta and numel > KNOWN else "cpu"
+        return VirtualTensor(make(size, *args, **options), self)
 
 
 _active = []  # the GPUs whose blocks are open, innermost last
@@ -151,128 +193,7 @@ def _current():
     return _active[-1]
 
 
-# Operators -----------------------------------------------------------------------------------------------------------
-
-
-class _Operator:
-    """What the dispatcher must know of an operator, read once from its schema."""
-
-    def __init__(self, func):
-        self.composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        self.special = _SPECIAL.get(func)
-        self.writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        self.takes_host_tensors = func in _TAKES_HOST_TENSORS
-
-
-_operators = {}
-
-
-def _dispatch(func, args, kwargs):
-    operator = _operators.get(func)
-    if operator is None:
-        operator = _operators[func] = _Operator(func)
-    if operator.special is not None:
-        return operator.special(*args, **kwargs)
-    if operator.composite:  # arrives whole in inference mode only
-        out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-    virtual, host = [], []
-    held_args = [_held(a, virtual, host) for a in args]
-    held_kwargs = {name: _held(a, virtual, host) for name, a in kwargs.items()}
-    if host and not operator.takes_host_tensors:
-        raise RuntimeError(f"{func}: its tensors must be on one device, found {DEVICE} and {host[0].device}")
-    on_device = True
-    if kwargs.get("device") is not None:
-        on_device = kwargs["device"].type == DEVICE.type
-        held_kwargs["device"] = "cpu"
-    out = func(*held_args, **held_kwargs)
-    return _wrap(out, virtual, operator.writes) if on_device else out
-
-
-def _held(value, virtual, host):
-    """`value` with every virtual tensor replaced by the one it holds; tensors seen are added to the two lists."""
-    if isinstance(value, VirtualTensor):
-        virtual.append(value)
-        return value.held
-    if isinstance(value, torch.Tensor):
-        if value.dim():  # a single number may come from the host, as on CUDA
-            host.append(value)
-    elif isinstance(value, (list, tuple)):
-        return [_held(v, virtual, host) for v in value]
-    return value
-
-
-def _wrap(out, virtual, writes):
-    if isinstance(out, torch.Tensor):
-        if writes:
-            for known in virtual:
-                if known.held is out:
-                    _follow(known)
-                    return known
-        return VirtualTensor(out, virtual[0].allocation.gpu)
-    if isinstance(out, (list, tuple)):
-        return type(out)(_wrap(o, virtual, writes) for o in out)
-    return out
-
-
-def _follow(tensor):
-    """Give the wrapper the geometry that an in-place operator gave the tensor it holds."""
-    held = tensor.held
-    if tensor.shape != held.shape or tensor.stride() != held.stride():
-        tensor.allocation.resize(held.untyped_storage().nbytes())
-        with torch._C._DisableTorchDispatch():
-            tensor.as_strided_(held.shape, held.stride(), held.storage_offset())
-
-
-def _copy_(destination, source, non_blocking=False):
-    to_device, from_device = isinstance(destination, VirtualTensor), isinstance(source, VirtualTensor)
-    (destination.held if to_device else destination).copy_(source.held if from_device else source)
-    return destination
-
-
-def _to_copy(source, *, device=None, non_blocking=False, pin_memory=None, **options):
-    out = aten._to_copy.default(source.held, **options)
-    if device is None or device.type == DEVICE.type:
-        return VirtualTensor(out, source.allocation.gpu)
-    return out.to(device)
-
-
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    tensors = [query, key, value, attn_mask]
-    if any(t is not None and not isinstance(t, VirtualTensor) for t in tensors):
-        raise RuntimeError(f"scaled_dot_product_attention: its tensors must all be on {DEVICE}")
-    q, k, v, mask = (None if t is None else t.held for t in tensors)
-    gpu = query.allocation.gpu
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    out = VirtualTensor(out, gpu)
-    if q.dtype in (torch.float32, torch.float64):
-        scores = q.shape[:-1].numel() * k.shape[-2] * q.element_size()
-        gpu._reserve(scores, scores)
-        gpu._release(scores)
-    return out
-
-
-_SPECIAL = {
-    aten.copy_.default: _copy_,
-    aten._to_copy.default: _to_copy,
-    aten.scaled_dot_product_attention.default: _attention,
-}
-_TAKES_HOST_TENSORS = {  # indices may be on the host
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
-}
-
-
-# The device type -----------------------------------------------------------------------------------------------------
+# The device type
 
 
 class _DeviceModule:
@@ -307,12 +228,44 @@ class _DeviceModule:
         pass
 
     @staticmethod
-    def synchronize(device=None):
-        pass
+    def get_amp_supported_dtype():
+        return [torch.bfloat16, torch.float16]
 
     @staticmethod
     def empty_cache():
         pass
+
+    @staticmethod
+    def synchronize(device=None):
+        _current().timeline.synchronize()
+
+    @staticmethod
+    def Stream(device=None, priority=0):
+        return _current().timeline.new_stream()
+
+    @staticmethod
+    def Event(enable_timing=False, blocking=False, interprocess=False):
+        return Event(_current())
+
+    @staticmethod
+    def current_stream(device=None):
+        return _current().timeline.current
+
+    @staticmethod
+    def default_stream(device=None):
+        return _current().timeline.default
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stream(stream):
+        """Submit this thread's work to that stream inside; None changes nothing."""
+        timeline = _current().timeline
+        before = timeline.current
+        timeline.current = stream or before
+        try:
+            yield
+        finally:
+            timeline.current = before
 
     @staticmethod
     def memory_allocated(device=None):
@@ -337,53 +290,70 @@ class _DeviceModule:
         return capacity - gpu.live, capacity
 
 
-_setup_privateuseone_for_python_backend("vgpu", backend_module=_DeviceModule)
-DEVICE = torch.device("vgpu:0")
+_setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_DeviceModule)
+DEVICE = VirtualGPU.device = torch.device(DEVICE_TYPE, 0)
 _library = torch.library.Library(
     "aten", "IMPL"
 )  # factories reach the device here, everything else as a wrapper
+virtual_autocast.register(_library, DEVICE_TYPE)
 
 
-def _kernel(name, *keys):
-    def register(function):
-        for key in keys:
-            _library.impl(name, function, key)
-        return function
-
-    return register
-
-
-@_kernel("empty_strided", "PrivateUse1")
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-    return VirtualTensor(torch.empty_strided(size, stride, dtype=dtype), _current())
+    return _current()._fresh(torch.empty_strided, size, stride, dtype=dtype)
 
 
-@_kernel("empty.memory_format", "PrivateUse1")
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return VirtualTensor(
-        torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format), _current()
-    )
+    memory_format = memory_format or torch.contiguous_format
+    return _current()._fresh(torch.empty, size, dtype=dtype, memory_format=memory_format)
 
 
-@_kernel("_copy_from", "PrivateUse1")
 def _copy_from(source, destination, non_blocking=False):
-    return _copy_(destination, source, non_blocking)
+    return copy_(destination, source, non_blocking)
 
 
-_kernel("scaled_dot_product_attention", "AutogradPrivateUse1")(_attention)
+_library.impl("empty_strided", _empty_strided, "PrivateUse1")
+_library.impl("empty.memory_format", _empty, "PrivateUse1")
+_library.impl("_copy_from", _copy_from, "PrivateUse1")
+_library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+
+
+# The host
 
 
 @contextlib.contextmanager
 def _host_side():
-    """What must change on the host while a virtual GPU is there, so that parameters move in place as on CUDA."""
-    swap_was, data_was = torch.__future__.get_swap_module_params_on_conversion(), torch.Tensor.data
+    """What must change on the host while a virtual GPU is there.
+
+    Parameters move to the device and back in place, as with CUDA, and memory can be pinned.
+    """
+    swap_was = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.Tensor.data = property(_get_data, _set_data)
+    patches = {(torch.Tensor, "data"): property(_get_data, _set_data)}
+    patches[torch.Tensor, "pin_memory"] = lambda tensor, device=None: _current().pin(tensor.clone())
+    patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: _current().is_pinned(tensor)
+    for name in ("empty", "empty_like", "zeros"):
+        patches[torch, name] = _pinning(getattr(torch, name))
+    before = {key: getattr(*key) for key in patches}
+    for key, value in patches.items():
+        setattr(*key, value)
     try:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap_was)
-        torch.Tensor.data = data_was
+        for key, value in before.items():
+            setattr(*key, value)
+
+
+def _pinning(factory):
+    def make(*args, pin_memory=False, **kwargs):
+        if not pin_memory:
+            return factory(*args, **kwargs)
+        gpu = _current()
+        if gpu.meta:
+            kwargs["device"] = "meta"
+        return gpu.pin(factory(*args, **kwargs))
+
+    return make
 
 
 _plain_data = torch.Tensor.data
@@ -401,3 +371,5 @@ def _set_data(tensor, value):
     if isinstance(tensor, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
     torch.utils.swap_tensors(tensor, value)
+    for name in vars(value).keys() - {"held", "allocation"}:  # what else was set on the tensor stays on it
+        setattr(tensor, name, getattr(value, name))

@@ -126,7 +126,7 @@ def test_out_of_memory():
         assert gpu.live == 3072
         del kept
         kept = torch.zeros(1024, device="vgpu")
-        assert gpu.live == 4096
+        assert gpu.live == 4096 == kept.nbytes
 
 
 def test_out_of_memory_in_a_module_leaves_nothing_behind():

@@ -1,0 +1,246 @@
+"""Streams, events and pinned memory of the virtual GPU: who may rely on what having happened.
+
+The virtual GPU runs every operator at once, in the order of submission; a real one only promises the order that
+streams and events establish. So each stream, each event and the host keep a vector clock, each storage keeps its
+latest accesses by range of bytes, and an access that nothing orders after a conflicting earlier one raises
+RaceError, although its values happen to be right here. A tensor's birth counts as a write by the stream that made
+it, since its memory may have been in use there just before; likewise a tensor must not be freed while a stream that
+did not make it may still use it, unless record_stream told so.
+
+Host memory that an asynchronous copy reads is compared, once the host knows that the copy is done, with what it was
+when the copy was submitted; host memory that one writes gets its values only then.
+
+The host is one actor: threads are expected to order themselves.
+"""
+
+import threading
+import zlib
+from typing import NamedTuple
+
+import torch
+
+
+class RaceError(RuntimeError):
+    """Two accesses to the same memory, one of them a write, that no stream, event or synchronisation orders."""
+
+
+class Access(NamedTuple):
+    """Work number `tick` of `stream` touched bytes `begin` to `end` of a storage."""
+
+    stream: "Stream"
+    tick: int
+    begin: int
+    end: int
+    writes: bool
+    name: str
+    label: str | None
+
+    def __str__(self):
+        label = f" ({self.label})" if self.label else ""
+        verb = "writes" if self.writes else "reads"
+        return f"{self.name}{label} on {self.stream}, which {verb} {self.end - self.begin} bytes"
+
+
+class Stream:
+    """Work in order of submission, unordered against other streams but for events. As torch.cuda.Stream."""
+
+    def __init__(self, gpu, name):
+        self.gpu = gpu
+        self.name = name
+        self.clock = {self: 0}  # per stream, the last work that happens before what this stream does next
+
+    def __repr__(self):
+        return self.name
+
+    def wait_event(self, event):
+        self.gpu.note("wait_event", name=event.name, stream=self)
+        merge(self.clock, event.clock)
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def record_event(self, event=None):
+        event = Event(self.gpu) if event is None else event
+        event.record(self)
+        return event
+
+    def synchronize(self):
+        self.gpu.timeline.host_learns(self.clock)
+
+    def query(self):
+        self.synchronize()
+        return True
+
+
+class Event:
+    """A point in a stream's work. As torch.cuda.Event, without timing. A query finds the work done."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.clock = {}
+        gpu.timeline.events += 1
+        self.name = f"event {gpu.timeline.events}"
+
+    def record(self, stream=None):
+        stream = stream or self.gpu.timeline.current
+        self.clock = dict(stream.clock)
+        self.gpu.note("record_event", name=self.name, stream=stream)
+
+    def wait(self, stream=None):
+        (stream or self.gpu.timeline.current).wait_event(self)
+
+    def synchronize(self):
+        self.gpu.timeline.host_learns(self.clock)
+
+    def query(self):
+        self.synchronize()
+        return True
+
+
+class HostCopy:
+    """A copy between pinned host memory and the device of which the host does not know yet that it is done."""
+
+    def __init__(self, access, source=None, destination=None, values=None):
+        self.access = access
+        self.source, self.digest = source, None if source is None else digest(source)
+        self.destination, self.values = destination, values
+
+    def check(self):
+        if self.source is not None and digest(self.source) != self.digest:
+            raise RaceError(f"the host overwrote pinned memory still being read by {self.access}")
+
+    def finish(self):
+        if self.destination is not None:
+            with torch.no_grad():
+                self.destination.copy_(self.values)
+
+
+class Timeline:
+    """The clocks of one virtual GPU and the check of every access against them."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.default = Stream(gpu, "default stream")
+        self.streams = [self.default]
+        self.events = 0  # made so far
+        self.host = {}  # the clock of what the host knows to be done
+        self.copies = []  # every HostCopy under way, oldest first
+        self.fault = None  # what happened where nothing can be raised, to be raised at the next chance
+        self._local = threading.local()
+
+    @property
+    def current(self):
+        return getattr(self._local, "stream", self.default)
+
+    @current.setter
+    def current(self, stream):
+        self._local.stream = stream
+
+    def new_stream(self):
+        self.streams.append(Stream(self.gpu, f"stream {len(self.streams)}"))
+        return self.streams[-1]
+
+    def submit(self, name, reads=(), writes=()):
+        """Put work on the current stream; `reads` and `writes` are tensors on the device.
+
+        Raises RaceError when a conflicting access does not happen before it.
+        """
+        self.raise_fault()
+        stream = self.current
+        clock = stream.clock
+        if self.host:
+            merge(clock, self.host)
+        clock[stream] = tick = clock[stream] + 1
+        label = self.gpu.current_label
+        for tensors, writing in ((reads, False), (writes, True)):
+            for tensor in tensors:
+                allocation = tensor.allocation
+                access = Access(stream, tick, *span(tensor.held), writing, name, label)
+                allocation.accesses = _checked(allocation.accesses, access, clock)
+
+    def birth(self, nbytes, name):
+        """The first access to a new storage of that many bytes."""
+        return self._now(name, nbytes, writes=True)
+
+    def freed(self, accesses, owner, recorded):
+        """A storage made on stream `owner` is gone; `recorded` are the streams named by record_stream."""
+        for access in accesses:
+            tick, stream = access.tick, access.stream
+            known = stream is owner or stream in recorded
+            if not known and tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
+                self.fault = f"memory of {owner} was freed while nothing orders it after {access}"
+
+    def reads_host(self, name, source):
+        """An asynchronous copy from pinned memory was just submitted."""
+        same = [c for c in self.copies if c.source is not None and c.source.data_ptr() == source.data_ptr()]
+        for old in same:
+            old.check()
+            if old.access.stream is self.current and old.source.nbytes <= source.nbytes:
+                self.copies.remove(old)  # the new one watches the same memory for longer
+        self.copies.append(HostCopy(self._now(name, source.nbytes, False), source))
+
+    def writes_host(self, name, destination, values):
+        """An asynchronous copy of `values` to pinned memory was just submitted."""
+        access = self._now(name, destination.nbytes, True)
+        self.copies.append(HostCopy(access, destination=destination, values=values))
+
+    def _now(self, name, nbytes, writes):
+        stream = self.current
+        return Access(stream, stream.clock[stream], 0, nbytes, writes, name, self.gpu.current_label)
+
+    def host_learns(self, clock):
+        """The host waited for everything in `clock`."""
+        for copy in self.copies:
+            copy.check()
+        merge(self.host, clock)
+        done = [c for c in self.copies if c.access.tick <= self.host.get(c.access.stream, 0)]
+        self.copies = [c for c in self.copies if c not in done]
+        for copy in done:
+            copy.finish()
+
+    def synchronize(self):
+        for stream in self.streams:
+            stream.synchronize()
+        self.raise_fault()
+
+    def raise_fault(self):
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise RaceError(fault)
+
+
+def merge(clock, other):
+    for stream, tick in other.items():
+        if tick > clock.get(stream, 0):
+            clock[stream] = tick
+
+
+def span(tensor):
+    """The first byte of its storage that a tensor covers and the one after the last."""
+    begin = tensor.storage_offset() * tensor.itemsize
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
+def digest(tensor):
+    return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _checked(earlier, access, clock):
+    stream, _, begin, end, writing, _, _ = access
+    kept = []
+    for old in earlier:
+        if (
+            old.begin < end
+            and begin < old.end
+            and (writing or old.writes)
+            and old.tick > clock.get(old.stream, 0)
+        ):
+            raise RaceError(f"nothing orders {access}, after {old}")
+        inside = begin <= old.begin and old.end <= end
+        if not (inside and (writing or (old.stream is stream and not old.writes))):
+            kept.append(old)
+    kept.append(access)
+    return kept

@@ -1,0 +1,345 @@
+"""Tensors of the virtual GPU: what they hold, what their storages count, and how operators run on them."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+aten = torch.ops.aten
+DEVICE_TYPE = "vgpu"
+ROUNDING = 512  # bytes; the granularity of CUDA's caching allocator
+KNOWN = 4096  # elements; on a GPU that holds meta tensors, those up to this size can keep their values
+
+
+class Allocation:
+    """The bytes of one storage on the device; given back when the last tensor that shares it is gone."""
+
+    __slots__ = (
+        "__weakref__",
+        "accesses",
+        "former",
+        "gpu",
+        "nbytes",
+        "number",
+        "storage",
+        "stream",
+        "streams",
+    )
+
+    def __init__(self, gpu, storage):
+        self.gpu = gpu
+        self.storage = storage  # keeps the address, by which the ledger knows it, taken
+        self.former = None  # the storage with values, when they are known no more
+        self.stream = gpu.timeline.current
+        self.streams = {self.stream}  # those that record_stream named, and the one that allocated
+        self.nbytes = 0
+        self.accesses = []
+        self.number = gpu._count()
+        self.resize(storage.nbytes())
+        self.accesses.append(gpu.timeline.birth(storage.nbytes(), "allocation"))
+        gpu.note("alloc", nbytes=self.nbytes, allocation=self.number)
+
+    def resize(self, requested):
+        rounded = -(-requested // ROUNDING) * ROUNDING
+        self.gpu._reserve(rounded - self.nbytes, requested)
+        self.nbytes = rounded
+
+    def __del__(self):
+        self.gpu._release(self)
+
+
+class VirtualTensor(torch.Tensor):
+    """A tensor on the virtual device. `held` is the CPU or meta tensor in it, `allocation` counts its storage."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held, gpu):
+        allocation = gpu._allocation_of(held)
+        wrapper = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=gpu.device,
+            storage_size=allocation.storage.nbytes() or 2**62,  # an empty one may grow later, as out=
+        )
+        wrapper.held = held
+        wrapper.allocation = allocation
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _dispatch(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"VirtualTensor({self.held}, device='{self.device}')"
+
+    def numpy(self, *, force=False):
+        if not force:
+            raise TypeError(f"a tensor on {self.device} has no numpy array: call .cpu() first")
+        return self.detach().cpu().numpy()
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def record_stream(self, stream):
+        self.allocation.streams.add(stream)
+        self.allocation.gpu.note("record_stream", stream=stream, allocation=self.allocation.number)
+
+    @property
+    def known(self):
+        """Whether the held values are real: always so unless the GPU holds meta tensors."""
+        return self.allocation.former is None and not self.held.is_meta and self.held.numel() <= KNOWN
+
+    def forget(self):
+        """Hold a meta tensor from now on, and so does every tensor that shares the storage."""
+        allocation = self.allocation
+        if allocation.former is None and not self.held.is_meta:
+            allocation.former = allocation.storage
+            allocation.storage = torch.UntypedStorage(allocation.former.nbytes(), device="meta")
+            allocation.gpu._allocations[allocation.storage._cdata] = allocation
+        if not self.held.is_meta:
+            empty = torch.empty(0, dtype=self.held.dtype, device="meta")
+            geometry = self.held.storage_offset(), self.held.shape, self.held.stride()
+            self.held = empty.set_(allocation.storage, *geometry)
+
+
+class _Operator:
+    """What the dispatcher must know of an operator, read once from its schema."""
+
+    def __init__(self, func):
+        self.name = func.name()
+        self.special = _SPECIAL.get(func)
+        self.composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        )
+        self.takes_host_tensors = func in _TAKES_HOST_TENSORS
+        self.needs_values = bool(
+            {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags)
+        )
+        aliases = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
+        self.written = [(i, name) for i, name, alias in aliases if alias.is_write]
+        self.is_view = bool(aliases) and not self.written
+
+    def writes(self, args, kwargs):
+        """The tensors that a call with these arguments writes."""
+        found = []
+        for i, name in self.written:
+            _collect(args[i] if i < len(args) else kwargs.get(name), found, [])
+        return found
+
+
+_operators = {}
+
+
+def _dispatch(func, args, kwargs):
+    operator = _operators.get(func)
+    if operator is None:
+        operator = _operators[func] = _Operator(func)
+    if operator.special is not None:
+        return operator.special(*args, **kwargs)
+    if operator.composite:  # arrives whole in inference mode only
+        out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return _run(operator, func, args, kwargs)
+
+
+def _run(operator, func, args, kwargs):
+    virtual, host = [], []
+    _collect(args, virtual, host)
+    if kwargs:
+        _collect(kwargs.values(), virtual, host)
+    if host and not operator.takes_host_tensors:
+        raise RuntimeError(
+            f"{operator.name}: its tensors must be on one device, found {virtual[0].device} and {host[0].device}"
+        )
+    gpu = virtual[0].allocation.gpu
+    writes = operator.writes(args, kwargs) if operator.written else ()
+    if not operator.is_view:
+        gpu.submit(
+            operator.name,
+            [v for v in virtual if not any(v is w for w in writes)] if writes else virtual,
+            writes,
+        )
+    on_device = kwargs.get("device") is None or kwargs["device"].type == DEVICE_TYPE
+    if gpu.meta and not operator.is_view:
+        out = _meta_result(operator, func, args, kwargs, virtual, writes, on_device)
+    else:
+        out = func(*_held(args), **_held_kwargs(kwargs, "cpu"))
+    return _wrap(out, virtual, writes) if on_device else out
+
+
+def _meta_result(operator, func, args, kwargs, virtual, writes, on_device):
+    """Run on meta tensors, or on the values if all are known and the result is small."""
+    known = all(v.known for v in virtual)
+    if not (known and (writes or operator.needs_values)):
+        for tensor in writes:
+            tensor.forget()
+        out = func(*_held(args, meta=True), **_held_kwargs(kwargs, "meta" if on_device else "cpu", meta=True))
+        outputs = out if isinstance(out, (list, tuple)) else [out]
+        if not known or any(isinstance(o, torch.Tensor) and o.numel() > KNOWN for o in outputs):
+            return out
+    return func(*_held(args), **_held_kwargs(kwargs, "cpu"))
+
+
+def _collect(values, virtual, host):
+    """Add the tensors on the device, and those on the host that an operator on the device may not take, to lists."""
+    if isinstance(values, VirtualTensor):
+        virtual.append(values)
+    elif isinstance(values, torch.Tensor):
+        if values.dim():  # a single number may come from the host, as on CUDA
+            host.append(values)
+    elif isinstance(values, (list, tuple, type({}.values()))):
+        for value in values:
+            if isinstance(value, (torch.Tensor, list, tuple)):
+                _collect(value, virtual, host)
+
+
+def _held(value, meta=False):
+    """`value` with the held tensor in place of every tensor on the device; as meta tensors if so asked."""
+    if isinstance(value, VirtualTensor):
+        if value.allocation.former is not None:
+            value.forget()
+        return value.held.to("meta") if meta else value.held
+    if isinstance(value, (list, tuple)):
+        return [_held(v, meta) for v in value]
+    if meta and isinstance(value, torch.Tensor):
+        return value.to("meta")
+    return value
+
+
+def _held_kwargs(kwargs, device, meta=False):
+    if not kwargs:
+        return kwargs
+    held = {name: _held(value, meta) for name, value in kwargs.items()}
+    if held.get("device") is not None:
+        held["device"] = device
+    return held
+
+
+def _wrap(out, virtual, writes):
+    if isinstance(out, torch.Tensor):
+        for known in writes:
+            if known.held is out:
+                _follow(known)
+                return known
+        return VirtualTensor(out, virtual[0].allocation.gpu)
+    if isinstance(out, (list, tuple)):
+        return type(out)(_wrap(o, virtual, writes) for o in out)
+    return out
+
+
+def _follow(tensor):
+    """Give the wrapper the geometry that an in-place operator gave the tensor it holds."""
+    held = tensor.held
+    if tensor.shape != held.shape or tensor.stride() != held.stride():
+        tensor.allocation.resize(held.untyped_storage().nbytes())
+        with torch._C._DisableTorchDispatch():
+            tensor.as_strided_(held.shape, held.stride(), held.storage_offset())
+
+
+def copy_(destination, source, non_blocking=False):
+    if not isinstance(destination, VirtualTensor):
+        return _copy_out(destination, source, non_blocking)
+    gpu = destination.allocation.gpu
+    from_device = isinstance(source, VirtualTensor)
+    gpu.submit("copy_", [source] if from_device else (), [destination])
+    if not gpu.meta or (destination.known and (source.known if from_device else not source.is_meta)):
+        _held(destination).copy_(_held(source))
+    else:
+        destination.forget()
+    if not from_device:
+        gpu.note("copy_in", nbytes=destination.nbytes, allocation=destination.allocation.number)
+        if not non_blocking:
+            gpu.timeline.current.synchronize()
+        elif gpu.is_pinned(source) and not source.is_meta:
+            gpu.timeline.reads_host("copy_in", source)
+    return destination
+
+
+def _copy_out(destination, source, non_blocking=False, pinned=False):
+    """Copy to the host; asynchronously if non_blocking and the destination is pinned."""
+    gpu = source.allocation.gpu
+    gpu.submit("copy_", [source])
+    gpu.note("copy_out", nbytes=source.nbytes, allocation=source.allocation.number)
+    late = non_blocking and (pinned or gpu.is_pinned(destination))
+    if not late:
+        gpu.timeline.current.synchronize()
+    if destination.is_meta or (gpu.meta and not source.known):
+        return destination
+    if late:
+        gpu.timeline.writes_host("copy_out", destination, _held(source).clone())
+    else:
+        destination.copy_(_held(source))
+    return destination
+
+
+def _to_copy(source, *, device=None, non_blocking=False, pin_memory=None, **options):
+    func = aten._to_copy.default
+    if device is None or device.type == DEVICE_TYPE:
+        return _run(_TO_COPY, func, (source,), options)
+    geometry = func(
+        torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta"), **options
+    )
+    if device.type == "meta":
+        return geometry
+    return _copy_out(_host_zeros(geometry), source, non_blocking, pinned=True)
+
+
+def _host_zeros(like):
+    """Zeros on the host with the geometry of a meta tensor, which take no memory until they are touched."""
+    flat = torch.from_numpy(np.zeros(like.untyped_storage().nbytes(), np.uint8)).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _item(source):
+    gpu = source.allocation.gpu
+    gpu.submit("item", [source])
+    gpu.timeline.current.synchronize()
+    if gpu.meta and not source.known:
+        return torch.zeros((), dtype=source.dtype).item()
+    return _held(source).item()
+
+
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    tensors = [t for t in (query, key, value, attn_mask) if t is not None]
+    if not all(isinstance(t, VirtualTensor) for t in tensors):
+        raise RuntimeError(f"scaled_dot_product_attention: its tensors must all be on {DEVICE_TYPE}")
+    gpu = query.allocation.gpu
+    gpu.submit("scaled_dot_product_attention", tensors)
+    fused = query.dtype in (torch.float16, torch.bfloat16)
+    if gpu.meta:
+        out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="meta")
+        if fused:  # such kernels keep the query's layout
+            q = query.held.to("meta")
+            out = torch.empty_like(q) if out.shape == q.shape else out.mT.contiguous().mT
+    else:
+        q, k, v, mask = _held((query, key, value, attn_mask))
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    out = VirtualTensor(out, gpu)
+    if not fused:
+        scores = query.shape[:-1].numel() * key.shape[-2] * query.element_size()
+        gpu._reserve(scores, scores)
+        gpu._reserve(-scores, 0)
+    return out
+
+
+_SPECIAL = {
+    aten.copy_.default: copy_,
+    aten._to_copy.default: _to_copy,
+    aten._local_scalar_dense.default: _item,
+    aten.scaled_dot_product_attention.default: attention,
+}
+_TAKES_HOST_TENSORS = {  # indices may be on the host
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+_TO_COPY = _Operator(aten._to_copy.default)
