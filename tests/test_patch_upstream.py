@@ -1,0 +1,260 @@
+"""The patches on the real thing: needs a checkout of upstream at BASE, named by WAN_UPSTREAM.
+
+The pipelines run at toy size on the virtual GPU, each tree in a process of its own (tests/upstream/driver.py).
+"""
+
+import functools
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.virtual_gpu import VirtualGPU
+
+ROOT = Path(__file__).parent.parent
+PATCHES = ROOT / "patches"
+SERIES = (PATCHES / "series").read_text().split()
+TASKS = ["t2v", "i2v", "flf2v", "vace"]
+FLAGS = [{}, {"vae_cpu": True}, {"t5_cpu": True}, {"vae_cpu": True, "t5_cpu": True}]
+
+pytestmark = pytest.mark.skipif(
+    "WAN_UPSTREAM" not in os.environ, reason="WAN_UPSTREAM names no checkout of upstream"
+)
+
+
+def apply(*arguments):
+    command = [sys.executable, "-B", PATCHES / "apply.py", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def contents(tree):
+    return {file.relative_to(tree): file.read_bytes() for file in tree.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    """A copy of upstream's code, unpatched, as an unpacked download would have it."""
+    tree = tmp_path_factory.mktemp("upstream") / "Wan2.1"
+    ignored = shutil.ignore_patterns(".git", "assets", "examples", "__pycache__")
+    shutil.copytree(os.environ["WAN_UPSTREAM"], tree, ignore=ignored)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def patched(upstream, tmp_path_factory):
+    tree = Path(shutil.copytree(upstream, tmp_path_factory.mktemp("patched") / "Wan2.1"))
+    apply(tree)
+    return tree
+
+
+def test_clone_and_back(tmp_path):
+    tree = Path(shutil.copytree(os.environ["WAN_UPSTREAM"], tmp_path / "clone"))
+    status = ["git", "-C", tree, "status", "--porcelain", "--untracked-files=all"]
+    before = subprocess.run(status, check=True, capture_output=True).stdout
+    apply(tree)
+    assert subprocess.run(status, check=True, capture_output=True).stdout != before
+    apply("--reverse", tree)
+    assert subprocess.run(status, check=True, capture_output=True).stdout == before
+
+
+def test_download_and_back(upstream, patched, tmp_path):
+    tree = Path(shutil.copytree(patched, tmp_path / "Wan2.1"))
+    assert contents(tree) != contents(upstream)
+    apply("--reverse", tree)
+    assert contents(tree) == contents(upstream)
+
+
+def test_plain_git_apply_gives_the_same_tree(upstream, patched, tmp_path):
+    tree = Path(shutil.copytree(upstream, tmp_path / "Wan2.1"))
+    for name in SERIES:
+        subprocess.run(["git", "apply", "--unidiff-zero", PATCHES / name], cwd=tree, check=True)
+    assert contents(tree) == contents(patched)
+
+
+def test_merged_with_other_changes(tmp_path):
+    tree = Path(shutil.copytree(os.environ["WAN_UPSTREAM"], tmp_path / "clone"))
+    file = tree / "wan/vace.py"
+    before = file.read_bytes()
+    first, rest = before.split(b"\n", 1)
+    file.write_bytes(first + b"\nMINE = 1\n" + rest)
+    assert "wan/vace.py: put in, merged with other changes" in apply(tree)
+    with_both = file.read_bytes()
+    file.write_bytes(before)
+    apply(tree)
+    assert with_both == file.read_bytes().replace(first + b"\n", first + b"\nMINE = 1\n", 1)
+
+
+# The VAE alone
+
+
+@pytest.fixture
+def make_vae(patched, tmp_path):
+    """make_vae() builds the patched WanVAE, narrow and with random weights, on the virtual GPU."""
+    spec = importlib.util.spec_from_file_location("patched_vae", patched / "wan/modules/vae.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = module.WanVAE_(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    torch.manual_seed(0)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.save(network.state_dict(), tmp_path / "vae.pth")
+    module._video_vae = functools.partial(module._video_vae, dim=8)
+    return functools.partial(module.WanVAE, vae_pth=tmp_path / "vae.pth", device=torch.device("vgpu:0"))
+
+
+def places(vae):
+    return {tensor.device.type for tensor in [*vae.model.parameters(), vae.mean, vae.std, *vae.scale]}
+
+
+def nbytes(*modules):
+    return sum(-(-weight.nbytes // 512) * 512 for module in modules for weight in module.parameters())
+
+
+VIDEO = torch.linspace(-1, 1, 3 * 5 * 32 * 32).reshape(3, 5, 32, 32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", ["encode", "decode"])
+def test_half_of_the_vae_visits_the_gpu(make_vae, call):
+    argument = VIDEO if call == "encode" else torch.linspace(-1, 1, 16 * 2 * 4 * 4).reshape(16, 2, 4, 4)
+    with VirtualGPU() as gpu:
+        vae, peaks, results = make_vae(), [], []
+        needed, other = (vae.model.encoder, vae.model.conv1), (vae.model.decoder, vae.model.conv2)
+        if call == "decode":
+            needed, other = other, needed
+        assert gpu.live == nbytes(vae.model) + 3 * 512
+        for offload in False, True:
+            if offload:
+                vae.enable_cpu_offload()
+                assert gpu.live == 0 and places(vae) == {"cpu"}
+            home = [weight.data_ptr() for weight in vae.model.parameters()]
+            gpu.reset_peak()
+            (result,) = getattr(vae, call)([argument.to("vgpu")])
+            peaks.append(gpu.peak)
+            assert result.device.type == "vgpu"
+            results.append(result.cpu())
+            del result
+        assert torch.equal(*results)
+        assert peaks[0] - peaks[1] == nbytes(*other) - 512  # mean is scale[0] too, and visits as two tensors
+        assert gpu.live == 0 and places(vae) == {"cpu"}
+        assert home == [weight.data_ptr() for weight in vae.model.parameters()], "nothing is copied back"
+        assert not any(weight.requires_grad for weight in vae.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_stays_on_the_gpu_after_an_exception(make_vae):
+    with VirtualGPU() as gpu:
+        vae = make_vae()
+        vae.enable_cpu_offload()
+        video = VIDEO.to("vgpu")
+        idle = gpu.live
+        (expected,) = vae.encode([video])
+        expected = expected.cpu()
+        gpu.reset_peak()
+        vae.encode([video])
+        peak = gpu.peak
+        for capacity in range(idle, peak, (peak - idle) // 7):
+            gpu.capacity = capacity
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                vae.encode([video])
+            del caught
+            gc.collect()  # the error and its frames hold each other
+            assert gpu.live == idle and places(vae) == {"cpu"}
+        gpu.capacity = peak
+        assert torch.equal(vae.encode([video])[0].cpu(), expected)
+
+
+# The pipelines
+
+
+@pytest.fixture(scope="module")
+def run(upstream, patched, tmp_path_factory):
+    """run(tree, task, **flags) runs a pipeline of the upstream or the patched tree; results are kept."""
+    sys.path.insert(0, str(ROOT / "tests" / "upstream"))
+    import driver
+
+    from wan.tiny import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    ramp = np.arange(80 * 120 * 3, dtype=np.uint32).reshape(80, 120, 3)
+    for number in 1, 2:
+        Image.fromarray((ramp // (100 * number) % 256).astype(np.uint8)).save(folder / f"{number}.png")
+    shared = {"frame_num": 5, "sampling_steps": 2}
+    area = {"max_area": 96 * 128}
+    calls = {
+        "t2v": {**shared, "size": (128, 96)},
+        "i2v": {**shared, **area, "img": str(folder / "1.png")},
+        "flf2v": {
+            **shared,
+            **area,
+            "first_frame": str(folder / "1.png"),
+            "last_frame": str(folder / "2.png"),
+        },
+        "vace": shared,
+    }
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.rand(3, 5, 96, 128, generator=generator) * 2 - 1
+    mask = (torch.rand(1, 5, 96, 128, generator=generator) > 0.5).float()
+    vace = {"frames": frames, "mask": mask, "ref_0": frames[:, :1].flip(-1)}
+
+    @functools.cache
+    def run(tree, task, vae_cpu=False, t5_cpu=False, capacity=None, offload_model=True):
+        checkpoint = folder / task
+        if not checkpoint.exists():
+            write_checkpoint(checkpoint, f"{task}-tiny")
+        init = {"t5_cpu": t5_cpu} | ({"vae_cpu": True} if vae_cpu else {})
+        return driver.run(
+            {"upstream": upstream, "patched": patched}[tree],
+            task,
+            checkpoint,
+            init=init,
+            call={**calls[task], "offload_model": offload_model},
+            inputs=vace if task == "vace" else None,
+            device=os.environ.get("D", "vgpu"),
+            capacity=capacity,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "+".join(flags) or "none")
+@pytest.mark.parametrize("task", TASKS)
+def test_same_bits(run, task, flags):
+    expected, result = run("upstream", task), run("patched", task, **flags)
+    assert expected.video.isfinite().all() and expected.video.std() > 0.01
+    assert torch.equal(result.latents, expected.latents)
+    assert torch.equal(result.video, expected.video)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_flags_and_offload_memory_is_as_before(run, task):
+    expected = run("upstream", task, offload_model=False)
+    result = run("patched", task, offload_model=False)
+    assert torch.equal(result.video, expected.video)
+    assert result.report == expected.report
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_memory(run, task):
+    """T5 gets the room that it lacked: out of memory in the text stage becomes a finished run."""
+    before = run("upstream", task).report
+    none, vae_cpu, t5_cpu, both = (run("patched", task, **flags).report for flags in FLAGS)
+    assert before["stages"]["text"] > none["stages"]["text"] > vae_cpu["stages"]["text"]
+    assert before["peak_bytes"] >= none["peak_bytes"] > vae_cpu["peak_bytes"] >= both["peak_bytes"]
+    assert none["peak_bytes"] > t5_cpu["peak_bytes"] >= both["peak_bytes"]
+    assert both["live_bytes"] < both["peak_bytes"]
+
+    capacity = vae_cpu["peak_bytes"]
+    out_of_memory = run("upstream", task, capacity=capacity).report["out_of_memory"]
+    assert out_of_memory is not None and out_of_memory["stage"] == "text"
+    finished = run("patched", task, capacity=capacity, vae_cpu=True)
+    assert finished.report["out_of_memory"] is None
+    assert torch.equal(finished.video, run("upstream", task).video)
