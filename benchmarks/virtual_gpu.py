@@ -30,6 +30,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from benchmarks import virtual_autocast
@@ -331,6 +332,7 @@ def _host_side():
     patches = {(torch.Tensor, "data"): property(_get_data, _set_data)}
     patches[torch.Tensor, "pin_memory"] = lambda tensor, device=None: _current().pin(tensor.clone())
     patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: _current().is_pinned(tensor)
+    _device_constructors()  # `with torch.device(...)` finds the factories by identity, as they are when first listed
     for name in ("empty", "empty_like", "zeros"):
         patches[torch, name] = _pinning(getattr(torch, name))
     before = {key: getattr(*key) for key in patches}
