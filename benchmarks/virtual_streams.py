@@ -13,6 +13,7 @@ when the copy was submitted; host memory that one writes gets its values only th
 The host is one actor: threads are expected to order themselves.
 """
 
+import functools
 import threading
 import zlib
 from typing import NamedTuple
@@ -22,6 +23,17 @@ import torch
 
 class RaceError(RuntimeError):
     """Two accesses to the same memory, one of them a write, that no stream, event or synchronisation orders."""
+
+
+def _exclusive(method):
+    """One thread at a time: clocks and the list of copies under way are shared by all."""
+
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self.gpu._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class Access(NamedTuple):
@@ -52,6 +64,7 @@ class Stream:
     def __repr__(self):
         return self.name
 
+    @_exclusive
     def wait_event(self, event):
         self.gpu.note("wait_event", name=event.name, stream=self)
         merge(self.clock, event.clock)
@@ -81,6 +94,7 @@ class Event:
         gpu.timeline.events += 1
         self.name = f"event {gpu.timeline.events}"
 
+    @_exclusive
     def record(self, stream=None):
         stream = stream or self.gpu.timeline.current
         self.clock = dict(stream.clock)
@@ -105,9 +119,9 @@ class HostCopy:
         self.source, self.digest = source, None if source is None else digest(source)
         self.destination, self.values = destination, values
 
-    def check(self):
-        if self.source is not None and digest(self.source) != self.digest:
-            raise RaceError(f"the host overwrote pinned memory still being read by {self.access}")
+    @property
+    def disturbed(self):
+        return self.source is not None and digest(self.source) != self.digest
 
     def finish(self):
         if self.destination is not None:
@@ -170,28 +184,36 @@ class Timeline:
             if not known and tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
                 self.fault = f"memory of {owner} was freed while nothing orders it after {access}"
 
+    @_exclusive
     def reads_host(self, name, source):
         """An asynchronous copy from pinned memory was just submitted."""
         same = [c for c in self.copies if c.source is not None and c.source.data_ptr() == source.data_ptr()]
+        self._check(same)
         for old in same:
-            old.check()
             if old.access.stream is self.current and old.source.nbytes <= source.nbytes:
                 self.copies.remove(old)  # the new one watches the same memory for longer
         self.copies.append(HostCopy(self._now(name, source.nbytes, False), source))
 
+    @_exclusive
     def writes_host(self, name, destination, values):
         """An asynchronous copy of `values` to pinned memory was just submitted."""
         access = self._now(name, destination.nbytes, True)
         self.copies.append(HostCopy(access, destination=destination, values=values))
 
+    def _check(self, copies):
+        for copy in copies:
+            if copy.disturbed:
+                self.copies.remove(copy)  # said once
+                raise RaceError(f"the host overwrote pinned memory still being read by {copy.access}")
+
     def _now(self, name, nbytes, writes):
         stream = self.current
         return Access(stream, stream.clock[stream], 0, nbytes, writes, name, self.gpu.current_label)
 
+    @_exclusive
     def host_learns(self, clock):
         """The host waited for everything in `clock`."""
-        for copy in self.copies:
-            copy.check()
+        self._check(self.copies)
         merge(self.host, clock)
         done = [c for c in self.copies if c.access.tick <= self.host.get(c.access.stream, 0)]
         self.copies = [c for c in self.copies if c not in done]

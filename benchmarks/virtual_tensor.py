@@ -121,6 +121,13 @@ class _Operator:
         aliases = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
         self.written = [(i, name) for i, name, alias in aliases if alias.is_write]
         self.is_view = bool(aliases) and not self.written
+        self.may_alias = (
+            func is aten._unsafe_view.default
+        )  # its result shares memory, though its schema denies it
+        tags, returns = set(func.tags), func._schema.returns
+        self.keeps_geometry = (
+            torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags and len(returns) == 1
+        )
 
     def writes(self, args, kwargs):
         """The tensors that a call with these arguments writes."""
@@ -172,16 +179,47 @@ def _run(operator, func, args, kwargs):
 
 
 def _meta_result(operator, func, args, kwargs, virtual, writes, on_device):
-    """Run on meta tensors, or on the values if all are known and the result is small."""
+    """Geometry as a meta tensor, or the result itself if all values are known and it is small."""
     known = all(v.known for v in virtual)
     if not (known and (writes or operator.needs_values)):
         for tensor in writes:
             tensor.forget()
-        out = func(*_held(args, meta=True), **_held_kwargs(kwargs, "meta" if on_device else "cpu", meta=True))
+        out = _geometry(operator, func, args, kwargs, writes, on_device)
         outputs = out if isinstance(out, (list, tuple)) else [out]
         if not known or any(isinstance(o, torch.Tensor) and o.numel() > KNOWN for o in outputs):
             return out
     return func(*_held(args), **_held_kwargs(kwargs, "cpu"))
+
+
+def _geometry(operator, func, args, kwargs, writes, on_device):
+    """The meta tensors that an operator returns. Meta kernels are slow, so what they say is remembered."""
+    if operator.keeps_geometry:
+        return writes[0].held
+    device = "meta" if on_device else "cpu"
+    key = _signature((func, args, *kwargs.items()))
+    known = _geometries.get(key)
+    if known is None:
+        out = func(*_held(args, meta=True), **_held_kwargs(kwargs, device, meta=True))
+        outputs = out if isinstance(out, tuple) else (out,)
+        fresh = not writes and not operator.may_alias
+        if fresh and all(isinstance(o, torch.Tensor) and o.is_meta for o in outputs):
+            _geometries[key] = isinstance(out, tuple), [(o.shape, o.stride(), o.dtype) for o in outputs]
+        return out
+    several, outputs = known
+    outputs = tuple(torch.empty_strided(*o[:2], dtype=o[2], device="meta") for o in outputs)
+    return outputs if several else outputs[0]
+
+
+_geometries = {}  # of operators that return new tensors, by the signature of the call
+
+
+def _signature(value):
+    if isinstance(value, torch.Tensor):
+        held = value.held if isinstance(value, VirtualTensor) else value
+        return held.shape, held.stride(), held.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(v) for v in value])
+    return type(value), value  # 1, 1.0 and True are equal but promote differently
 
 
 def _collect(values, virtual, host):

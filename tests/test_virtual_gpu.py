@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.virtual_gpu import VirtualGPU, VirtualTensor
+from benchmarks.virtual_gpu import Record, VirtualGPU, VirtualTensor
 
 
 def seeded(*shape, dtype=torch.float32):
@@ -191,3 +191,127 @@ def test_each_gpu_has_its_own_ledger():
     assert other.cpu().sum() == 0
     with pytest.raises(RuntimeError, match="VirtualGPU"):
         torch.zeros(1, device="vgpu")
+
+
+def test_the_record_tells_what_moved_when_under_which_label():
+    first, second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16, bias=False)
+    with VirtualGPU(record_ops=True) as gpu:
+        with gpu.label("first"):
+            first.to("vgpu")
+            first.cpu()
+        second.to("vgpu")
+    moves = [(r.kind, r.label, r.nbytes) for r in gpu.record if r.kind.startswith("copy")]
+    arrive, leave = ("copy_in", "first"), ("copy_out", "first")
+    assert moves == [(*arrive, 1024), (*arrive, 64), (*leave, 1024), (*leave, 64), ("copy_in", None, 1024)]
+    numbers = [r.allocation for r in gpu.record if r.kind == "free"]
+    assert len(numbers) == 2 and numbers == [r.allocation for r in gpu.record if r.kind == "alloc"][:2]
+    assert Record("op", "copy_", 0, "default stream", "first", None) in gpu.record
+
+
+def test_a_callback_can_stop_any_operator():
+    seen = []
+
+    def stop(name):
+        seen.append(name)
+        if "softmax" in name:
+            raise InterruptedError("here")
+
+    with VirtualGPU() as gpu:
+        gpu.on_op(stop)
+        x = torch.ones(4).to("vgpu")
+        with pytest.raises(InterruptedError):
+            (x + 1).softmax(0)
+    assert seen == ["copy_", "aten::add.Tensor", "aten::_softmax"]
+
+
+AUTOCAST = {
+    "matmul": (lambda x: x @ x, torch.bfloat16),
+    "linear": (lambda x: F.linear(x, x[0]), torch.bfloat16),
+    "conv2d": (lambda x: F.conv2d(x[None], x[None, :, :1, :1]), torch.bfloat16),
+    "einsum": (lambda x: torch.einsum("bij,bjk->bik", x, x), torch.bfloat16),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), torch.bfloat16),
+    "layer_norm": (lambda x: F.layer_norm(x.bfloat16(), (4,)), torch.float32),
+    "softmax": (lambda x: x.bfloat16().softmax(-1), torch.float32),
+    "pow": (lambda x: x.bfloat16().pow(2), torch.float32),
+    "gelu": (lambda x: F.gelu(x.bfloat16()), torch.bfloat16),
+    "add": (lambda x: x.bfloat16() + x, torch.float32),
+    "float64": (lambda x: x.double() @ x.double(), torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.parametrize("meta", [False, True])
+def test_autocast_casts_what_cuda_casts(name, meta):
+    run, dtype = AUTOCAST[name]
+    with VirtualGPU(meta=meta):
+        x = seeded(2, 4, 4).to("vgpu")
+        with torch.autocast("vgpu", dtype=torch.bfloat16):
+            assert run(x).dtype is dtype
+            with torch.autocast("vgpu", enabled=False):
+                assert (x @ x).dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*autocast:UserWarning")
+def test_autocast_for_cuda_changes_nothing():
+    with VirtualGPU(), torch.autocast("cuda", dtype=torch.bfloat16):
+        x = seeded(4, 4).to("vgpu")
+        assert torch.equal((x @ x).cpu(), seeded(4, 4) @ seeded(4, 4))
+
+
+def block(x):
+    return (
+        F.scaled_dot_product_attention(x, x, x)
+        .add_(F.gelu(F.layer_norm(x @ x.mT @ x, x.shape[-1:])))
+        .to(torch.float16)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counting_on_meta_tensors_counts_the_same(dtype):
+    counts = []
+    for meta in (False, True):
+        with VirtualGPU(meta=meta) as gpu:
+            layer = torch.nn.Conv3d(3, 16, 3, padding=1).requires_grad_(False).to("vgpu")
+            video = torch.zeros(1, 3, 5, 32, 32, device="vgpu")
+            for _ in range(2):
+                x = layer(F.pad(video, (1, 1))).flatten(2)
+                y = block(x.to(dtype))
+            counts.append(
+                (gpu.live, gpu.peak, y.shape, y.stride(), [r.nbytes for r in gpu.record if r.kind == "alloc"])
+            )
+            del x, y, video, layer
+            assert gpu.live == 0
+    assert counts[0] == counts[1]
+
+
+def test_full_size_takes_no_memory_and_comes_home_as_zeros():
+    with torch.device("meta"):
+        layer = torch.nn.Linear(100_000, 100_000, bias=False, dtype=torch.bfloat16)
+    with VirtualGPU(meta=True) as gpu, torch.no_grad():
+        layer.to("vgpu")
+        assert gpu.live == 2 * 10**10
+        out = layer(torch.ones(75_600, 100_000, dtype=torch.bfloat16, device="vgpu"))
+        assert gpu.live == 2 * 10**10 + 2 * 75_600 * 100_000
+        home = out.cpu()
+        assert type(home) is torch.Tensor and home.shape == out.shape and not home[-1].any()
+        target = torch.ones(3, 100_000, dtype=torch.bfloat16)
+        assert target.copy_(out[:3])[0, 0] == 1  # there are no values to copy
+        layer.cpu()
+        assert layer.weight.shape == (100_000, 100_000) and type(layer.weight) is torch.nn.Parameter
+        with pytest.raises(torch.OutOfMemoryError):
+            gpu.capacity = gpu.live
+            torch.zeros(10**6, device="vgpu")
+
+
+def test_small_values_from_the_host_stay_known_on_meta_tensors_until_they_meet_others():
+    with VirtualGPU(meta=True) as gpu:
+        steps = torch.linspace(1, 0, 1000, device="vgpu")
+        assert steps[-1].item() == 0 and (steps == 1).nonzero().tolist() == [[0]]
+        big = steps.repeat(100)
+        assert big.shape == (100_000,) and not big.known and big[0].item() == 0
+        lengths = torch.tensor([3, 5]).to("vgpu")
+        view = lengths[1:]
+        assert lengths.max().item() == 5 and (lengths * 2).tolist() == [6, 10]
+        before = gpu.live
+        view.copy_(torch.empty(1, dtype=torch.int64, device="meta"))
+        assert not view.known and not lengths.known and lengths.tolist() == [0, 0] and gpu.live == before
