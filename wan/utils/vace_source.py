@@ -54,7 +54,7 @@ class VaceVideoProcessor:
 
         Raises InputError, naming the flag and the file, if the clip cannot be read or is too small or narrow.
         """
-        return self._load([VideoFile(data_key, "--src_video")], crop_box, seed)
+        return self._load(open_clips(data_key, None), crop_box, seed)
 
     def load_video_pair(self, data_key, data_key2, crop_box=None, seed=2024):
         """Load the same frames of a clip and its mask, the ones that --src_video and --src_mask name.
@@ -62,13 +62,7 @@ class VaceVideoProcessor:
         As `load_video`, with the mask after the clip in the result. A mask of another size is scaled to the clip.
         Raises InputError also if the two differ in length.
         """
-        video, mask = VideoFile(data_key, "--src_video"), VideoFile(data_key2, "--src_mask")
-        if len(mask) != len(video):
-            raise InputError(
-                f"--src_mask {data_key2}: {len(mask)} frames, but --src_video {data_key} has {len(video)}; "
-                "give a mask as long as the video"
-            )
-        return self._load([video, mask], crop_box, seed)
+        return self._load(open_clips(data_key, data_key2), crop_box, seed)
 
     def _load(self, files, crop_box, seed):
         first = files[0]
@@ -155,6 +149,32 @@ def fit_reference(image, height, width):
     return canvas
 
 
+def open_clips(video_path, mask_path):
+    """The source video and its mask, as far as there are paths for them, as a list of VideoFile.
+
+    Raises InputError, naming flag and file, for a file that cannot be read, a mask without a video, or one of
+    another length.
+    """
+    if video_path is None and mask_path is not None:
+        raise InputError(f"--src_mask {mask_path}: there is no video to mask; give --src_video too")
+    named = ((video_path, "--src_video"), (mask_path, "--src_mask"))
+    clips = [VideoFile(path, flag) for path, flag in named if path is not None]
+    if len({len(clip) for clip in clips}) > 1:
+        video, mask = clips
+        raise InputError(
+            f"--src_mask {mask_path}: {len(mask)} frames, but --src_video {video_path} has {len(video)}; "
+            "give a mask as long as the video"
+        )
+    return clips
+
+
+def check_source(video_path, mask_path, image_paths):
+    """Raises the InputError that `prepare_source` would raise for these files, before any long work."""
+    open_clips(video_path, mask_path)
+    for path in image_paths or ():
+        open_image(path, "--src_ref_images")
+
+
 def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
     """Load each sample's source video, mask and reference images as tensors on `device`.
 
@@ -182,8 +202,7 @@ def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, i
     videos, masks, references = [], [], []
     for video_path, mask_path, image_paths in zip(src_video, src_mask, src_ref_images):
         if video_path is None:
-            if mask_path is not None:
-                raise InputError(f"--src_mask {mask_path}: there is no video to mask; give --src_video too")
+            open_clips(None, mask_path)
             video = torch.zeros(3, num_frames, height, width, device=device)
         elif mask_path is None:
             video = processor.load_video(video_path)[0].to(device)
