@@ -130,6 +130,8 @@ class VirtualGPU:
 
     def pin(self, tensor):
         """Count the memory of a host tensor as pinned, for as long as it lives; returns the tensor."""
+        if isinstance(tensor, VirtualTensor):
+            raise RuntimeError("only memory of the host can be pinned")
         nbytes, storage = tensor.nbytes, tensor.untyped_storage()
         if self.pin_limit is not None and self.pinned + nbytes > self.pin_limit:
             raise RuntimeError(f"cannot pin {nbytes} bytes: {self.pinned} of {self.pin_limit} are pinned")

@@ -83,6 +83,16 @@ class VirtualTensor(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __deepcopy__(self, memo):
+        twin = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            twin = torch.nn.Parameter(twin, self.requires_grad)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(f"a tensor on {self.device} cannot be pickled: call .cpu() first")
+
     def record_stream(self, stream):
         self.allocation.streams.add(stream)
         self.allocation.gpu.note("record_stream", stream=stream, allocation=self.allocation.number)
@@ -193,18 +203,19 @@ def _meta_result(operator, func, args, kwargs, virtual, writes, on_device):
 
 def _geometry(operator, func, args, kwargs, writes, on_device):
     """The meta tensors that an operator returns. Meta kernels are slow, so what they say is remembered."""
-    if operator.keeps_geometry:
-        return writes[0].held
-    device = "meta" if on_device else "cpu"
     key = _signature((func, args, *kwargs.items()))
     known = _geometries.get(key)
     if known is None:
-        out = func(*_held(args, meta=True), **_held_kwargs(kwargs, device, meta=True))
+        out = func(*_held(args, meta=True), **_held_kwargs(kwargs, "meta" if on_device else "cpu", meta=True))
         outputs = out if isinstance(out, tuple) else (out,)
         fresh = not writes and not operator.may_alias
-        if fresh and all(isinstance(o, torch.Tensor) and o.is_meta for o in outputs):
+        if operator.keeps_geometry or (
+            fresh and all(isinstance(o, torch.Tensor) and o.is_meta for o in outputs)
+        ):
             _geometries[key] = isinstance(out, tuple), [(o.shape, o.stride(), o.dtype) for o in outputs]
         return out
+    if operator.keeps_geometry:
+        return writes[0].held
     several, outputs = known
     outputs = tuple(torch.empty_strided(*o[:2], dtype=o[2], device="meta") for o in outputs)
     return outputs if several else outputs[0]

@@ -1,5 +1,6 @@
 """The virtual GPU computes what the CPU computes, counts what a GPU would hold, and runs out where it should."""
 
+import copy
 import gc
 
 import pytest
@@ -179,6 +180,22 @@ def test_device_module():
         assert module.max_memory_allocated() == 0
 
 
+@pytest.mark.parametrize("device", ["vgpu", "meta", "cpu"])
+def test_a_device_context_reaches_the_factories(device):
+    with VirtualGPU(), torch.device(device):
+        assert {
+            t.device.type for t in (torch.empty(2), torch.zeros(2), torch.ones(2), torch.tensor([1]))
+        } == {device}
+
+
+def test_a_module_on_the_device_can_be_copied():
+    layer = torch.nn.Linear(4, 4)
+    with VirtualGPU() as gpu:
+        layer.to("vgpu")
+        twin = copy.deepcopy(layer)
+        assert gpu.live == 4 * 512 and torch.equal(twin.weight.cpu(), layer.weight.cpu())
+
+
 def test_each_gpu_has_its_own_ledger():
     with VirtualGPU() as first:
         kept = torch.zeros(128, device="vgpu")
@@ -282,6 +299,16 @@ def test_counting_on_meta_tensors_counts_the_same(dtype):
             del x, y, video, layer
             assert gpu.live == 0
     assert counts[0] == counts[1]
+
+
+def test_wrong_shapes_are_errors_on_meta_tensors_too():
+    with VirtualGPU(meta=True):
+        x = torch.zeros(100, 100, device="vgpu")
+        x.add_(torch.zeros(100, device="vgpu"))
+        with pytest.raises(RuntimeError):
+            x.add_(torch.zeros(50, device="vgpu"))
+        with pytest.raises(RuntimeError):
+            x @ x[:50]
 
 
 def test_full_size_takes_no_memory_and_comes_home_as_zeros():
