@@ -45,6 +45,14 @@ class Refused(Exception):
     """The tree can't be patched; the message is the line that tells the user why."""
 
 
+class Tangled(Refused):
+    def __init__(self, paths):
+        super().__init__(
+            f"nothing was changed: other changes are right where the patches insert, in {', '.join(paths)}; undo those "
+            "changes or patch by hand"
+        )
+
+
 class Edit(NamedTuple):
     """What one patch does to one file: lines inserted at places, with git's blob ids before and after."""
 
@@ -214,9 +222,8 @@ class TreeFile:
         """Whether merging takes the file from one level to the other: every line comes or goes, none was there."""
         here, there = self.versions[here], self.versions[there]
         merged = merge(self.content, here, there)
-        return merged is not None and line_count(merged) - line_count(self.content) == line_count(
-            there
-        ) - line_count(here)
+        expected = line_count(self.content) + line_count(there) - line_count(here)
+        return merged is not None and line_count(merged) == expected
 
     def levels(self, patches):
         """The levels below and with the edits that these patches make to the file; None if they make none."""
@@ -230,8 +237,10 @@ class TreeFile:
             if blob_id(content) != self.ids[target]:
                 raise Refused(f"the patches to {self.path} are damaged; fetch the patches folder again")
             return content
-        here, there = self.versions[self.level], self.versions[target]
-        return merge(self.content, here, there)
+        content = merge(self.content, self.versions[self.level], self.versions[target])
+        if content is None:
+            raise Tangled([self.path])
+        return content
 
 
 def look_at(tree, base, chains):
@@ -245,15 +254,12 @@ def look_at(tree, base, chains):
     unknown = [file.path for file in files if file.level is None and file.versions is None]
     if unknown:
         raise Refused(
-            f"nothing was changed: {', '.join(unknown)} are not as at Wan2.1's commit {base[:12]}, and to merge with "
-            f"other changes TREE must be a git clone that has it (git fetch origin {base})"
+            f"nothing was changed: not as in Wan2.1 at {base[:12]}: {', '.join(unknown)}; to be merged with other "
+            f"changes TREE must be a git clone that has that commit (git fetch origin {base})"
         )
     tangled = [file.path for file in files if file.level is None]
     if tangled:
-        raise Refused(
-            f"nothing was changed: {', '.join(tangled)} have other changes right where the patches insert; undo those, "
-            "or patch by hand"
-        )
+        raise Tangled(tangled)
     return files
 
 
