@@ -286,6 +286,7 @@ class _Piece:
             if first < last:
                 out[first - start : last - start] = source[first - weight.offset : last - weight.offset]
 
+    @torch.inference_mode(False)
     def place(self) -> None:
         """Replaces the modules' parameters by views of the slot."""
         for weight in self.weights:
