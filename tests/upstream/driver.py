@@ -121,6 +121,9 @@ def load_tree(tree, device="cpu", meta=False):
     import stand_ins
 
     stand_ins.install()
+    if device == "vgpu":
+        sys.path.append(str(REPOSITORY))  # behind upstream's tree, whose package has the name of ours
+        import benchmarks.virtual_gpu  # noqa: F401  registers the device type
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
@@ -470,7 +473,6 @@ def main():
 
 
 def _virtual_gpu(args):
-    sys.path.append(str(REPOSITORY))  # behind upstream's tree, whose package has the name of ours
     from benchmarks.virtual_gpu import VirtualGPU
 
     return VirtualGPU(capacity=args.capacity, **({"meta": True} if args.meta else {}))
