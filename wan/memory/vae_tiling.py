@@ -78,14 +78,22 @@ def apply_tiling(vae, tile="auto"):
         InputError: not a tile size.
     """
     check_tile(tile)
-    vae.encode = functools.partial(_each, encode, vae, tile)
-    vae.decode = functools.partial(_each, decode, vae, tile)
+    vae.encode = functools.partial(encode_each, vae, tile=tile)
+    vae.decode = functools.partial(decode_each, vae, tile=tile)
 
 
 @torch.no_grad()
-def _each(function, vae, tile, samples):
+def encode_each(vae, videos, tile):
+    """Encodes each video on the device where the encoder's weights are now, without autocast; see `encode`."""
     with _no_autocast(vae.model.conv1.weight.device.type):
-        return [function(vae.model, sample, vae.scale, tile) for sample in samples]
+        return [encode(vae.model, video, vae.scale, tile) for video in videos]
+
+
+@torch.no_grad()
+def decode_each(vae, zs, tile):
+    """Decodes each latent on the device where the decoder's weights are now, without autocast; see `decode`."""
+    with _no_autocast(vae.model.conv2.weight.device.type):
+        return [decode(vae.model, z, vae.scale, tile) for z in zs]
 
 
 def _no_autocast(device_type):
