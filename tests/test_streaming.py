@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from benchmarks import virtual_streams
 from benchmarks.virtual_gpu import RaceError, VirtualGPU
@@ -640,6 +641,38 @@ def test_streams_under_autocast_from_weights_in_fp32(gpu):
     assert not torch.equal(feed_forward(resident), expected)  # autocast did something
 
 
+# The encoders ------------------------------------------------------------------------------------------------
+
+
+def text_encoder():
+    sizes = {"vocab_size": 9, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 40, "num_layers": 3}
+    stack = UMT5EncoderModel(UMT5Config(**sizes, attn_implementation="eager")).encoder
+    pieces = [layer for block in stack.block for layer in block.layer]
+    return stack, pieces, {"inputs_embeds": torch.randn(2, 7, 32)}
+
+
+def image_encoder():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, "num_hidden_layers": 3}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    return tower, list(tower.encoder.layers), {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+@pytest.mark.parametrize("encoder", [text_encoder, image_encoder])
+def test_streams_the_modules_of_the_library(gpu, log, encoder):
+    torch.manual_seed(0)
+    module, pieces, inputs = encoder()
+    module.eval().requires_grad_(False)
+    expected = module(**inputs).last_hidden_state
+    keep_on_device(module, pieces)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to("vgpu"))
+    inputs = {name: tensor.to("vgpu") for name, tensor in inputs.items()}
+    with restored(module, gpu), Streamer(pieces, "vgpu"):
+        assert torch.equal(module(**inputs).last_hidden_state.cpu(), expected)
+    assert log == [("fetch", i) for i in [*range(len(pieces)), 0]]
+
+
 # A real GPU --------------------------------------------------------------------------------------------------
 
 
@@ -650,8 +683,15 @@ def test_streams_under_autocast_from_weights_in_fp32(gpu):
 def test_equals_resident_on_cuda(monkeypatch, ring, share, pinned):
     """The compute stream is kept busy, so that copies would overtake it if nothing ordered them."""
     monkeypatch.undo()
+    empty = torch.empty
+
+    def pageable(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("no page-locked memory")
+        return empty(*args, **kwargs)
+
     if not pinned:
-        monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+        monkeypatch.setattr(torch, "empty", pageable)
     torch.manual_seed(0)
     layers = [nn.Linear(2048, 2048, bias=i % 2 == 0, dtype=torch.bfloat16) for i in range(12)]
     network = nn.ModuleList(layers).requires_grad_(False)

@@ -46,8 +46,8 @@ def transformer_pieces(model: nn.Module) -> list[nn.Module]:
     """The pieces of a DiT in visiting order: self attention, cross attention and FFN of every block.
 
     In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
-    block's `after_proj`. What is not listed (embeddings, norms, modulation, head) is small and belongs on the
-    device.
+    block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head) and belongs on the
+    device, or is needed only before the blocks: see `transformer_embeddings`.
     """
     hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
     pieces = [hints[0].before_proj] if hints else []
@@ -57,6 +57,12 @@ def transformer_pieces(model: nn.Module) -> list[nn.Module]:
         if i in hints:
             pieces.append(hints[i].after_proj)
     return pieces
+
+
+def transformer_embeddings(model: nn.Module) -> list[nn.Module]:
+    """What a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
+    names = ("time_embedding", "time_projection", "text_embedding", "img_emb")
+    return [getattr(model, name) for name in names if hasattr(model, name)]
 
 
 def check_ring(ring: int) -> None:
@@ -284,7 +290,8 @@ class _Piece:
             source = weight.home.detach().reshape(-1).view(torch.uint8)
             first, last = max(start, weight.offset), min(stop, weight.offset + source.numel())
             if first < last:
-                out[first - start : last - start] = source[first - weight.offset : last - weight.offset]
+                target = out[first - start : last - start]
+                target.copy_(source[first - weight.offset : last - weight.offset])
 
     @torch.inference_mode(False)
     def place(self) -> None:
