@@ -108,7 +108,7 @@ def test_defaults_of_the_tasks(arguments, expected):
 def test_low_vram_is_one_switch():
     args = generate.parse_arguments(["--task", "t2v-tiny", "--low_vram"])
     memory = args.memory
-    assert args.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == "auto"
+    assert args.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == 272
     assert memory.dit_stream == 0.0 and memory.dit_chunk > 0
     own = generate.parse_arguments(
         ["--task", "t2v-tiny", "--low_vram", "--dit_chunk", "128", "--t5_cpu"]

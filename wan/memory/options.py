@@ -37,7 +37,7 @@ class MemoryOptions:
 
 
 # --low_vram: values that hold every task's peak to a few GiB at little cost in time.
-LOW_VRAM = {"vae_cpu": True, "t5_stream": True, "dit_stream": 0.0, "dit_chunk": 2048}
+LOW_VRAM = {"vae_cpu": True, "vae_tile": 272, "t5_stream": True, "dit_stream": 0.0, "dit_chunk": 2048}
 
 
 def add_memory_arguments(parser):
@@ -88,7 +88,7 @@ def add_memory_arguments(parser):
     group.add_argument(
         "--low_vram",
         action="store_true",
-        help="All of it: --offload_model True --vae_cpu --vae_tile auto --t5_stream --dit_stream "
+        help="All of it: --offload_model True --vae_cpu --vae_tile 272 --t5_stream --dit_stream "
         "--dit_chunk; a flag given beside it keeps its own value.",
     )
 
@@ -98,12 +98,13 @@ def memory_options(args):
 
     Raises InputError.
     """
-    values = {field.name: getattr(args, field.name) for field in fields(MemoryOptions)}
+    defaults = {field.name: field.default for field in fields(MemoryOptions)}
+    values = {name: getattr(args, name) for name in defaults}
     if args.low_vram:
         if args.offload_model is None:
             args.offload_model = True
         for name, value in LOW_VRAM.items():
-            if not values[name] and not (name == "t5_stream" and args.t5_cpu):
+            if values[name] == defaults[name] and not (name == "t5_stream" and args.t5_cpu):
                 values[name] = value
     return MemoryOptions(**values)
 
