@@ -479,12 +479,13 @@ def test_out_of_memory_leaves_nothing_behind(part):
         assert gpu.live == 0
 
 
-def test_detaching_twice_or_unattached_does_nothing(gpu):
+def test_attaching_and_detaching_may_be_repeated(gpu):
     layers = network()
     with restored(layers, gpu):
         streamer = Streamer(layers, "vgpu")
         streamer.detach()
         for _ in range(2):
+            streamer.attach()
             streamer.attach()
             run(layers, sample().to("vgpu"))
             streamer.detach()

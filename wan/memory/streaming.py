@@ -133,10 +133,11 @@ class Streamer:
         self.detach()
 
     def attach(self) -> None:
-        """Allocates `device_bytes`, hooks the modules' calls and starts the first copies.
+        """Allocates `device_bytes`, hooks the modules' calls and starts the first copies; anew if attached.
 
-        Raises torch.OutOfMemoryError, with everything as before, if the device has not enough memory.
+        Raises torch.OutOfMemoryError, with nothing attached, if the device has not enough memory.
         """
+        self.detach()
         if self.device.type == "cpu" or not self._pieces:
             return
         self._backend = torch.get_device_module(self.device)
@@ -164,7 +165,7 @@ class Streamer:
             self._undo = undo.pop_all()
 
     def detach(self) -> None:
-        """Undoes attach(), once."""
+        """Undoes attach(); does nothing if not attached."""
         self._undo.close()
 
     def _visit(self, piece: _Piece, *_: Any) -> None:
