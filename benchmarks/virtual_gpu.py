@@ -25,6 +25,7 @@ registers the device type; there is nothing else to set up, and it works in ever
 """
 
 import contextlib
+import itertools
 import threading
 import weakref
 from typing import NamedTuple
@@ -74,14 +75,13 @@ class VirtualGPU:
     def __init__(self, capacity=None, meta=False, *, pin_limit=None, record_ops=False):
         self.capacity, self.meta, self.pin_limit, self.record_ops = capacity, meta, pin_limit, record_ops
         self.live = self.peak = self.pinned = 0
-        self.record = []
         self.timeline = Timeline(self)
-        self._numbers = 0
-        self._allocations = weakref.WeakValueDictionary()  # by address of the held storage
+        self._record = []
+        self._numbers = itertools.count()
+        self._allocations = {}  # weak references by address of the held storage
         self._pinned = {}  # bytes by address of the storage
         self._callbacks = []
         self._lock = threading.RLock()
-        self._local = threading.local()
         self._patches = contextlib.ExitStack()
 
     def __enter__(self):
@@ -101,23 +101,25 @@ class VirtualGPU:
     @contextlib.contextmanager
     def label(self, text):
         """Records and errors of this thread carry this label inside."""
-        before, self._local.label = self.current_label, text
+        here = self.timeline.here
+        before, here.label = here.label, text
         try:
             yield
         finally:
-            self._local.label = before
+            here.label = before
 
     @property
-    def current_label(self):
-        return getattr(self._local, "label", None)
+    def record(self):
+        return [Record(*fields) for fields in self._record]
 
     def on_op(self, callback):
         """Call `callback(name)` before every operator, copies and attention included. What it raises, that raises."""
         self._callbacks.append(callback)
 
     def note(self, kind, name="", nbytes=0, stream=None, allocation=None):
-        stream = stream or self.timeline.current
-        self.record.append(Record(kind, name, nbytes, stream.name, self.current_label, allocation))
+        here = self.timeline.here
+        stream = stream or here.stream or self.timeline.default
+        self._record.append((kind, name, nbytes, stream.name, here.label, allocation))
 
     def submit(self, name, reads=(), writes=()):
         """An operator is about to run on the current stream; raises RaceError, or what a callback raises."""
@@ -147,18 +149,18 @@ class VirtualGPU:
     def _unpin(self, address):
         self.pinned -= self._pinned.pop(address)
 
-    def _count(self):
-        with self._lock:
-            self._numbers += 1
-            return self._numbers
-
     def _allocation_of(self, held):
         storage = held.untyped_storage()
         with self._lock:
-            allocation = self._allocations.get(storage._cdata)
+            known = self._allocations.get(storage._cdata)
+            allocation = known and known()
             if allocation is None:
-                allocation = self._allocations[storage._cdata] = Allocation(self, storage)
+                allocation = Allocation(self, storage)
+                self._know(storage, allocation)
         return allocation
+
+    def _know(self, storage, allocation):
+        self._allocations[storage._cdata] = weakref.ref(allocation)
 
     def _reserve(self, nbytes, requested):
         with self._lock:
@@ -174,6 +176,9 @@ class VirtualGPU:
     def _release(self, allocation):
         with self._lock:
             self.live -= allocation.nbytes
+            for storage in (allocation.storage, allocation.former):
+                if storage is not None:
+                    self._allocations.pop(storage._cdata, None)
             if allocation.accesses:  # else it was refused
                 self.note("free", nbytes=allocation.nbytes, allocation=allocation.number)
                 self.timeline.freed(allocation.accesses, allocation.stream, allocation.streams)
@@ -264,11 +269,11 @@ class _DeviceModule:
         """Submit this thread's work to that stream inside; None changes nothing."""
         timeline = _current().timeline
         before = timeline.current
-        timeline.current = stream or before
+        timeline.here.stream = stream or before
         try:
             yield
         finally:
-            timeline.current = before
+            timeline.here.stream = before
 
     @staticmethod
     def memory_allocated(device=None):
@@ -375,5 +380,9 @@ def _set_data(tensor, value):
     if isinstance(tensor, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
     torch.utils.swap_tensors(tensor, value)
-    for name in vars(value).keys() - {"held", "allocation"}:  # what else was set on the tensor stays on it
+    for name in vars(value).keys() - {
+        "held",
+        "allocation",
+        "signature",
+    }:  # what else was set on the tensor stays on it
         setattr(tensor, name, getattr(value, name))

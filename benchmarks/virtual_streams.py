@@ -129,6 +129,13 @@ class HostCopy:
                 self.destination.copy_(self.values)
 
 
+class _Here(threading.local):
+    """What a thread submits its work to, and under which label."""
+
+    stream = None  # the default stream
+    label = None
+
+
 class Timeline:
     """The clocks of one virtual GPU and the check of every access against them."""
 
@@ -140,15 +147,11 @@ class Timeline:
         self.host = {}  # the clock of what the host knows to be done
         self.copies = []  # every HostCopy under way, oldest first
         self.fault = None  # what happened where nothing can be raised, to be raised at the next chance
-        self._local = threading.local()
+        self.here = _Here()
 
     @property
     def current(self):
-        return getattr(self._local, "stream", self.default)
-
-    @current.setter
-    def current(self, stream):
-        self._local.stream = stream
+        return self.here.stream or self.default
 
     def new_stream(self):
         self.streams.append(Stream(self.gpu, f"stream {len(self.streams)}"))
@@ -159,30 +162,40 @@ class Timeline:
 
         Raises RaceError when a conflicting access does not happen before it.
         """
-        self.raise_fault()
-        stream = self.current
+        if self.fault is not None:
+            self.raise_fault()
+        stream = self.here.stream or self.default
         clock = stream.clock
         if self.host:
             merge(clock, self.host)
         clock[stream] = tick = clock[stream] + 1
-        label = self.gpu.current_label
-        for tensors, writing in ((reads, False), (writes, True)):
-            for tensor in tensors:
-                allocation = tensor.allocation
-                access = Access(stream, tick, *span(tensor.held), writing, name, label)
-                allocation.accesses = _checked(allocation.accesses, access, clock)
+        label = self.here.label
+        for tensor in reads:
+            begin, end = tensor.span
+            allocation = tensor.allocation
+            allocation.accesses = _checked(
+                allocation.accesses, (stream, tick, begin, end, False, name, label), clock
+            )
+        for tensor in writes:
+            begin, end = tensor.span
+            allocation = tensor.allocation
+            allocation.accesses = _checked(
+                allocation.accesses, (stream, tick, begin, end, True, name, label), clock
+            )
 
-    def birth(self, nbytes, name):
+    def birth(self, nbytes):
         """The first access to a new storage of that many bytes."""
-        return self._now(name, nbytes, writes=True)
+        stream = self.here.stream or self.default
+        return stream, stream.clock[stream], 0, nbytes, True, "allocation", self.here.label
 
     def freed(self, accesses, owner, recorded):
         """A storage made on stream `owner` is gone; `recorded` are the streams named by record_stream."""
         for access in accesses:
-            tick, stream = access.tick, access.stream
-            known = stream is owner or stream in recorded
-            if not known and tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
-                self.fault = f"memory of {owner} was freed while nothing orders it after {access}"
+            stream, tick = access[:2]
+            if stream is owner or stream in recorded:
+                continue
+            if tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
+                self.fault = f"memory of {owner} was freed while nothing orders it after {Access(*access)}"
 
     @_exclusive
     def reads_host(self, name, source):
@@ -208,7 +221,7 @@ class Timeline:
 
     def _now(self, name, nbytes, writes):
         stream = self.current
-        return Access(stream, stream.clock[stream], 0, nbytes, writes, name, self.gpu.current_label)
+        return Access(stream, stream.clock[stream], 0, nbytes, writes, name, self.here.label)
 
     @_exclusive
     def host_learns(self, clock):
@@ -237,32 +250,26 @@ def merge(clock, other):
             clock[stream] = tick
 
 
-def span(tensor):
-    """The first byte of its storage that a tensor covers and the one after the last."""
-    begin = tensor.storage_offset() * tensor.itemsize
-    if tensor.is_contiguous():
-        return begin, begin + tensor.nbytes
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-    return begin, begin + (last + 1) * tensor.itemsize
-
-
 def digest(tensor):
     return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _checked(earlier, access, clock):
+    """The accesses to remember of a storage, `access` among them, without those that need no more checking."""
     stream, _, begin, end, writing, _, _ = access
     kept = []
     for old in earlier:
+        old_stream, old_tick, old_begin, old_end, old_writing, _, _ = old
+        same = old_stream is stream
         if (
-            old.begin < end
-            and begin < old.end
-            and (writing or old.writes)
-            and old.tick > clock.get(old.stream, 0)
+            not same
+            and old_begin < end
+            and begin < old_end
+            and (writing or old_writing)
+            and old_tick > clock.get(old_stream, 0)
         ):
-            raise RaceError(f"nothing orders {access}, after {old}")
-        inside = begin <= old.begin and old.end <= end
-        if not (inside and (writing or (old.stream is stream and not old.writes))):
+            raise RaceError(f"nothing orders {Access(*access)}, after {Access(*old)}")
+        if not (begin <= old_begin and old_end <= end and (writing or (same and not old_writing))):
             kept.append(old)
     kept.append(access)
     return kept

@@ -30,12 +30,13 @@ class Allocation:
         self.storage = storage  # keeps the address, by which the ledger knows it, taken
         self.former = None  # the storage with values, when they are known no more
         self.stream = gpu.timeline.current
-        self.streams = {self.stream}  # those that record_stream named, and the one that allocated
+        self.streams = ()  # those that record_stream named
+        self.accesses = ()  # none while it may be refused
         self.nbytes = 0
-        self.accesses = []
-        self.number = gpu._count()
-        self.resize(storage.nbytes())
-        self.accesses.append(gpu.timeline.birth(storage.nbytes(), "allocation"))
+        requested = storage.nbytes()
+        self.resize(requested)
+        self.number = next(gpu._numbers)
+        self.accesses = [gpu.timeline.birth(requested)]
         gpu.note("alloc", nbytes=self.nbytes, allocation=self.number)
 
     def resize(self, requested):
@@ -53,12 +54,13 @@ class VirtualTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held, gpu):
-        allocation = gpu._allocation_of(held)
+    def __new__(cls, held, gpu, allocation=None):
+        allocation = allocation or gpu._allocation_of(held)
+        shape, strides = held.shape, held.stride()
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls,
-            held.shape,
-            strides=held.stride(),
+            shape,
+            strides=strides,
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
             device=gpu.device,
@@ -66,6 +68,7 @@ class VirtualTensor(torch.Tensor):
         )
         wrapper.held = held
         wrapper.allocation = allocation
+        wrapper.signature = shape, strides, held.dtype
         return wrapper
 
     @classmethod
@@ -94,8 +97,18 @@ class VirtualTensor(torch.Tensor):
         raise TypeError(f"a tensor on {self.device} cannot be pickled: call .cpu() first")
 
     def record_stream(self, stream):
-        self.allocation.streams.add(stream)
+        self.allocation.streams += (stream,)
         self.allocation.gpu.note("record_stream", stream=stream, allocation=self.allocation.number)
+
+    @property
+    def span(self):
+        """The first byte of its storage that it covers and the one after the last."""
+        held = self.held
+        begin = held.storage_offset() * held.itemsize
+        if held.is_contiguous():
+            return begin, begin + held.nbytes
+        last = sum((n - 1) * stride for n, stride in zip(held.shape, held.stride()))
+        return begin, begin + (last + 1) * held.itemsize
 
     @property
     def known(self):
@@ -108,7 +121,7 @@ class VirtualTensor(torch.Tensor):
         if allocation.former is None and not self.held.is_meta:
             allocation.former = allocation.storage
             allocation.storage = torch.UntypedStorage(allocation.former.nbytes(), device="meta")
-            allocation.gpu._allocations[allocation.storage._cdata] = allocation
+            allocation.gpu._know(allocation.storage, allocation)
         if not self.held.is_meta:
             empty = torch.empty(0, dtype=self.held.dtype, device="meta")
             geometry = self.held.storage_offset(), self.held.shape, self.held.stride()
@@ -130,10 +143,7 @@ class _Operator:
         )
         aliases = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
         self.written = [(i, name) for i, name, alias in aliases if alias.is_write]
-        self.is_view = bool(aliases) and not self.written
-        self.may_alias = (
-            func is aten._unsafe_view.default
-        )  # its result shares memory, though its schema denies it
+        self.is_view = (bool(aliases) and not self.written) or func is aten._unsafe_view.default
         tags, returns = set(func.tags), func._schema.returns
         self.keeps_geometry = (
             torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags and len(returns) == 1
@@ -143,7 +153,7 @@ class _Operator:
         """The tensors that a call with these arguments writes."""
         found = []
         for i, name in self.written:
-            _collect(args[i] if i < len(args) else kwargs.get(name), found, [])
+            _collect((args[i] if i < len(args) else kwargs.get(name),), found, [])
         return found
 
 
@@ -160,6 +170,9 @@ def _dispatch(func, args, kwargs):
         out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
+    if operator.is_view and type(args[0]) is VirtualTensor:
+        base = args[0]
+        return _wrap_views(func(_held(base), *args[1:], **kwargs), base.allocation)
     return _run(operator, func, args, kwargs)
 
 
@@ -173,15 +186,13 @@ def _run(operator, func, args, kwargs):
             f"{operator.name}: its tensors must be on one device, found {virtual[0].device} and {host[0].device}"
         )
     gpu = virtual[0].allocation.gpu
-    writes = operator.writes(args, kwargs) if operator.written else ()
-    if not operator.is_view:
-        gpu.submit(
-            operator.name,
-            [v for v in virtual if not any(v is w for w in writes)] if writes else virtual,
-            writes,
-        )
+    reads, writes = virtual, ()
+    if operator.written:
+        writes = operator.writes(args, kwargs)
+        reads = [v for v in virtual if not any(v is w for w in writes)]
+    gpu.submit(operator.name, reads, writes)
     on_device = kwargs.get("device") is None or kwargs["device"].type == DEVICE_TYPE
-    if gpu.meta and not operator.is_view:
+    if gpu.meta:
         out = _meta_result(operator, func, args, kwargs, virtual, writes, on_device)
     else:
         out = func(*_held(args), **_held_kwargs(kwargs, "cpu"))
@@ -208,10 +219,8 @@ def _geometry(operator, func, args, kwargs, writes, on_device):
     if known is None:
         out = func(*_held(args, meta=True), **_held_kwargs(kwargs, "meta" if on_device else "cpu", meta=True))
         outputs = out if isinstance(out, tuple) else (out,)
-        fresh = not writes and not operator.may_alias
-        if operator.keeps_geometry or (
-            fresh and all(isinstance(o, torch.Tensor) and o.is_meta for o in outputs)
-        ):
+        fresh = not writes and all(isinstance(o, torch.Tensor) and o.is_meta for o in outputs)
+        if fresh or operator.keeps_geometry:
             _geometries[key] = isinstance(out, tuple), [(o.shape, o.stride(), o.dtype) for o in outputs]
         return out
     if operator.keeps_geometry:
@@ -225,25 +234,28 @@ _geometries = {}  # of operators that return new tensors, by the signature of th
 
 
 def _signature(value):
-    if isinstance(value, torch.Tensor):
-        held = value.held if isinstance(value, VirtualTensor) else value
-        return held.shape, held.stride(), held.dtype
-    if isinstance(value, (list, tuple)):
+    kind = type(value)
+    if kind is VirtualTensor:
+        return value.signature
+    if kind is list or kind is tuple:
         return tuple([_signature(v) for v in value])
-    return type(value), value  # 1, 1.0 and True are equal but promote differently
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return kind, value  # 1, 1.0 and True are equal but promote differently
 
 
 def _collect(values, virtual, host):
     """Add the tensors on the device, and those on the host that an operator on the device may not take, to lists."""
-    if isinstance(values, VirtualTensor):
-        virtual.append(values)
-    elif isinstance(values, torch.Tensor):
-        if values.dim():  # a single number may come from the host, as on CUDA
-            host.append(values)
-    elif isinstance(values, (list, tuple, type({}.values()))):
-        for value in values:
-            if isinstance(value, (torch.Tensor, list, tuple)):
-                _collect(value, virtual, host)
+    for value in values:
+        kind = type(value)
+        if kind is VirtualTensor:
+            virtual.append(value)
+        elif kind is list or kind is tuple:
+            _collect(value, virtual, host)
+        elif (
+            isinstance(value, torch.Tensor) and value.dim()
+        ):  # a single number may come from the host, as on CUDA
+            host.append(value)
 
 
 def _held(value, meta=False):
@@ -280,11 +292,18 @@ def _wrap(out, virtual, writes):
     return out
 
 
+def _wrap_views(out, allocation):
+    if isinstance(out, torch.Tensor):
+        return VirtualTensor(out, allocation.gpu, allocation)
+    return [_wrap_views(o, allocation) for o in out]
+
+
 def _follow(tensor):
     """Give the wrapper the geometry that an in-place operator gave the tensor it holds."""
     held = tensor.held
     if tensor.shape != held.shape or tensor.stride() != held.stride():
         tensor.allocation.resize(held.untyped_storage().nbytes())
+        tensor.signature = held.shape, held.stride(), held.dtype
         with torch._C._DisableTorchDispatch():
             tensor.as_strided_(held.shape, held.stride(), held.storage_offset())
 

@@ -155,12 +155,19 @@ def test_a_module_moves_in_place_and_comes_back():
     assert torch.equal(layer(x), expected) and torch.equal(weight, values)
 
 
-def test_a_parameter_takes_data_of_another_device():
-    weight = torch.nn.Parameter(seeded(6, 6), requires_grad=False)
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_parameter_takes_data_of_another_device(meta):
+    weight = torch.nn.Parameter(seeded(70, 70), requires_grad=False)
+    weight.note = "kept"
     home = weight.data
-    with VirtualGPU() as gpu:
-        weight.data = home.to("vgpu", torch.bfloat16)
-        assert weight.device.type == "vgpu" and weight.dtype is torch.bfloat16 and gpu.live == 512
+    with VirtualGPU(meta=meta) as gpu:
+        for columns, dtype in ((50, torch.bfloat16), (60, torch.float32)):
+            weight.data = home[:, :columns].to("vgpu", dtype)
+            assert weight.device.type == "vgpu" and weight.note == "kept"
+            for tensor in (weight, weight + weight):
+                assert tensor.shape == (70, columns) and tensor.dtype is dtype
+            del tensor
+        assert gpu.live == 33 * 512  # 70 * 60 * 4 bytes
         weight.data = home
         assert gpu.live == 0 and weight.data_ptr() == home.data_ptr()
 

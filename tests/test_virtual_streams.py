@@ -204,7 +204,7 @@ def test_another_thread_has_its_own_current_stream(gpu, side):
     thread.start()
     thread.join()
     product, done = results
-    assert vgpu.current_stream() is vgpu.default_stream() and gpu.current_label is None
+    assert vgpu.current_stream() is vgpu.default_stream() and gpu.timeline.here.label is None
     with pytest.raises(RaceError, match="worker"):
         product + 1
     done.wait()
