@@ -300,9 +300,7 @@ class _DeviceModule:
 
 _setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_DeviceModule)
 DEVICE = VirtualGPU.device = torch.device(DEVICE_TYPE, 0)
-_library = torch.library.Library(
-    "aten", "IMPL"
-)  # factories reach the device here, everything else as a wrapper
+_library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
 virtual_autocast.register(_library, DEVICE_TYPE)
 
 
@@ -380,9 +378,6 @@ def _set_data(tensor, value):
     if isinstance(tensor, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
     torch.utils.swap_tensors(tensor, value)
-    for name in vars(value).keys() - {
-        "held",
-        "allocation",
-        "signature",
-    }:  # what else was set on the tensor stays on it
+    # What else was set on the tensor stays on it.
+    for name in vars(value).keys() - {"held", "allocation", "signature"}:
         setattr(tensor, name, getattr(value, name))

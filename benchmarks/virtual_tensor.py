@@ -129,25 +129,26 @@ class VirtualTensor(torch.Tensor):
 
 
 class _Operator:
-    """What the dispatcher must know of an operator, read once from its schema."""
+    """What the dispatcher must know of an operator, read once from its schema.
+
+    composite: PyTorch composes it from others. needs_values: the shape of its result depends on them. written: index
+    and name of the arguments that it writes. keeps_geometry: it writes its first argument, returns it, and leaves its
+    shape and strides.
+    """
 
     def __init__(self, func):
+        tags, arguments = set(func.tags), list(enumerate(func._schema.arguments))
+        implicit = "CompositeImplicitAutograd"
         self.name = func.name()
         self.special = _SPECIAL.get(func)
-        self.composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
+        self.composite = torch._C._dispatch_has_kernel_for_dispatch_key(self.name, implicit)
         self.takes_host_tensors = func in _TAKES_HOST_TENSORS
-        self.needs_values = bool(
-            {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags)
-        )
-        aliases = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
-        self.written = [(i, name) for i, name, alias in aliases if alias.is_write]
-        self.is_view = (bool(aliases) and not self.written) or func is aten._unsafe_view.default
-        tags, returns = set(func.tags), func._schema.returns
-        self.keeps_geometry = (
-            torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags and len(returns) == 1
-        )
+        self.needs_values = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+        self.written = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
+        aliases = any(a.alias_info for _, a in arguments) or func is aten._unsafe_view.default
+        self.is_view = aliases and not self.written
+        in_place = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
+        self.keeps_geometry = in_place and len(func._schema.returns) == 1
 
     def writes(self, args, kwargs):
         """The tensors that a call with these arguments writes."""
