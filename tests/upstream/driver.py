@@ -68,10 +68,12 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
         task: t2v, i2v, flf2v or vace.
         checkpoint: checkpoint directory; None in meta mode.
         init: further arguments of the pipeline's constructor, e.g. {"t5_cpu": True}.
-        call: arguments of its generate(). Images (img, first_frame, last_frame) are paths.
-        inputs: VACE: {"frames": [3, F, H, W], "mask": [1, F, H, W], "ref_0": [3, 1, H, W], ...}.
+        call: arguments of its generate(). Images (img, first_frame, last_frame) are paths, or [width, height] for
+            black ones.
+        inputs: VACE: {"frames": [3, F, H, W], "mask": [1, F, H, W], "ref_0": [3, 1, H, W], ...}; None for a blank
+            video that is all to be made.
         device: cpu or vgpu.
-        dtype: of the DiT's autocast and of T5 and CLIP, float32 or bfloat16.
+        dtype: of the DiT's autocast and of T5: float32 (CLIP's too) or bfloat16 (CLIP's is float16).
         config: upstream's config to start from, a key of its WAN_CONFIGS.
         capacity: bytes of the virtual GPU.
         meta: count at full size.
@@ -178,8 +180,9 @@ class _Torch:
     def Generator(self, device="cpu"):
         return torch.Generator()
 
-    def randn(self, *shape, device="cpu", generator=None, **options):
-        return torch.randn(*shape, generator=generator, **options).to(device)
+    def randn(self, *shape, device=None, **options):
+        noise = torch.randn(*shape, **options)
+        return noise if device is None else noise.to(device)
 
     def load(self, *args, **options):
         return None if self._meta else torch.load(*args, **options)
@@ -262,10 +265,10 @@ def _count(shapes, prefix):
 
 
 def task_config(wan, task, dtype=torch.float32, name=None):
-    """Upstream's config of a task, its types set to dtype."""
+    """Upstream's config of a task with dtype for the DiT's autocast and T5; CLIP stays fp16 beside bf16."""
     config = wan.configs.WAN_CONFIGS[name or CONFIGS[task]]
     config.param_dtype = config.t5_dtype = dtype
-    if "clip_dtype" in config:
+    if "clip_dtype" in config and dtype is torch.float32:
         config.clip_dtype = dtype
     return config
 
@@ -274,11 +277,8 @@ def without_storage(wan, config, task):
     """Makes upstream build full-size models that hold no numbers."""
     t5, clip, vae = wan.modules.t5, wan.modules.clip, wan.modules.vae
 
-    def on_meta(build):
-        return lambda *args, device=None, **sizes: build(*args, device="meta", **sizes)
-
-    t5.umt5_xxl = on_meta(t5.umt5_xxl)
-    clip.clip_xlm_roberta_vit_h_14 = on_meta(clip.clip_xlm_roberta_vit_h_14)
+    build_t5 = t5.umt5_xxl
+    t5.umt5_xxl = lambda device, **sizes: build_t5(device="meta", **sizes)
     for module in (t5.T5Encoder, clip.XLMRobertaCLIP, vae.WanVAE_):
         module.load_state_dict = lambda self, *args, **options: None
     t5.HuggingfaceTokenizer = clip.HuggingfaceTokenizer = _Tokenizer
@@ -302,6 +302,7 @@ def without_storage(wan, config, task):
         return [encoder.model(ids.to(device), mask.to(device))[0, :TOKENS]]
 
     t5.T5EncoderModel.__call__ = encode
+    _let_meta_modules_be_at_home()
     for solver in (wan.utils.FlowUniPCMultistepScheduler, wan.utils.FlowDPMSolverMultistepScheduler):
         # Its table of times is searched by value: it stays where there are values.
         original = solver.set_timesteps
@@ -310,6 +311,21 @@ def without_storage(wan, config, task):
             return original(self, *args, device="cpu", **options)
 
         solver.set_timesteps = set_timesteps
+
+
+def _let_meta_modules_be_at_home():
+    """Weights without storage stand for weights in the CPU's memory: moving them there does nothing."""
+    to, cpu = torch.nn.Module.to, torch.nn.Module.cpu
+
+    def at_home(module):
+        return next(module.parameters()).device.type == "meta"
+
+    def checked_to(module, *args, **options):
+        home = args and isinstance(args[0], (str, torch.device)) and torch.device(args[0]).type == "cpu"
+        return module if home and at_home(module) else to(module, *args, **options)
+
+    torch.nn.Module.to = checked_to
+    torch.nn.Module.cpu = lambda module: module if at_home(module) else cpu(module)
 
 
 class _Tokenizer:
@@ -410,10 +426,15 @@ def generate(wan, pipeline, task, call, inputs=None):
         call["size"] = tuple(call["size"])
     for key in ("img", "first_frame", "last_frame"):
         if key in call:
-            call[key] = Image.open(call[key]).convert("RGB")
+            image = call[key]
+            blank = isinstance(image, (list, tuple))
+            call[key] = Image.new("RGB", tuple(image)) if blank else Image.open(image).convert("RGB")
     if task == "flf2v":
         wan.first_last_frame2video.torch.frame_num = call.get("frame_num", 81)
     if task == "vace":
+        if inputs is None:
+            shape = (call.get("frame_num", 81), *call["size"][::-1])
+            inputs = {"frames": torch.zeros(3, *shape), "mask": torch.ones(1, *shape)}
         inputs = {name: tensor.to(pipeline.device) for name, tensor in inputs.items()}
         references = [inputs[name] for name in sorted(inputs) if name.startswith("ref_")]
         call |= {

@@ -54,8 +54,6 @@ def record(task, tree, checkpoint, version):
     groups = {"generate": {}, "dit": {}}
     for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         driver.task_config(wan, task, dtype)
-        if precision == "bf16" and "clip_dtype" in config:
-            config.clip_dtype = torch.float32
         pipeline = driver.build(wan, task, config, checkpoint)
         watch = driver.Watch()
         watch.attach(pipeline)
