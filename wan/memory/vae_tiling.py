@@ -17,6 +17,7 @@ straight to its place in a video on the CPU.
 
 import contextlib
 import functools
+import gc
 import logging
 import math
 
@@ -84,14 +85,14 @@ def apply_tiling(vae, tile="auto"):
 
 @torch.no_grad()
 def encode_each(vae, videos, tile):
-    """Encodes each video on the device where the encoder's weights are now, without autocast; see `encode`."""
+    """Encodes each video where the encoder's weights are now, without autocast; see `encode`."""
     with _no_autocast(vae.model.conv1.weight.device.type):
         return [encode(vae.model, video, vae.scale, tile) for video in videos]
 
 
 @torch.no_grad()
 def decode_each(vae, zs, tile):
-    """Decodes each latent on the device where the decoder's weights are now, without autocast; see `decode`."""
+    """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
         return [decode(vae.model, z, vae.scale, tile) for z in zs]
 
@@ -122,7 +123,7 @@ def decode(model, z, scale, tile=0):
     video = torch.empty(3, decoded_frames(frames), *size)
     global_part, latent_part, large_part = _decoder_parts(model.decoder)
     if tile == "auto":
-        tile = _fitting_tile(_decode_bytes, model, (frames, *size), device)
+        tile = _fitting_tile(_decode_bytes, model, video.shape[1:], device)
 
     features = _frame_major(model.decoder.conv1.out_channels, frames, height, width)
     _through(global_part, denormalized(model, z, scale), FrameWriter(features))
@@ -160,9 +161,9 @@ def encode(model, video, scale, tile=0):
     latents = empty_latents(model, video)
     _, frames, height, width = latents.shape
     size = (STRIDE * height, STRIDE * width)
-    if tile == "auto":
-        tile = _fitting_tile(_encode_bytes, model, (decoded_frames(frames), *size), device)
     video = video[:, : decoded_frames(frames)]
+    if tile == "auto":
+        tile = _fitting_tile(_encode_bytes, model, (video.size(1), *size), device)
     features = _frame_major(model.encoder.middle[0].residual[0].gamma.size(0), frames, height, width)
 
     def by_tiles(tile):
@@ -229,7 +230,7 @@ def _with_smaller_tiles(by_tiles, tile, size, device):
             smaller = tile // 2 // TILE_STEP * TILE_STEP
             if smaller < SMALLEST_TILE:
                 raise
-        # Outside the except clause, which keeps the failed pass alive.
+        gc.collect()  # outside the except clause, which keeps the failed pass alive
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
         torch.get_device_module(device).empty_cache()
@@ -407,6 +408,7 @@ def _pass_bytes(operations, frames, channels, rows, columns):
     """
     frame = _allocated(channels, rows[0] * columns[0])
     remembered, waiting, most = 0, frame, 0  # the frame that arrives first waits until all is done
+    single = frames == 1
     for operation, height, width in zip(operations, rows, columns):
         area = height * width
         kept = working = 0
@@ -449,8 +451,9 @@ def _pass_bytes(operations, frames, channels, rows, columns):
             working = frame + _norm_bytes(channels, area)
             frame = _allocated(channels, area)
         remembered += kept
-        most = max(most, waiting + working)
-    return remembered + most
+        # While a video runs, every layer remembers; before the second frame, only those that have been passed.
+        most = max(most, waiting + working + (remembered if single else 0))
+    return most if single else remembered + most
 
 
 def _causal_bytes(conv, frames, area, frame):

@@ -1,0 +1,385 @@
+"""Tiles of the VAE: the same numbers as whole frames, in the memory that was predicted."""
+
+import gc
+import importlib.util
+import logging
+import os
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from benchmarks.virtual_gpu import VirtualGPU
+from wan.memory import vae_tiling
+from wan.memory.vae_tiling import apply_tiling, check_tile, decode_peak_bytes, encode_peak_bytes
+from wan.modules import vae_forward
+from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
+from wan.utils.errors import InputError
+from wan.utils.video import to_uint8
+
+SCALE = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
+FRAMES = (1, 5, 9, 13)
+GIB = 2**30
+
+
+def randomized(model):
+    """Weights that keep the spread of what goes through, so that every pixel in reach of another one matters."""
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.eval().requires_grad_(False).named_parameters():
+        if "gamma" not in name:
+            std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
+    return model
+
+
+MODEL = randomized(VAE(4))
+
+
+def vae(model=MODEL):
+    return SimpleNamespace(model=model, scale=SCALE)
+
+
+def noise(*shape):
+    """Numbers in [-1, 1], as different from frame to frame as can be."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) * 2 - 1
+
+
+def assert_same_video(tiled, whole):
+    assert tiled.shape == whole.shape and tiled.dtype == whole.dtype == torch.float32
+    per_frame = (tiled - whole).abs().amax(dim=(0, 2, 3))
+    assert per_frame.max() <= 1e-5
+    steps = (to_uint8(tiled).int() - to_uint8(whole).int()).abs()
+    assert steps.max() <= 1
+    assert (steps == 0).float().mean() >= 0.999
+
+
+# The same numbers
+
+sides = st.integers(4, 9).map(lambda cells: 16 * cells)
+tiles = st.sampled_from(range(64, 145, 16))
+
+
+@settings(max_examples=10, deadline=None)
+@given(frames=st.sampled_from(FRAMES), height=sides, width=sides, tile=tiles)
+def test_decoding_in_tiles(frames, height, width, tile):
+    z = noise(16, vae_forward.encoded_frames(frames), height // 8, width // 8)
+    whole = vae_forward.decode(MODEL, z, SCALE)
+    assert whole.shape == (3, frames, height, width)
+    assert (whole.abs() < 1).float().mean() > 0.5
+    assert_same_video(vae_tiling.decode(MODEL, z, SCALE, tile), whole)
+
+
+@settings(max_examples=10, deadline=None)
+@given(frames=st.sampled_from(FRAMES), height=sides, width=sides, tile=tiles)
+def test_encoding_in_tiles(frames, height, width, tile):
+    video = noise(3, frames, height, width)
+    whole = vae_forward.encode(MODEL, video, SCALE)
+    assert whole.shape == (16, vae_forward.encoded_frames(frames), height // 8, width // 8)
+    tiled = vae_tiling.encode(MODEL, video, SCALE, tile)
+    assert tiled.shape == whole.shape
+    assert (tiled - whole).abs().max() <= 1e-5
+
+
+def test_a_tile_as_large_as_the_frame_is_no_tile():
+    z = noise(16, 2, 12, 8)
+    whole = vae_forward.decode(MODEL, z, SCALE)
+    video = noise(3, 5, 96, 64)
+    latents = vae_forward.encode(MODEL, video, SCALE)
+    for tile in (0, 96, 272, "auto"):
+        assert torch.equal(vae_tiling.decode(MODEL, z, SCALE, tile), whole)
+        assert torch.equal(vae_tiling.encode(MODEL, video, SCALE, tile), latents)
+
+
+@pytest.mark.parametrize("height, width", [(100, 77), (65, 130)])
+def test_encoding_a_frame_that_the_stride_does_not_divide(height, width):
+    video = noise(3, 5, height, width)
+    whole = vae_forward.encode(MODEL, video, SCALE)
+    assert whole.shape[2:] == (height // 8, width // 8)
+    assert (vae_tiling.encode(MODEL, video, SCALE, 64) - whole).abs().max() <= 1e-5
+
+
+def test_frames_beyond_the_last_four_are_left_out():
+    video = noise(3, 8, 64, 96)
+    latents = vae_tiling.encode(MODEL, video, SCALE, 64)
+    assert torch.equal(latents, vae_tiling.encode(MODEL, video[:, :5], SCALE, 64))
+
+
+def test_every_frame_sees_its_past_and_no_future():
+    """What a latent frame decodes to depends on it and on those before it, in their order."""
+    z = noise(16, 4, 8, 12)
+    video = vae_tiling.decode(MODEL, z, SCALE, 64)
+    for t in range(1, 4):
+        first = 4 * t - 3
+        changed = z.clone()
+        changed[:, t] = -changed[:, t]
+        difference = (vae_tiling.decode(MODEL, changed, SCALE, 64) - video).abs().amax(dim=(0, 2, 3))
+        assert difference[:first].max() == 0 and difference[first:].min() > 0.01
+    swapped = vae_tiling.decode(MODEL, z[:, [0, 2, 1, 3]], SCALE, 64)
+    assert (swapped - video).abs().amax(dim=(0, 2, 3))[1:].min() > 0.01
+
+
+def test_samples_one_at_a_time():
+    tiled = vae()
+    apply_tiling(tiled, 64)
+    batch = noise(2, 16, 2, 8, 12)
+    videos = tiled.decode(batch)
+    others = tiled.decode([batch[1], noise(16, 1, 12, 8)])
+    assert [v.shape for v in videos] == [(3, 5, 64, 96)] * 2
+    assert torch.equal(others[0], videos[1]) and others[1].shape == (3, 1, 96, 64)
+    for video, z in zip(videos, batch):
+        assert_same_video(video, vae_forward.decode(MODEL, z, SCALE))
+    for latents, video in zip(tiled.encode(videos), videos):
+        assert (latents - vae_forward.encode(MODEL, video, SCALE)).abs().max() <= 1e-5
+
+
+def test_autocast_around_it_changes_nothing():
+    tiled, z = vae(), noise(16, 2, 8, 12)
+    apply_tiling(tiled, 64)
+    (expected,) = tiled.decode([z])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiled.decode([z])[0], expected)
+        assert tiled.encode([expected])[0].dtype == torch.float32
+
+
+# The margins are what the layers reach, and no margin is spare
+
+
+def large_part(direction):
+    """The operations that run by tiles, and the pixels of their input for one of their output."""
+    if direction == "decode":
+        return vae_tiling._decoder_parts(MODEL.decoder)[-1], MODEL.decoder.conv1.out_channels, 1 / 8
+    return vae_tiling._encoder_parts(MODEL.encoder)[0], 3, 8
+
+
+@pytest.mark.parametrize("direction", ("decode", "encode"))
+def test_margins_are_what_the_layers_reach(direction):
+    """A NaN spreads to whatever depends on it: not from outside the margins, but from their outermost pixels."""
+    operations, channels, scale = large_part(direction)
+    length = int(256 * scale) if direction == "encode" else 32
+    low, high = (96, 160) if direction == "decode" else (12, 20)
+    (first, last), *_ = vae_tiling.needed_intervals(operations, low, high, length)
+    assert 0 < first < low * scale and high * scale < last < length
+
+    def spoiled(pixels):
+        frame = torch.zeros(1, channels, 1, 16, length)
+        frame[..., pixels] = torch.nan
+        out = []
+        vae_forward.run(operations, frame, vae_forward.TemporalCache(), out.append)
+        return out[0][..., low:high].isnan().any()
+
+    everything = torch.arange(length)
+    assert not spoiled((everything < first) | (everything >= last))
+    assert spoiled(everything == first) and spoiled(everything == last - 1)
+
+
+RESIDUAL, CONVOLUTION, RESAMPLING = "residual blocks", "convolutions", "resamplings"
+
+
+def kind(operation):
+    if hasattr(operation, "residual"):
+        return RESIDUAL
+    return RESAMPLING if isinstance(operation, nn.Sequential) else CONVOLUTION
+
+
+@pytest.mark.parametrize(
+    "direction, narrowed, side",
+    [
+        *product(("decode", "encode"), (RESIDUAL,), (0, 1)),
+        *product(("decode",), (CONVOLUTION,), (0, 1)),
+        *product(("decode", "encode"), (RESAMPLING,), (1,)),
+    ],
+)
+def test_a_margin_one_pixel_narrower_shows(direction, narrowed, side, monkeypatch):
+    function = getattr(vae_tiling, direction)
+    sample = noise(16, 1, 16, 16) if direction == "decode" else noise(3, 1, 128, 128)
+    whole = function(MODEL, sample, SCALE)
+    right = vae_tiling._input_interval
+
+    def wrong(operation, low, high):
+        interval = list(right(operation, low, high))
+        if kind(operation) == narrowed and interval != [low, high]:
+            interval[side] += (1, -1)[side]
+        return tuple(interval)
+
+    monkeypatch.setattr(vae_tiling, "_input_interval", wrong)
+    assert (function(MODEL, sample, SCALE, 64) - whole).abs().max() > 1e-3
+
+
+# Memory
+
+
+def on_device(part, model):
+    for name in {"decode": ("decoder", "conv2"), "encode": ("encoder", "conv1")}[part]:
+        getattr(model, name).to("vgpu")
+    return model
+
+
+def counted(direction, frames, height, width, tile, dim=4, model=None, capacity=None):
+    """Peak bytes of one direction on a virtual GPU that holds its half of the VAE."""
+    with torch.device("meta"):
+        model = (model or VAE)(dim).requires_grad_(False)
+    with VirtualGPU(capacity=capacity, meta=True) as gpu:
+        on_device(direction, model)
+        run = getattr(vae_tiling, direction)
+        if direction == "decode":
+            run(
+                model,
+                torch.zeros(16, vae_forward.encoded_frames(frames), height // 8, width // 8),
+                SCALE,
+                tile,
+            )
+        else:
+            run(model, torch.zeros(1, 1, 1, 1).expand(3, frames, height, width), SCALE, tile)
+        return gpu.peak
+
+
+def predicted(direction, frames, height, width, tile, dim=4):
+    with torch.device("meta"):
+        model = VAE(dim)
+    function = {"decode": decode_peak_bytes, "encode": encode_peak_bytes}[direction]
+    return function(model, frames, height, width, tile)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    direction=st.sampled_from(("decode", "encode")),
+    frames=st.sampled_from((*FRAMES, 17)),
+    height=sides,
+    width=sides,
+    tile=st.one_of(st.just(0), tiles),
+)
+def test_prediction(direction, frames, height, width, tile):
+    count = counted(direction, frames, height, width, tile)
+    assert count <= predicted(direction, frames, height, width, tile) <= 1.15 * count
+
+
+whole_grid = vae_tiling._grid
+
+
+@pytest.fixture
+def largest_tile_only(monkeypatch):
+    """Full-size counts need only the tile that takes the most memory: its neighbours come after it."""
+
+    def middle(height, width, tile):
+        tiles = whole_grid(height, width, tile)
+        columns = len({column for _, column in tiles})
+        return [tiles[len(tiles) // columns // 2 * columns + columns // 2]]
+
+    monkeypatch.setattr(vae_tiling, "_grid", middle)
+
+
+SIZES = ((480, 832), (720, 1280))
+
+
+@pytest.mark.parametrize("direction", ("decode", "encode"))
+@pytest.mark.parametrize("size", SIZES)
+def test_full_size(direction, size, largest_tile_only):
+    for tile, limit in ((272, 1.6), (128, 0.9)):
+        assert predicted(direction, 81, *size, tile, dim=96) <= limit * GIB
+    count = counted(direction, 13, *size, 272, dim=96)
+    assert count <= predicted(direction, 13, *size, 272, dim=96) <= 1.1 * count
+
+
+@pytest.mark.parametrize("direction", ("decode", "encode"))
+@pytest.mark.parametrize("capacity", (1, 1.5, 3, 12))
+def test_auto_stays_inside_the_capacity(direction, capacity, largest_tile_only, caplog):
+    caplog.set_level(logging.INFO, vae_tiling.log.name)
+    assert counted(direction, 13, 720, 1280, "auto", dim=96, capacity=int(capacity * GIB)) <= capacity * GIB
+    (chosen,) = caplog.messages  # and no tile was found too large
+    tile = 0 if chosen == "VAE: whole frames" else int(chosen.split()[3])
+    assert (tile == 0) == (capacity == 12)
+    if tile:
+        count = len(whole_grid(720, 1280, tile))
+        larger = next(t for t in range(tile, 1281, 16) if len(whole_grid(720, 1280, t)) < count)
+        assert predicted(direction, 13, 720, 1280, larger, dim=96) > 0.9 * capacity * GIB
+
+
+def test_out_of_memory_halves_the_tile(caplog):
+    z = noise(16, 3, 16, 16)
+    expected = vae_forward.decode(MODEL, z, SCALE)
+    needed = {tile: predicted("decode", 9, 128, 128, tile) for tile in (0, 64)}
+    assert needed[64] < 0.8 * needed[0]
+    with VirtualGPU(capacity=(needed[0] + needed[64]) // 2) as gpu:
+        model = on_device("decode", randomized(VAE(4)))
+        weights = gpu.live
+        video = vae_tiling.decode(model, z, SCALE, 0)
+        assert gpu.live == weights
+        video_again = vae_tiling.decode(model, z, SCALE, "auto")
+    assert caplog.messages == ["VAE: out of memory with tiles of 128 pixels, going on with 64"]
+    assert_same_video(video, expected)
+    assert torch.equal(video_again, video)
+
+
+@pytest.mark.parametrize("direction", ("decode", "encode"))
+def test_no_tile_is_small_enough(direction, caplog):
+    sample = noise(16, 3, 32, 32) if direction == "decode" else noise(3, 9, 256, 256)
+    with VirtualGPU(capacity=predicted(direction, 9, 256, 256, 64) * 3 // 4) as gpu:
+        model = on_device(direction, randomized(VAE(4)))
+        weights = gpu.live
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            getattr(vae_tiling, direction)(model, sample, SCALE, 128)
+        assert error.value.requested > 0
+        del error
+        gc.collect()
+        assert gpu.live == weights
+    assert caplog.messages in ([], ["VAE: out of memory with tiles of 128 pixels, going on with 64"])
+
+
+# Bad input, other trees
+
+
+@pytest.mark.parametrize("value", [1, 16, 48, 100, 271, -64, -1, 64.0, "272", "always", None])
+def test_bad_tiles(value):
+    with pytest.raises(InputError, match=r"^--vae_tile .*multiple of 16 pixels from 64 on.*$"):
+        check_tile(value)
+    with pytest.raises(InputError):
+        apply_tiling(vae(), value)
+
+
+@pytest.mark.parametrize("value", ["auto", 0, 64, 272, 4096])
+def test_good_tiles(value):
+    assert check_tile(value) == value
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    """Upstream's VAE module; it imports nothing else of its package."""
+    tree = os.environ.get("WAN_UPSTREAM")
+    if not tree:
+        pytest.skip("set WAN_UPSTREAM to a checkout of Wan-Video/Wan2.1")
+    spec = importlib.util.spec_from_file_location("upstream_vae", Path(tree) / "wan/modules/vae.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def upstream_model(upstream, dim):
+    return upstream.WanVAE_(dim=dim, z_dim=16, temperal_downsample=[False, True, True])
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_upstream_in_tiles_equals_upstream(upstream):
+    whole, tiled = (upstream.WanVAE.__new__(upstream.WanVAE) for _ in range(2))
+    for coder in (whole, tiled):
+        coder.model, coder.scale, coder.dtype = randomized(upstream_model(upstream, 8)), SCALE, torch.float32
+    for tile, frames in ((0, 5), (64, 1), (64, 9), (96, 5)):
+        apply_tiling(tiled, tile)
+        video = noise(3, frames, 112, 144)
+        (latents,) = whole.encode([video])
+        assert (tiled.encode([video])[0] - latents).abs().max() <= 1e-5
+        assert_same_video(tiled.decode([latents])[0], whole.decode([latents])[0])
+
+
+@pytest.mark.parametrize("direction", ("decode", "encode"))
+def test_upstream_needs_what_is_predicted(direction, upstream):
+    def build(dim):
+        return upstream_model(upstream, dim)
+
+    for tile in (0, 64):
+        count = counted(direction, 13, 144, 208, tile, model=build)
+        assert count <= predicted(direction, 13, 144, 208, tile) <= 1.1 * count
