@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""For maintainers: write a patch anew from an edited tree, in the form that apply.py reads.
+"""For maintainers: write patches anew, in the form that apply.py reads.
 
-    python refresh.py TREE NAME
+    python refresh.py              all patches, with the files that they create as these are in this project now
+    python refresh.py TREE NAME    one patch, from an edited tree
 
 TREE is a clone of upstream at BASE with the patches before NAME put in and committed, and the edits that are to be
 NAME's not committed. The header of NAME, all lines above its first diff, stays; a new patch starts as such a header.
+A file of this project that NAME is to create is new in TREE too; its content there does not matter if a refresh
+without arguments follows.
 """
 
 import os
@@ -12,22 +15,57 @@ import re
 import subprocess
 import sys
 
-from apply import HERE, parse_patch, read
+from apply import ABSENT, HERE, blob_id, load_series, parse_patch, read
 
+ROOT = os.path.dirname(HERE)
 DIFF = "diff -U0 --full-index --no-renames --no-color --no-ext-diff --src-prefix=a/ --dst-prefix=b/"
 
 
-def main():
-    tree, name = sys.argv[1:]
-    file = os.path.join(HERE, name)
-    header = re.split(rb"^diff --git ", read(file), maxsplit=1, flags=re.MULTILINE)[0]
+def creation(path):
+    """The diff that creates the project's file `path`, as git writes it."""
+    content = read(os.path.join(ROOT, path))
+    text = f"diff --git a/{path} b/{path}\nnew file mode 100644\nindex {ABSENT}..{blob_id(content)}\n"
+    lines = content.splitlines(keepends=True)
+    if lines:
+        count = f",{len(lines)}" if len(lines) > 1 else ""
+        text += f"--- /dev/null\n+++ b/{path}\n@@ -0,0 +1{count} @@\n"
+    return text.encode() + b"".join(b"+" + line for line in lines)
+
+
+def with_own_files(text):
+    """The patch, every file that it creates as it is in the project."""
+    parts = re.split(rb"^(?=diff --git )", text, flags=re.MULTILINE)
+    for place, part in enumerate(parts):
+        new = re.match(rb"diff --git a/(\S+) b/\1\nnew file mode ", part)
+        if new:
+            parts[place] = creation(new[1].decode())
+    return b"".join(parts)
+
+
+def from_tree(tree, text):
+    """The patch with the header of `text` and the edits of the tree."""
+    header = re.split(rb"^diff --git ", text, maxsplit=1, flags=re.MULTILINE)[0]
     subprocess.run(["git", "-C", tree, "add", "--all", "--intent-to-add"], check=True)
     diff = subprocess.run(["git", "-C", tree, *DIFF.split()], check=True, capture_output=True).stdout
     # git repeats a line of the file after the second @@
-    text = header + re.sub(rb"^(@@ [^@]* @@).*$", rb"\1", diff, flags=re.MULTILINE)
+    return header + re.sub(rb"^(@@ [^@]* @@).*$", rb"\1", diff, flags=re.MULTILINE)
+
+
+def refresh(name, change):
+    file = os.path.join(HERE, name)
+    text = change(read(file))
     parse_patch(name, text)
     with open(file, "wb") as stream:
         stream.write(text)
+
+
+def main():
+    if sys.argv[1:]:
+        tree, name = sys.argv[1:]
+        refresh(name, lambda text: from_tree(tree, text))
+    else:
+        for name in load_series(HERE)[1]:
+            refresh(name, with_own_files)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ast
 import errno
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -530,6 +531,34 @@ def test_refresh_refuses_an_edit_that_is_not_an_insertion(own_kit, tree):
     done = python(patches / "refresh.py", tree, NAMES[0])
     assert done.returncode != 0 and "does not only insert" in done.stderr
     assert (patches / NAMES[0]).read_bytes() == before
+
+
+def test_refresh_takes_the_projects_own_files(tmp_path):
+    patches = Path(shutil.copytree(PATCHES, tmp_path / "patches"))
+    names = (patches / "series").read_text().split()
+    before = {name: (patches / name).read_text() for name in names}
+    created = [
+        (name, path)
+        for name in names
+        for path in re.findall(r"^diff --git a/(\S+) .*\nnew file mode", before[name], flags=re.MULTILINE)
+    ]
+    assert created
+    for _, path in created:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PATCHES.parent / path, tmp_path / path)
+
+    def refreshed():
+        assert python(patches / "refresh.py").returncode == 0
+        return {name: (patches / name).read_text() for name in names}
+
+    assert refreshed() == before, "what is in the project is what the patches create"
+    name, path = created[-1]
+    (tmp_path / path).write_text("changed = 1\n")
+    after = refreshed()
+    assert f"+++ b/{path}\n@@ -0,0 +1 @@\n+changed = 1\n" in after[name]
+    assert {other for other in names if after[other] != before[other]} == {name}
+    (tmp_path / path).write_text("")
+    assert refreshed()[name].count(path) == 2, "an empty file has no hunk"
 
 
 def test_runs_on_python_3_8():

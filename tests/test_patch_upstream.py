@@ -98,7 +98,8 @@ def test_merged_with_other_changes(tmp_path):
 @pytest.fixture
 def make_vae(patched, tmp_path):
     """make_vae() builds the patched WanVAE, narrow and with random weights, on the virtual GPU."""
-    spec = importlib.util.spec_from_file_location("patched_vae", patched / "wan/modules/vae.py")
+    # Its relative imports lead to this project's files, which are those that the patches create.
+    spec = importlib.util.spec_from_file_location("wan.modules.patched_vae", patched / "wan/modules/vae.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     network = module.WanVAE_(dim=8, z_dim=16, temperal_downsample=[False, True, True])
@@ -177,7 +178,10 @@ def test_nothing_stays_on_the_gpu_after_an_exception(make_vae):
 
 @pytest.fixture(scope="module")
 def run(upstream, patched, tmp_path_factory):
-    """run(tree, task, **flags) runs a pipeline of the upstream or the patched tree; results are kept."""
+    """run(tree, task, **flags) runs a pipeline of the upstream or the patched tree; results are kept.
+
+    Flags are arguments of the pipeline's constructor.
+    """
     sys.path.insert(0, str(ROOT / "tests" / "upstream"))
     import driver
 
@@ -206,11 +210,10 @@ def run(upstream, patched, tmp_path_factory):
     vace = {"frames": frames, "mask": mask, "ref_0": frames[:, :1].flip(-1)}
 
     @functools.cache
-    def run(tree, task, vae_cpu=False, t5_cpu=False, capacity=None, offload_model=True):
+    def run(tree, task, capacity=None, offload_model=True, dtype="float32", **init):
         checkpoint = folder / task
         if not checkpoint.exists():
             write_checkpoint(checkpoint, f"{task}-tiny")
-        init = {"t5_cpu": t5_cpu} | ({"vae_cpu": True} if vae_cpu else {})
         return driver.run(
             {"upstream": upstream, "patched": patched}[tree],
             task,
@@ -218,7 +221,8 @@ def run(upstream, patched, tmp_path_factory):
             init=init,
             call={**calls[task], "offload_model": offload_model},
             inputs=vace if task == "vace" else None,
-            device=os.environ.get("D", "vgpu"),
+            device="vgpu",
+            dtype=dtype,
             capacity=capacity,
         )
 
@@ -258,3 +262,59 @@ def test_memory(run, task):
     finished = run("patched", task, capacity=capacity, vae_cpu=True)
     assert finished.report["out_of_memory"] is None
     assert torch.equal(finished.video, run("upstream", task).video)
+
+
+# 0002: tiles
+
+
+@pytest.fixture
+def same_picture(measured):
+    """same_picture(video, expected): regrouping's bounds hold between two videos in [-1, 1]."""
+
+    def check(video, expected):
+        measured((video - expected).abs().max().item(), 1e-5)
+        bits, expected_bits = (((v + 1) / 2 * 255).to(torch.uint8).int() for v in (video, expected))
+        assert (bits - expected_bits).abs().max() <= 1
+        assert (bits == expected_bits).float().mean() >= 0.999
+
+    return check
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tiles_give_the_same_picture(run, same_picture, task):
+    expected, result = run("upstream", task), run("patched", task, vae_tile=64)
+    assert not torch.equal(result.video, expected.video), "there were no tiles"
+    same_picture(result.video, expected.video)
+    assert result.report["stages"]["decode"] < run("patched", task).report["stages"]["decode"]
+
+
+def test_tiles_in_fp32_inside_an_autocast_with_the_vae_on_cpu(run, same_picture):
+    expected = run("upstream", "t2v", dtype="bfloat16")
+    result = run("patched", "t2v", dtype="bfloat16", vae_cpu=True, vae_tile=64)
+    assert torch.equal(result.latents, expected.latents)
+    same_picture(result.video, expected.video)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("offload", [False, True])
+def test_tiled_vae(make_vae, same_picture, measured, offload):
+    """Sources and videos on the CPU, latents on the GPU; the half that works is there for the call."""
+    video = torch.rand(3, 9, 208, 160, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with VirtualGPU() as gpu:
+        vae = make_vae()
+        (latent,) = vae.encode([video.to("vgpu")])
+        (expected,) = vae.decode([latent])
+        expected_latent, expected = latent.cpu(), expected.cpu()
+        if offload:
+            vae.enable_cpu_offload()
+        vae.enable_tiling(64)
+        idle = gpu.live
+        (tiled_latent,) = vae.encode([video])
+        assert tiled_latent.device.type == "vgpu"
+        difference = (tiled_latent.cpu() - expected_latent).abs().max() / expected_latent.abs().max()
+        measured(difference.item(), 1e-5, "latents")
+        (tiled,) = vae.decode([latent])
+        assert tiled.device.type == "cpu"
+        same_picture(tiled, expected)
+        del tiled_latent
+        assert gpu.live == idle and places(vae) == {"cpu" if offload else "vgpu"}
