@@ -111,6 +111,17 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
     return Result(tensors.get("video"), tensors.get("latents"), report)
 
 
+def read_configs(tree) -> dict:
+    """Upstream's WAN_CONFIGS as JSON gives it: tuples are lists, types are their names."""
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import driver; wan = driver.load_tree(sys.argv[2]); "
+        "print(json.dumps(wan.configs.WAN_CONFIGS, default=str))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tree)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 # The tree and its surroundings
 
 

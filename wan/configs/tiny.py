@@ -49,15 +49,17 @@ def _tiny(base, task, dit, t5=None, clip=None):
     return config
 
 
-def _image(task):
-    return _tiny(i2v_14B, task, {"model_type": task, "in_dim": 36}, t5={"num_layers": 6}, clip=CLIP)
+def _image(task, also_negative=""):
+    config = _tiny(i2v_14B, task, {"model_type": task, "in_dim": 36}, t5={"num_layers": 6}, clip=CLIP)
+    config.sample_neg_prompt = also_negative + config.sample_neg_prompt
+    return config
 
 
 TINY_CONFIGS = {
     "t2v-tiny": _tiny(t2v_1_3B, "t2v", {}),
     "t2i-tiny": _tiny(t2v_1_3B, "t2i", {}),
     "i2v-tiny": _image("i2v"),
-    "flf2v-tiny": _image("flf2v"),
+    "flf2v-tiny": _image("flf2v", also_negative="镜头切换，"),  # as for the 14B model
     "vace-tiny": _tiny(
         t2v_1_3B,
         "vace",
