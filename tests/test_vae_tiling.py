@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.vae import as_diffusers, randomized, theirs
 from benchmarks.virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
 from wan.memory.vae_tiling import apply_tiling, check_tile, decode_peak_bytes, encode_peak_bytes
@@ -25,16 +26,6 @@ from wan.utils.video import to_uint8
 SCALE = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
 FRAMES = (1, 5, 9, 13)
 GIB = 2**30
-
-
-def randomized(model):
-    """Weights that keep the spread of what goes through, so that every pixel in reach of another one matters."""
-    random = torch.Generator().manual_seed(0)
-    for name, parameter in model.eval().requires_grad_(False).named_parameters():
-        if "gamma" not in name:
-            std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
-    return model
 
 
 MODEL = randomized(VAE(4))
@@ -144,6 +135,17 @@ def test_autocast_around_it_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tiled.decode([z])[0], expected)
         assert tiled.encode([expected])[0].dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    model = randomized(VAE(32)).cuda()
+    z, video = noise(16, 3, 30, 40), noise(3, 9, 240, 320)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert_same_video(vae_tiling.decode(model, z, SCALE, 64), vae_forward.decode(model, z, SCALE))
+        whole = vae_forward.encode(model, video, SCALE)
+        assert (vae_tiling.encode(model, video, SCALE, 64) - whole).abs().max() <= 1e-5
 
 
 # The margins are what the layers reach, and no margin is spare
@@ -280,9 +282,9 @@ SIZES = ((480, 832), (720, 1280))
 @pytest.mark.parametrize("size", SIZES)
 def test_full_size(direction, size, largest_tile_only):
     for tile, limit in ((272, 1.6), (128, 0.9)):
-        assert predicted(direction, 81, *size, tile, dim=96) <= limit * GIB
-    count = counted(direction, 13, *size, 272, dim=96)
-    assert count <= predicted(direction, 13, *size, 272, dim=96) <= 1.1 * count
+        count = counted(direction, 81, *size, tile, dim=96)
+        assert count <= limit * GIB
+        assert count <= predicted(direction, 81, *size, tile, dim=96) <= 1.1 * count
 
 
 @pytest.mark.parametrize("direction", ("decode", "encode"))
@@ -344,6 +346,17 @@ def test_bad_tiles(value):
 @pytest.mark.parametrize("value", ["auto", 0, 64, 272, 4096])
 def test_good_tiles(value):
     assert check_tile(value) == value
+
+
+@pytest.mark.parametrize("frames", (1, 5, 9))
+def test_another_implementation_agrees(frames):
+    """diffusers' VAE, on whole frames, with the same weights: the order of frames is no matter of opinion."""
+    model = randomized(VAE(8))
+    other = as_diffusers(model, 8)
+    video = noise(3, frames, 64, 96)
+    latents = vae_tiling.encode(model, video, SCALE, 64)
+    assert (theirs(other, 0, "encode", video) - latents).abs().max() <= 1e-5
+    assert_same_video(vae_tiling.decode(model, latents, SCALE, 64), theirs(other, 0, "decode", latents))
 
 
 @pytest.fixture(scope="module")

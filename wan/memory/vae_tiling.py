@@ -7,9 +7,8 @@ the margin of its neighbours' pixels that its convolutions reach: nothing is ble
 whether there were tiles.
 
 The margin is not one number but follows from the layers: walking back from a tile of the output, each layer's
-    input
-is cropped to what is still needed. Where a tile ends at the border of the frame, so does the crop, and the
-layer pads with zeros as it does for the whole frame.
+input is cropped to what is still needed. Where a tile ends at the border of the frame, so does the crop, and
+the layer pads with zeros as it does for the whole frame.
 
 A tile goes through all frames before the next one starts, with a temporal cache of its own, and is written
 straight to its place in a video on the CPU.
@@ -117,27 +116,27 @@ def decode(model, z, scale, tile=0):
     Returns:
         [3, 4 F - 3, 8 h, 8 w] fp32 in [-1, 1] on the CPU.
     """
-    device = model.conv2.weight.device
+    weight = model.conv2.weight
     _, frames, height, width = z.shape
     size = (STRIDE * height, STRIDE * width)
     video = torch.empty(3, decoded_frames(frames), *size)
     global_part, latent_part, large_part = _decoder_parts(model.decoder)
     if tile == "auto":
-        tile = _fitting_tile(_decode_bytes, model, video.shape[1:], device)
+        tile = _fitting_tile(_decode_bytes, model, video.shape[1:], weight.device)
 
     features = _frame_major(model.decoder.conv1.out_channels, frames, height, width)
     _through(global_part, denormalized(model, z, scale), FrameWriter(features))
     # Written over while it is read: what these layers remember is never their input itself.
-    _through(latent_part, _frames(features, device), FrameWriter(features))
+    _through(latent_part, _frames(features, weight), FrameWriter(features))
 
     def by_tiles(tile):
         for rows, columns in _grid(*size, tile):
             crops = _Crops(large_part, rows, columns, (height, width))
             write = FrameWriter(video[:, :, slice(*rows), slice(*columns)])
-            source = _frames(features[crops.source], device)
+            source = _frames(features[crops.source], weight)
             _through(large_part, source, lambda out, write=write: write(out.clamp_(-1, 1)), crops.inner)
 
-    _with_smaller_tiles(by_tiles, tile, size, device)
+    _with_smaller_tiles(by_tiles, tile, size, weight.device)
     return video
 
 
@@ -156,14 +155,14 @@ def encode(model, video, scale, tile=0):
     Returns:
         [z_dim, 1 + (F - 1) // 4, H / 8, W / 8] fp32 on the device, the mean of the distribution.
     """
-    device = model.conv1.weight.device
+    weight = model.conv1.weight
     large_part, latent_part, global_part = _encoder_parts(model.encoder)
     latents = empty_latents(model, video)
     _, frames, height, width = latents.shape
     size = (STRIDE * height, STRIDE * width)
     video = video[:, : decoded_frames(frames)]
     if tile == "auto":
-        tile = _fitting_tile(_encode_bytes, model, (video.size(1), *size), device)
+        tile = _fitting_tile(_encode_bytes, model, (video.size(1), *size), weight.device)
     features = _frame_major(model.encoder.middle[0].residual[0].gamma.size(0), frames, height, width)
 
     def by_tiles(tile):
@@ -171,12 +170,12 @@ def encode(model, video, scale, tile=0):
             rows, columns = ((low // STRIDE, high // STRIDE) for low, high in (rows, columns))
             crops = _Crops(large_part, rows, columns, video.shape[2:])
             write = FrameWriter(features[:, :, slice(*rows), slice(*columns)])
-            _through(large_part, _frames(video[crops.source], device), write, crops.inner)
+            _through(large_part, _frames(video[crops.source], weight), write, crops.inner)
 
-    _with_smaller_tiles(by_tiles, tile, size, device)
-    _through(latent_part, _frames(features, device), FrameWriter(features))
+    _with_smaller_tiles(by_tiles, tile, size, weight.device)
+    _through(latent_part, _frames(features, weight), FrameWriter(features))
     write = FrameWriter(latents)
-    _through(global_part, _frames(features, device), lambda out: write(normalized_mean(model, out, scale)))
+    _through(global_part, _frames(features, weight), lambda out: write(normalized_mean(model, out, scale)))
     return latents
 
 
@@ -209,10 +208,10 @@ def _through(operations, source, sink, crops=None):
         run(operations, frame, cache, sink, crops)
 
 
-def _frames(video, device):
-    """The frames [1, C, 1, H, W] of a video [C, F, H, W], each brought to the device when asked for."""
+def _frames(video, weight):
+    """The frames [1, C, 1, H, W] of a video [C, F, H, W], each brought to where `weight` is when asked for."""
     for frame in video.unsqueeze(0).split(1, dim=2):
-        yield frame.to(device, torch.float32)
+        yield frame.to(weight)
 
 
 def _frame_major(channels, frames, height, width):
@@ -327,10 +326,9 @@ def decode_peak_bytes(model, frames, height, width, tile=0):
     """Device memory that `decode` takes at most, with the decoder's weights, without the latents it is given.
 
     It is the weights, and the most that one of the passes holds at a time: what causal layers remember, two
-        frames
-    of each one's input; the pairs of frames that wait at temporal upsamplings; and the largest set of tensors
-    that one layer needs at a time, see `_pass_bytes`. A tile counts with its margins, the largest tile of the
-    grid.
+    frames of each one's input; the pairs of frames that wait at temporal upsamplings; and the largest set of
+    tensors that one layer needs at a time, see `_operation_bytes`. A tile counts with its margins, the largest
+    tile of the grid.
 
     Args:
         model: the VAE's modules, on any device.
@@ -406,76 +404,80 @@ def _pass_bytes(operations, frames, channels, rows, columns):
         channels: of these frames.
         rows, columns: of the input of each operation, one list each.
     """
-    frame = _allocated(channels, rows[0] * columns[0])
-    remembered, waiting, most = 0, frame, 0  # the frame that arrives first waits until all is done
-    single = frames == 1
+    frame = _allocated(channels, rows[0] * columns[0])  # what arrives at an operation
+    single, remembered, waiting, most = frames == 1, 0, frame, 0
     for operation, height, width in zip(operations, rows, columns):
-        area = height * width
-        kept = working = 0
-        if changes_rate(operation) and operation.stride[0] == 2:
-            channels = operation.out_channels
-            kept = min(frames, 2) * frame
-            out = _allocated(channels, area)
-            if frames > 2:
-                working = frame + _allocated(3 * operation.in_channels, area) + out
-            frame, frames = out, encoded_frames(2 * frames - 1)
-        elif changes_rate(operation):
-            if frames > 1:
-                kept, working = _causal_bytes(operation, frames - 1, area, frame)
-                frame = _allocated(operation.out_channels, area)
-                waiting += frame
-            frames = 2 * frames - 1
-        elif hasattr(operation, "residual"):
-            kept, working = _residual_bytes(operation, frames, area)
-            working += frame
-            channels = operation.residual[-1].out_channels
-            frame = _allocated(channels, area)
-        elif hasattr(operation, "to_qkv"):
-            scores = _allocated(attention_rows(area), area)
-            working = frame + max(6 * _allocated(channels, area), 4 * _allocated(channels, area) + scores)
-            frame = _allocated(channels, area)
-        elif isinstance(operation, nn.Sequential):
-            conv = operation[-1]
-            if upsamples(operation):
-                inner, outer = 4 * area, 4 * area
-            else:
-                inner, outer = (height + 1) * (width + 1), (height // 2) * (width // 2)
-            channels = conv.out_channels
-            working = frame + _allocated(conv.in_channels, inner) + _allocated(channels, outer)
-            frame = _allocated(channels, outer)
-        elif isinstance(operation, nn.Conv3d):
-            kept, working = _causal_bytes(operation, frames, area, frame)
-            channels = operation.out_channels
-            frame = _allocated(channels, area)
-        elif hasattr(operation, "gamma"):
-            working = frame + _norm_bytes(channels, area)
-            frame = _allocated(channels, area)
+        kept, working = _operation_bytes(operation, frames, frame, channels, height, width)
         remembered += kept
-        # While a video runs, every layer remembers; before the second frame, only those that have been passed.
+        # In a video every layer remembers; before the second frame, only those that the first one has passed.
         most = max(most, waiting + working + (remembered if single else 0))
+        if changes_rate(operation):
+            doubles = operation.stride[0] == 1
+            if doubles and frames > 1:  # the pair waits until both have gone all the way
+                waiting += _allocated(operation.out_channels, height * width)
+            frames = 2 * frames - 1 if doubles else 1 + (frames - 1) // 2
+        channels = _output_channels(operation, channels)
+        frame = _allocated(channels, math.prod(_output_interval(operation, 0, n)[1] for n in (height, width)))
     return most if single else remembered + most
 
 
+def _operation_bytes(operation, frames, frame, channels, height, width):
+    """What an operation remembers between frames, and the most that it holds beside that while it works.
+
+    Args:
+        operation: module.
+        frames: how many it gets.
+        frame: bytes of one of them as it arrives.
+        channels, height, width: of its input.
+    """
+    area = height * width
+    if changes_rate(operation):
+        if operation.stride[0] == 1:  # the first frame passes it by
+            return _causal_bytes(operation, frames - 1, area, frame) if frames > 1 else (0, frame)
+        window = _allocated(3 * channels, area) + _allocated(channels, area)
+        return min(frames, 2) * frame, frame + (window if frames > 2 else 0)
+    if isinstance(operation, nn.Conv3d):
+        return _causal_bytes(operation, frames, area, frame)
+    if hasattr(operation, "residual"):
+        first, second = (
+            _causal_bytes(conv, frames, area, _allocated(conv.in_channels, area))
+            for conv in operation.residual
+            if isinstance(conv, nn.Conv3d)
+        )
+        out = _allocated(operation.residual[-1].out_channels, area)
+        beside = (
+            out if isinstance(operation.shortcut, nn.Conv3d) else 2 * _allocated(1, area)
+        )  # shortcut or norm
+        return first[0] + second[0], frame + max(first[1], second[1], out + beside)
+    if hasattr(operation, "to_qkv"):
+        one, scores = _allocated(channels, area), _allocated(attention_rows(area), area)
+        return 0, frame + max(6 * one, 4 * one + scores)  # qkv and its transpose; q, k, v, output and scores
+    if isinstance(operation, nn.Sequential):
+        conv = operation[-1]
+        if upsamples(operation):
+            return 0, frame + _allocated(conv.in_channels, 4 * area) + _allocated(conv.out_channels, 4 * area)
+        padded = _allocated(channels, (height + 1) * (width + 1))
+        return 0, frame + padded + _allocated(conv.out_channels, (height // 2) * (width // 2))
+    if hasattr(operation, "gamma"):
+        return 0, frame + _allocated(channels, area) + 2 * _allocated(1, area)
+    return 0, frame
+
+
 def _causal_bytes(conv, frames, area, frame):
-    """What a convolution over time remembers, and what it needs beside: the window, then its output."""
-    if conv.kernel_size[0] == 1:
-        return 0, frame + _allocated(conv.out_channels, area)
+    """As `_operation_bytes`, of a convolution over three frames: the window of them, and then its output."""
     window = _allocated(min(frames, 3) * conv.in_channels, area) if frames > 1 else 0
     forgotten = frame if frames > 2 else 0
     return min(frames, 2) * frame, window + max(forgotten, _allocated(conv.out_channels, area))
 
 
-def _residual_bytes(block, frames, area):
-    kept, working = 0, 0
-    for conv in (block.residual[2], block.residual[6]):
-        remembered, needed = _causal_bytes(conv, frames, area, _allocated(conv.in_channels, area))
-        kept, working = kept + remembered, max(working, needed)
-    out = _allocated(conv.out_channels, area)
-    return kept, max(working, 2 * out)
-
-
-def _norm_bytes(channels, area):
-    return _allocated(channels, area) + 2 * _allocated(1, area)
+def _output_channels(operation, channels):
+    if changes_rate(operation):
+        return operation.in_channels  # twice as many that become two frames, or as many
+    if isinstance(operation, nn.Conv3d):
+        return operation.out_channels
+    if hasattr(operation, "residual"):
+        return operation.residual[-1].out_channels
+    return operation[-1].out_channels if isinstance(operation, nn.Sequential) else channels
 
 
 def _fitting_tile(bytes_needed, model, shape, device):
