@@ -315,7 +315,8 @@ def _fill_defaults(args):
             if flag in examples:
                 paths = [str(EXAMPLES / name) for name in examples[flag].split(",")]
                 setattr(args, flag, ",".join(paths))
-    args.prompt = args.prompt or examples["prompt"]
+    if args.prompt is None:
+        args.prompt = examples["prompt"]
     args.src_references = args.src_ref_images.split(",") if args.src_ref_images else None
     if args.kind == "flf2v" and (args.first_frame is None or args.last_frame is None):
         raise InputError("--first_frame and --last_frame: give both")
