@@ -258,6 +258,7 @@ def parse_arguments(argv=None):
     """
     task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     task.add_argument("--task", default="")
+    task.error = _fail
     parser = build_parser()
     if task.parse_known_args(argv)[0].task.endswith("-tiny"):
         parser.set_defaults(size="128*96", sample_steps=10)
