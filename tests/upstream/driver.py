@@ -291,7 +291,7 @@ def without_storage(wan, config, task):
     build_t5 = t5.umt5_xxl
     t5.umt5_xxl = lambda device, **sizes: build_t5(device="meta", **sizes)
     for module in (t5.T5Encoder, clip.XLMRobertaCLIP, vae.WanVAE_):
-        module.load_state_dict = lambda self, *args, **options: None
+        module.load_state_dict = _unless_none(module.load_state_dict)
     t5.HuggingfaceTokenizer = clip.HuggingfaceTokenizer = _Tokenizer
 
     def build_dit(cls, directory):
@@ -322,6 +322,11 @@ def without_storage(wan, config, task):
             return original(self, *args, device="cpu", **options)
 
         solver.set_timesteps = set_timesteps
+
+
+def _unless_none(load):
+    """Without storage nothing is read from a checkpoint; a VAE that goes home still puts its weights back."""
+    return lambda self, weights, **options: None if weights is None else load(self, weights, **options)
 
 
 def _let_meta_modules_be_at_home():
@@ -446,7 +451,9 @@ def generate(wan, pipeline, task, call, inputs=None):
         if inputs is None:
             shape = (call.get("frame_num", 81), *call["size"][::-1])
             inputs = {"frames": torch.zeros(3, *shape), "mask": torch.ones(1, *shape)}
-        inputs = {name: tensor.to(pipeline.device) for name, tensor in inputs.items()}
+        # As generate.py has it: a VAE that works in tiles takes its sources from the CPU.
+        device = torch.device("cpu") if getattr(pipeline.vae, "tile", 0) else pipeline.device
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         references = [inputs[name] for name in sorted(inputs) if name.startswith("ref_")]
         call |= {
             "input_frames": [inputs["frames"]],
