@@ -144,9 +144,12 @@ def test_the_same_seed_gives_the_same_file_and_another_does_not():
     assert a == b and a != c
 
 
-def test_low_vram_gives_the_same_file():
-    assert run("--task", "t2v-tiny", *FEW, "--save_file", "a.mp4") == 0
-    assert run("--task", "t2v-tiny", *FEW, "--save_file", "b.mp4", "--low_vram", "--vae_tile", "64") == 0
+@pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v", "vace"])
+def test_low_vram_gives_the_same_file(task):
+    arguments = ["--task", f"{task}-tiny", *FEW]
+    assert run(*arguments, "--save_file", "a.mp4") == 0
+    low_vram = ["--low_vram", "--dit_chunk", "64", "--offload_folder", "folder"]
+    assert run(*arguments, "--save_file", "b.mp4", *low_vram) == 0
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 
+ALIGNMENT = 64  # bytes, of PyTorch's own allocations
 LISTED_NAMES = 8  # how many tensor names an error message spells out
 
 
@@ -95,8 +96,8 @@ def load_weights(
 ) -> None:
     """Fills a module that was built on the meta device.
 
-    A tensor that keeps its type stays memory-mapped; one that changes it is converted alone, so that peak RAM
-    is what is kept plus one tensor.
+    A tensor that keeps its type stays memory-mapped if the file aligns it; one that changes it is converted alone,
+    so that peak RAM is what is kept plus one tensor.
 
     Args:
         module: every parameter and persistent buffer is replaced; their shapes are the expected ones.
@@ -133,7 +134,7 @@ def load_weights(
                 )
             else:
                 kept = dtype(name) if dtype else None
-                loaded[name] = part.to(kept or part.dtype)
+                loaded[name] = _aligned(part.to(kept or part.dtype))
     missing = [name for name in expected if name not in loaded]
     # A tensor of another shape is missing too; say it once.
     if misshaped:
@@ -144,6 +145,11 @@ def load_weights(
         raise InputError(f"{path}: not the expected tensors ({'; '.join(found)}); is it for another task?")
     module.load_state_dict(loaded, strict=True, assign=True)
     module.eval().requires_grad_(False)
+
+
+def _aligned(tensor):
+    """The tensor where CPU kernels read it as any other: at an odd address they round otherwise."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _listed(names: list[str]) -> str:
