@@ -74,9 +74,9 @@ def dit_forward(
 
     flows = []
     for i, latent in enumerate(x):
-        if y is not None:
-            latent = torch.cat([latent, y[i]])
-        tokens, grid, dtype = embed_patches(model.patch_embedding, latent)
+        tokens, grid, dtype = embed_patches(
+            model.patch_embedding, latent if y is None else torch.cat([latent, y[i]])
+        )
         if tokens.size(1) > seq_len:
             raise ValueError(f"{tokens.size(1)} tokens do not fit seq_len {seq_len}")
         layers = _Layers(
@@ -117,31 +117,36 @@ class _Layers:
         self._self_attention(block, x, shift, scale, gate, dtype)
         self._cross_attention(block, x)
         for span in spans(x.size(1), self.chunk):
-            hidden = block.norm2(x[:, span]) * (1 + ffn_scale) + ffn_shift
-            x[:, span] += block.ffn(hidden.to(block.ffn[0].weight.dtype)) * ffn_gate
+            hidden = block.norm2(x[:, span]).mul_(1 + ffn_scale).add_(ffn_shift)
+            x[:, span].add_(block.ffn(hidden.to(block.ffn[0].weight.dtype)) * ffn_gate)
 
     def _self_attention(self, block, x, shift, scale, gate, dtype):
         attention, length = block.self_attn, x.size(1)
         keys = values = None
 
         def modulated(span):
-            hidden = block.norm1(x[:, span].to(dtype)).float() * (1 + scale) + shift
-            return hidden.to(attention.q.weight.dtype)
+            hidden = block.norm1(x[:, span].to(dtype).float()).to(dtype).float()
+            return hidden.mul_(1 + scale).add_(shift).to(attention.q.weight.dtype)
 
         for span in spans(length, self.chunk):
             hidden = modulated(span)
             value = _heads(attention, attention.v(hidden))
-            key = _heads(attention, attention.norm_k(attention.k(hidden)))
             if keys is None:
                 keys, values = (value.new_empty(1, length, *value.shape[2:]) for _ in range(2))
-            keys[:, span] = self.rope(key, span)
             values[:, span] = value
-            del hidden, key, value
-        for span in spans(length, self.chunk):
-            query = _heads(attention, attention.norm_q(attention.q(modulated(span))))
+            del value
+            hidden = attention.k(hidden)
+            hidden = attention.norm_k(hidden)
+            keys[:, span] = self.rope(_heads(attention, hidden).float(), span)
+            del hidden
+
+        def attended(span):
+            query = _heads(attention, attention.norm_q(attention.q(modulated(span)))).float()
             query = self.rope(query, span).to(values.dtype)
-            out = _attend(query, keys, values).flatten(2)
-            x[:, span] += _linear(attention.o, out) * gate
+            return _linear(attention.o, _attend(query, keys, values).flatten(2))
+
+        for span in spans(length, self.chunk):
+            x[:, span].add_(attended(span) * gate)
 
     def _cross_attention(self, block, x):
         attention = block.cross_attn
@@ -157,7 +162,7 @@ class _Layers:
             out = _attend(query, key, value)
             if self.image is not None:
                 out = out.float() + _attend(query, image_key, image_value).float()
-            x[:, span] += _linear(attention.o, out.flatten(2))
+            x[:, span].add_(_linear(attention.o, out.flatten(2)))
 
 
 def _run_with_hints(model, layers, x, dtype, source, strength):
@@ -174,7 +179,7 @@ def _run_with_hints(model, layers, x, dtype, source, strength):
         layers.run(block, x, norm_dtype)
         if i in hinted:
             for span in spans(x.size(1), layers.chunk):
-                x[:, span] += _linear(hinted[i].after_proj, stream[:, span]) * strength
+                x[:, span].add_(_linear(hinted[i].after_proj, stream[:, span]) * strength)
 
 
 def embed_text(model, context, device):
@@ -191,13 +196,12 @@ def embed_text(model, context, device):
 
 
 def embed_patches(embedding, latent):
-    """[C, F, H, W] to a residual stream [1, F' H' W', dim] fp32, its grid (F', H', W'), and the type it has."""
+    """[C, F, H, W] on any device to a residual stream [1, F' H' W', dim] fp32, its grid (F', H', W'), and its type."""
     step = embedding.kernel_size[0]
     stream = dtype = None
     frames = latent.size(1) // step
     for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
-        patch = latent[None, :, frame * step : (frame + 1) * step].to(embedding.weight.dtype)
-        patch = embedding(patch)
+        patch = embedding(latent[None, :, frame * step : (frame + 1) * step].to(embedding.weight))
         if stream is None:
             grid, dtype = (frames, *patch.shape[3:]), patch.dtype
             area = math.prod(patch.shape[3:])
@@ -228,14 +232,17 @@ class Rope:
         self.grid = grid
 
     def __call__(self, x, span):
-        """x: [1, n, heads, head_dim], the tokens of `span`. Returns the same shape in fp32."""
+        """x: [1, n, heads, head_dim] fp32, the tokens of `span`. Turns it in place and returns it."""
         _, rows, columns = self.grid
         index = torch.arange(span.start, span.stop, device=x.device)
         positions = (index // (rows * columns), index // columns % rows, index % columns)
         turn = torch.cat([table[position] for table, position in zip(self.tables, positions)], dim=1)
-        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-        pairs *= turn.unsqueeze(1)
-        return torch.view_as_real(pairs).flatten(3).float()
+        for heads in x.chunk(2, dim=2):  # fp64 of half the heads at a time
+            pairs = torch.view_as_complex(heads.double().unflatten(-1, (-1, 2)))
+            pairs *= turn.unsqueeze(1)
+            heads.copy_(torch.view_as_real(pairs).flatten(3))
+            del pairs
+        return x
 
 
 def sinusoidal_embedding(dim, position):

@@ -46,8 +46,9 @@ class WanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x.float() * scale).type_as(x) * self.weight
+        mean_square = x.to(torch.float32, copy=True).square_().mean(dim=-1, keepdim=True)
+        scale = torch.rsqrt(mean_square + self.eps)
+        return x.to(torch.float32, copy=True).mul_(scale).type_as(x) * self.weight
 
 
 class WanLayerNorm(nn.LayerNorm):
