@@ -87,16 +87,17 @@ class WanI2V(WanPipeline):
         """
         height, width = self._latent_size(images[0], max_area)
         shape = (self.vae.model.z_dim, (frame_num - 1) // self.vae_stride[0] + 1, height, width)
-        noise = self._noise(shape, self._generator(seed))
+        generator = self._generator(seed)
         context, context_null = self._encode_prompts(prompt, n_prompt, offload_model)
         features = self._encode_images([image[:, None] for image in images], offload_model)
         with self.stages("encode"):
             known = self._known_frames(images, frame_num, height, width)
             known = self.vae.encode([known])[0].to(self.device)
-        y = torch.cat([known_mask(shape, last=len(images) > 1).to(self.device), known])
-        common = {"clip_fea": features, "y": [y], "seq_len": self._sequence_length(*shape[1:])}
+            known = torch.cat([known_mask(shape, last=len(images) > 1).to(self.device), known])
+        common = {"clip_fea": features, "y": [known], "seq_len": self._sequence_length(*shape[1:])}
         latent = self._denoise(
-            noise,
+            shape,
+            generator,
             {"context": context, **common},
             {"context": context_null, **common},
             offload_model=offload_model,

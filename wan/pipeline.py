@@ -10,8 +10,8 @@ from tqdm import tqdm
 from .memory.chunking import apply_chunking
 from .memory.offload_folder import OffloadFolder
 from .memory.options import MemoryOptions
-from .memory.residency import Component, visit_by_halves
-from .memory.streaming import Streamer, transformer_pieces
+from .memory.residency import Component, visit_by_halves, visit_when_called
+from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
 from .memory.vae_tiling import apply_tiling
 from .modules.clip import CLIPModel
 from .modules.model import WanModel
@@ -124,10 +124,12 @@ class WanPipeline:
     def _dit_component(self):
         if self.options.dit_stream is None:
             return Component([self.model], self.device)
-        pieces = transformer_pieces(self.model)
+        pieces, embeddings = transformer_pieces(self.model), transformer_embeddings(self.model)
+        for embedding in embeddings:
+            visit_when_called(embedding, self.device)
         resident_bytes = int(self.options.dit_stream * 2**30)
         streamer = Streamer(pieces, self.device, ring=self.options.stream_ring, resident_bytes=resident_bytes)
-        return Component([self.model], self.device, pieces, streamer)
+        return Component([self.model], self.device, [*pieces, *embeddings], streamer)
 
     def _encode_prompts(self, prompt, negative_prompt, offload_model):
         """Both prompts to embeddings: two lists with one [L, text_dim] on the device each."""
@@ -148,12 +150,23 @@ class WanPipeline:
             return self.clip.visual([video.to(self.device) for video in videos])
 
     def _denoise(
-        self, noise, cond, uncond, *, shift, sample_solver, sampling_steps, guide_scale, offload_model
+        self,
+        shape,
+        generator,
+        cond,
+        uncond,
+        *,
+        shift,
+        sample_solver,
+        sampling_steps,
+        guide_scale,
+        offload_model,
     ):
-        """Walks from noise to a latent video.
+        """Draws noise and walks from it to a latent video.
 
         Args:
-            noise: [C, F, H, W] fp32 on the device.
+            shape: (C, F, H, W) of the latents.
+            generator: of the noise.
             cond, uncond: keyword arguments of the model with the prompt and with the negative prompt.
 
         Returns:
@@ -162,13 +175,16 @@ class WanPipeline:
         solver = make_solver(
             sample_solver, sampling_steps, shift, self.device, num_train_timesteps=self.num_train_timesteps
         )
-        latent = noise
+        latent = self._noise(shape, generator)
+
+        def guided_flow(t):
+            flow = self.model([latent], t=t[None], **cond)[0]
+            unconditional = self.model([latent], t=t[None], **uncond)[0]
+            return unconditional + guide_scale * (flow - unconditional)
+
         with self.stages("denoise"), torch.no_grad(), self._dit.on_device(stay=not offload_model):
             for t in tqdm(solver.timesteps, desc="Denoising"):
-                flow = self.model([latent], t=t[None], **cond)[0]
-                unconditional = self.model([latent], t=t[None], **uncond)[0]
-                flow = unconditional + guide_scale * (flow - unconditional)
-                latent = solver.step(flow[None], t, latent[None], return_dict=False)[0][0]
+                latent = solver.step(guided_flow(t)[None], t, latent[None], return_dict=False)[0][0]
         return latent
 
     def _decode(self, latent, on_latents=None):

@@ -47,7 +47,8 @@ class WanT2V(WanPipeline):
         context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
         common = {"seq_len": self._sequence_length(*shape[1:])}
         latent = self._denoise(
-            self._noise(shape, generator),
+            shape,
+            generator,
             {"context": context, **common},
             {"context": context_null, **common},
             shift=shift,

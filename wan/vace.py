@@ -88,15 +88,17 @@ class WanVace(WanPipeline):
         with self.stages("encode"):
             coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
             masks = self.vace_encode_masks(input_masks, input_ref_images)
-            source = [latent.to(self.device) for latent in self.vace_latent(coded, masks)]
-        channels, *shape = coded[0].shape
+            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
+            source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
+        channels, *shape = coded.pop().shape
         common = {
             "vace_context": source,
             "vace_context_scale": context_scale,
             "seq_len": self._sequence_length(*shape),
         }
         latent = self._denoise(
-            self._noise((channels // 2, *shape), generator),
+            (channels // 2, *shape),
+            generator,
             {"context": context, **common},
             {"context": context_null, **common},
             shift=shift,

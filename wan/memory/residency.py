@@ -21,13 +21,16 @@ class Component:
         device: where they compute.
         apart: modules inside them whose parameters stay home.
         streamer: a Streamer that brings the parameters of some of `apart` in turn while the rest is there.
+        release: give the allocator's unused memory back to the device after a visit, so that other users of it
+            find it; short and frequent visits had better not.
     """
 
-    def __init__(self, modules, device, apart=(), streamer=None):
+    def __init__(self, modules, device, apart=(), streamer=None, release=True):
         self.modules = list(modules)
         self.device = torch.device(device)
         self._apart = {id(inner) for module in apart for inner in module.modules()}
         self._streamer = streamer
+        self._release = release
         self._home = []  # (a module's parameters or buffers, name in them, what is at home)
         self._here = False
 
@@ -51,7 +54,7 @@ class Component:
             raise
 
     def leave(self):
-        """Sends everything home and gives the device's memory back."""
+        """Sends everything home."""
         if not self._here:
             return
         self._here = False
@@ -60,7 +63,8 @@ class Component:
         for entries, name, tensor in self._home:
             entries[name] = tensor
         self._home.clear()
-        release_memory(self.device)
+        if self._release:
+            release_memory(self.device)
 
     @contextlib.contextmanager
     def on_device(self, stay=False):
@@ -103,6 +107,11 @@ def visit_by_halves(vae, device):
     model = vae.model
     vae.encode = Component([model.encoder, model.conv1], device).around(vae.encode)
     vae.decode = Component([model.conv2, model.decoder], device).around(vae.decode)
+
+
+def visit_when_called(module, device):
+    """Makes a module bring its parameters to the device for each call, and have them there for no longer."""
+    module.forward = Component([module], device, release=False).around(module.forward)
 
 
 def release_memory(device):
