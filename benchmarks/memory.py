@@ -1,0 +1,247 @@
+"""Peak device memory of a whole run, stage by stage: counted on a virtual GPU, or measured on a real one.
+
+    python -m benchmarks.memory --task t2v-1.3B --size "832*480" --capacity 11.49 --offload_model True --vae_cpu
+
+The pipeline's own code runs at full size, constructor and generate(), on weights that nobody trained. On the virtual
+GPU nothing is computed, but everything that would be on the device is counted: this takes seconds and no memory. On
+CUDA it is computed and measured.
+
+Images are plain, a prompt is as long as can be. VACE gets a source video, its mask and one reference image.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+import wan
+from benchmarks import random_weights
+from benchmarks.virtual_gpu import VirtualGPU
+from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+from wan.memory.options import MemoryOptions, add_memory_arguments, memory_options
+from wan.utils.errors import InputError
+
+GIB = 2**30
+PIPELINES = {
+    "t2v": wan.WanT2V,
+    "t2i": wan.WanT2V,
+    "i2v": wan.WanI2V,
+    "flf2v": wan.WanFLF2V,
+    "vace": wan.WanVace,
+}
+PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
+REFERENCES = 1
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to run. `memory` are the pipeline's memory options."""
+
+    task: str
+    size: tuple[int, int]  # width, height
+    frame_num: int = 81
+    offload_model: bool = True
+    memory: MemoryOptions = MemoryOptions()
+    steps: int = STEPS
+
+    @property
+    def kind(self):
+        return self.task.split("-")[0]
+
+
+@dataclass
+class Report:
+    """Peak bytes of a run.
+
+    Attributes:
+        peak_bytes: of all of it, loading included.
+        stages: of each stage that was reached, in order: in tensors.
+        out_of_memory: None, or {"stage": its name, "requested": bytes}.
+        reserved: of each stage, what the allocator took from the driver; CUDA only.
+    """
+
+    peak_bytes: int = 0
+    stages: dict[str, int] = field(default_factory=dict)
+    out_of_memory: dict | None = None
+    reserved: dict[str, int] = field(default_factory=dict)
+
+    def json(self):
+        fields = ("peak_bytes", "stages", "out_of_memory")
+        return json.dumps({name: getattr(self, name) for name in fields})
+
+
+def count(run, capacity=None):
+    """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
+    with VirtualGPU(capacity, meta=True), random_weights.weights_from(random_weights.untouched):
+        return _report(run, torch.device("vgpu:0"))
+
+
+def measure(run, capacity=None):
+    """The Report of a run on the CUDA device, of which `capacity` bytes are used, None for all."""
+    device = torch.device("cuda:0")
+    if capacity is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total), device)
+    with random_weights.weights_from(random_weights.random):
+        return _report(run, device)
+
+
+def _report(run, device):
+    """Runs it, on weights from wherever the caller has them made."""
+    backend, report, pipeline = torch.get_device_module(device), Report(), None
+    backend.reset_peak_memory_stats(device)
+    with tempfile.TemporaryDirectory() as directory:
+        random_weights.write_checkpoint(directory, run.task)
+        try:
+            config = WAN_CONFIGS[run.task]
+            pipeline = PIPELINES[run.kind](config, directory, device=device, **vars(run.memory))
+            report.peak_bytes = backend.max_memory_allocated(device)
+            counted = device.type != "cuda"
+            if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
+                pipeline.text_encoder = _no_text
+            _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
+        except torch.OutOfMemoryError as error:
+            stage = pipeline.stages.current if pipeline else "load"
+            report.out_of_memory = {"stage": stage, "requested": _requested(error)}
+    for stage in pipeline.stages.history if pipeline else ():
+        report.stages[stage.name] = max(stage.allocated, report.stages.get(stage.name, 0))
+        report.reserved[stage.name] = max(stage.reserved, report.reserved.get(stage.name, 0))
+    report.peak_bytes = max(report.peak_bytes, *report.stages.values(), backend.max_memory_allocated(device))
+    return report
+
+
+def _no_text(texts, device):
+    return [torch.zeros(512, 4096, dtype=torch.bfloat16) for _ in texts]
+
+
+def _generate(pipeline, run, source_device):
+    """generate() of the task; sources are made on `source_device`."""
+    width, height = run.size
+    sampling = {
+        "frame_num": run.frame_num,
+        "sampling_steps": run.steps,
+        "offload_model": run.offload_model,
+        "seed": 0,
+    }
+    if run.kind in ("i2v", "flf2v"):
+        images = [Image.new("RGB", run.size) for _ in range(1 if run.kind == "i2v" else 2)]
+        return pipeline.generate(PROMPT, *images, max_area=width * height, **sampling)
+    sources = ()
+    if run.kind == "vace":
+
+        def zeros(*shape):
+            return torch.zeros(*shape, height, width, device=source_device)
+
+        references = [zeros(3, 1) for _ in range(REFERENCES)]
+        sources = [zeros(3, run.frame_num)], [zeros(1, run.frame_num)], [references]
+    return pipeline.generate(PROMPT, *sources, size=run.size, **sampling)
+
+
+def _requested(error):
+    """The bytes that an out-of-memory error asked for."""
+    if hasattr(error, "requested"):
+        return error.requested
+    number, unit = re.search(r"allocate ([\d.]+) (\w+)", str(error)).groups()
+    return round(float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
+
+
+def main(argv=None):
+    """The command. Returns its exit code: 0, also if the run was out of memory; 2 for bad input."""
+    try:
+        args = parse_arguments(argv)
+        with contextlib.redirect_stdout(sys.stderr):
+            report, counted = _run(args)
+    except InputError as error:
+        print(f"benchmarks.memory: {error}", file=sys.stderr)
+        return 2
+    print(report.json() if args.json else _table(args, report, counted))
+    return 0
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", default="t2v-1.3B", choices=list(WAN_CONFIGS))
+    add("--size", default="832*480", choices=list(SIZE_CONFIGS))
+    add("--frame_num", type=int, help="default 81, 1 for t2i")
+    add("--steps", type=int, default=STEPS, help=f"solver steps (default {STEPS}; later ones take no more)")
+    add("--offload_model", type=_boolean, choices=[True, False], default=None, help="default True")
+    add(
+        "--capacity",
+        type=float,
+        metavar="GIB",
+        help="memory of the device (default: no limit, or all there is)",
+    )
+    add("--device", default="virtual", choices=["virtual", "cuda"])
+    add("--compare", action="store_true", help="with --device cuda: how far the virtual GPU is from it")
+    add("--json", action="store_true", help="print one JSON object")
+    add_memory_arguments(parser)
+    args = parser.parse_args(argv)
+    args.memory = memory_options(args)
+    if args.offload_model is None:
+        args.offload_model = True
+    if args.size not in SUPPORTED_SIZES[args.task]:
+        raise InputError(f"--size {args.size}: {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}")
+    if args.frame_num is None:
+        args.frame_num = 1 if args.task.startswith("t2i") else 81
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: give 1 or more")
+    if args.capacity is not None and not args.capacity > 0:
+        raise InputError(f"--capacity {args.capacity}: give the device's memory in GiB")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device here, use --device virtual")
+    if args.compare and args.device != "cuda":
+        raise InputError("--compare: needs --device cuda to compare with")
+    return args
+
+
+def _boolean(text):
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _run(args):
+    """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
+    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.offload_model, args.memory, args.steps)
+    capacity = None if args.capacity is None else int(args.capacity * GIB)
+    if args.device == "virtual":
+        return count(run, capacity), None
+    return measure(run, capacity), count(run, capacity) if args.compare else None
+
+
+def _table(args, report, counted):
+    """The report as text; `counted` is the virtual GPU's, to be compared, or None."""
+    of = f" of {args.capacity} GiB" if args.capacity else ""
+    lines = [f"{args.task}, {args.size}, {args.frame_num} frames, {args.device} device{of}", ""]
+    head = f"{'stage':8}{'GiB':>8}" + (f"{'reserved':>10}" if args.device == "cuda" else "")
+    lines.append(head + (f"{'virtual':>9}{'deviation':>11}" if counted else ""))
+    for stage, peak in report.stages.items():
+        line = f"{stage:8}{peak / GIB:8.3f}"
+        if args.device == "cuda":
+            line += f"{report.reserved[stage] / GIB:10.3f}"
+        if counted and stage in counted.stages:
+            line += f"{counted.stages[stage] / GIB:9.3f}{counted.stages[stage] / peak - 1:+11.1%}"
+        lines.append(line)
+    lines.append(f"{'peak':8}{report.peak_bytes / GIB:8.3f}  ({report.peak_bytes} bytes)")
+    if report.out_of_memory:
+        lines += [
+            "",
+            "Out of memory in stage {stage}, where {requested} bytes were needed.".format(
+                **report.out_of_memory
+            ),
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    sys.exit(main())

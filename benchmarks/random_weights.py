@@ -1,0 +1,84 @@
+"""Models of full size without their checkpoints: the sizes of a task, and weights that nobody trained.
+
+The pipelines run as they are; only what reads a file of weights is replaced.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import wan.modules.clip
+import wan.modules.model
+import wan.modules.t5
+import wan.modules.vae
+from wan.configs import WAN_CONFIGS
+from wan.tiny import train_tokenizer
+
+LOADERS = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
+VACE_STEP = {30: 2, 40: 5}  # of the published models, by their layers: one VACE block for so many blocks
+
+
+def write_checkpoint(directory, task):
+    """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer."""
+    config = WAN_CONFIGS[task]
+    directory = Path(directory)
+    (directory / "config.json").write_text(json.dumps(dit_config(task)))
+    train_tokenizer(512).save_pretrained(directory / config.t5_tokenizer)
+
+
+def dit_config(task):
+    """The contents of the config.json of a task's DiT, as published."""
+    config = WAN_CONFIGS[task]
+    if "dit_config" in config:
+        return config.dit_config
+    kind = task.split("-")[0]
+    sizes = {key: config[key] for key in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")}
+    sizes["model_type"] = "t2v" if kind == "t2i" else kind
+    if kind in ("i2v", "flf2v"):
+        sizes["in_dim"] = 36
+    if kind == "vace":
+        sizes["vace_layers"] = list(range(0, config.num_layers, VACE_STEP[config.num_layers]))
+        sizes["vace_in_dim"] = 96
+    return sizes
+
+
+@contextlib.contextmanager
+def weights_from(make):
+    """Inside, models that are built get their weights from `make(shape, dtype)` instead of from files.
+
+    Types are those in which files are kept, see wan.utils.checkpoint.load_weights.
+    """
+
+    def load_weights(module, path, *, names=None, dtype=None):
+        weights = {
+            name: make(tuple(tensor.shape), dtype(name)) for name, tensor in module.state_dict().items()
+        }
+        module.load_state_dict(weights, strict=True, assign=True)
+        module.eval().requires_grad_(False)
+
+    before = [module.load_weights for module in LOADERS]
+    for module in LOADERS:
+        module.load_weights = load_weights
+    try:
+        yield
+    finally:
+        for module, original in zip(LOADERS, before):
+            module.load_weights = original
+
+
+def untouched(shape, dtype):
+    """Zeros on the CPU that take no memory as long as nobody writes to them."""
+    nbytes = np.prod(shape, dtype=np.int64) * dtype.itemsize
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
+
+
+def random(shape, dtype):
+    """Normal numbers on the CPU, as small as trained weights: one block of them over and over, which is fast."""
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    weights = torch.empty(shape, dtype=dtype)
+    for piece in weights.view(-1).split(block.numel()):
+        piece.copy_(block[: piece.numel()])
+    return weights
