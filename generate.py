@@ -16,7 +16,8 @@ from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CON
 from wan.memory.options import add_memory_arguments, memory_options
 from wan.pipeline import compute_device, load_vae
 from wan.utils.errors import InputError
-from wan.utils.latents import check_latents_path, load_latents, save_latents, vae_fingerprint
+from wan.utils.files import check_target
+from wan.utils.latents import load_latents, save_latents, vae_fingerprint
 from wan.utils.prompt_extend import extend_prompt
 from wan.utils.vace_source import check_source
 from wan.utils.video import check_writable, open_image, save_image, save_video
@@ -88,7 +89,7 @@ def generate(args):
         return
 
     latents_path = args.save_latents or f"{args.save_file}.latents.safetensors"
-    check_latents_path(latents_path)
+    check_target(latents_path, "--save_latents")
     images = []
     if args.kind in ("i2v", "flf2v"):
         images = [open_image(getattr(args, flag), f"--{flag}") for flag in INPUT_FLAGS[args.kind]]

@@ -25,7 +25,8 @@ from benchmarks.virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.modules.vae_forward import encoded_frames
-from wan.utils.video import replacing, to_uint8
+from wan.utils.files import replacing
+from wan.utils.video import to_uint8
 
 GIB = 2**30
 MEAN, STD = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)

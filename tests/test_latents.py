@@ -8,7 +8,8 @@ import torch
 
 from wan.modules.vae import VAE
 from wan.utils.errors import InputError
-from wan.utils.latents import check_latents_path, load_latents, save_latents, vae_fingerprint
+from wan.utils.files import check_target
+from wan.utils.latents import load_latents, save_latents, vae_fingerprint
 
 METADATA = {
     "task": "t2v-tiny",
@@ -93,14 +94,14 @@ def test_no_room_keeps_what_was_there(saved):
 
 
 def test_paths_are_checked_before_the_work(tmp_path):
-    check_latents_path(tmp_path / "clip.safetensors")
+    check_target(tmp_path / "clip.safetensors", "--save_latents")
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is a directory"):
-        check_latents_path(tmp_path)
+        check_target(tmp_path, "--save_latents")
     with pytest.raises(InputError, match="no folder"):
-        check_latents_path(tmp_path / "none" / "clip")
+        check_target(tmp_path / "none" / "clip", "--save_latents")
     with pytest.raises(InputError, match="--save_latents"):
-        check_latents_path(tmp_path / ("x" * 300))
+        check_target(tmp_path / ("x" * 300), "--save_latents")
 
 
 def test_fingerprint(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def test_weights_are_mapped_not_read(checkpoint, tmp_path):
     addresses = sorted(p.data_ptr() for p in model.parameters())
     ranges = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
-        for line in open("/proc/self/maps")
-        if line.rstrip().endswith(str(file))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(file))
     ]
     assert all(any(low <= address < high for low, high in ranges) for address in addresses)
 

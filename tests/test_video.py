@@ -9,13 +9,13 @@ from PIL import Image
 
 from wan.utils import video as video_module
 from wan.utils.errors import InputError
+from wan.utils.files import replacing
 from wan.utils.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     VideoFile,
     check_writable,
     open_image,
-    replacing,
     save_image,
     save_video,
     to_uint8,

@@ -40,7 +40,7 @@ SUPPORTED_SIZES = {
     "t2i-14B": _HD + _SD + ("1024*1024",),
     "vace-1.3B": _SD,
     "vace-14B": _HD + _SD,
-    **{task: _TOY for task in TINY_CONFIGS},
+    **dict.fromkeys(TINY_CONFIGS, _TOY),
 }
 
 # name -> (width, height), and what image tasks take from it, the area

@@ -1,8 +1,6 @@
 """Finished latents in files, with what is needed to make the video of them later."""
 
 import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -11,29 +9,10 @@ import torch
 
 from .checkpoint import read_tensors
 from .errors import InputError
-from .video import replacing
+from .files import replacing
 
 FORMAT = "wan-latents-1"
 SMALL = 4096  # numbers in the largest tensor that counts for the fingerprint of a VAE
-
-
-def check_latents_path(path, flag="--save_latents"):
-    """Fails now rather than after hours of work if `path` cannot become a file of latents.
-
-    Raises InputError, naming `flag`, if it is a directory or its folder is missing or refuses a new file.
-    """
-    path = Path(path)
-    if os.path.isdir(path):
-        raise InputError(f"{flag} {path}: is a directory; add a file name")
-    if not os.path.isdir(path.parent):
-        raise InputError(f"{flag} {path}: no folder {path.parent}; create it or choose another place")
-    try:
-        with suppress(FileNotFoundError):
-            os.stat(path)  # raises OSError if the name itself is impossible, too long for example
-        with replacing(path, keep=False) as temporary:
-            temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}; choose another place") from error
 
 
 def save_latents(path, latents, metadata, flag="--save_latents"):

@@ -208,10 +208,7 @@ def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, i
             video = processor.load_video(video_path)[0].to(device)
         else:
             video, mask = (clip.to(device) for clip in processor.load_video_pair(video_path, mask_path)[:2])
-        if mask_path is None:
-            mask = torch.ones_like(video[:1])
-        else:
-            mask = mask[:1].add(1).div_(2).clamp_(0, 1)
+        mask = torch.ones_like(video[:1]) if mask_path is None else mask[:1].add(1).div_(2).clamp_(0, 1)
         images = None
         if image_paths is not None:
             opened = (open_image(path, "--src_ref_images") for path in image_paths)

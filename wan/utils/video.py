@@ -5,9 +5,8 @@ either complete or untouched. Readers turn whatever is wrong with a file into an
 """
 
 import os
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wan.utils.errors import InputError
+from .errors import InputError
+from .files import check_target, replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -25,43 +25,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 def check_writable(path, image=False):
     """Fail now rather than after hours of work if `path` cannot become a video (or, with `image`, a picture).
 
-    Raises InputError, naming --save_file, if the suffix is not one that can be written, the path is a directory,
-    or its folder is missing or refuses a new file.
+    Raises InputError, naming --save_file, if the suffix is not one that can be written or `check_target` objects.
     """
-    path = Path(path)
     suffixes = IMAGE_SUFFIXES if image else VIDEO_SUFFIXES
-    if os.path.isdir(path):
-        raise InputError(f"--save_file {path}: is a directory; add a file name")
-    if path.suffix.lower() not in suffixes:
+    if not os.path.isdir(path) and Path(path).suffix.lower() not in suffixes:
         kind = "image" if image else "video"
         raise InputError(
             f"--save_file {path}: cannot write this kind of {kind}; end it in {', '.join(suffixes)}"
         )
-    if not os.path.isdir(path.parent):
-        raise InputError(f"--save_file {path}: no folder {path.parent}; create it or choose another place")
-    try:
-        with suppress(FileNotFoundError):
-            os.stat(path)  # raises OSError if the name itself is impossible, too long for example
-        with replacing(path, keep=False) as temporary:
-            temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"--save_file {path}: {error.strerror}; choose another place") from error
-
-
-@contextmanager
-def replacing(path, keep=True):
-    """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
-
-    If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead.
-    """
-    path = Path(path).absolute()
-    temporary = path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        if keep:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_target(path, "--save_file")
 
 
 def to_uint8(video):
@@ -75,7 +47,7 @@ def to_uint8(video):
 
 
 def save_video(video, path, fps=16):
-    """Write `video` as H.264 (constant rate factor 10, 4:2:0), one frame at a time. The same input gives the same bytes.
+    """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
         video: [3, F, H, W], float in [-1, 1] or uint8, on any device; F at least 1, H and W even. The frames are

@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import InputError
+
+
+def check_target(path, flag):
+    """Fail now rather than after hours of work if `path` cannot become a file.
+
+    Raises InputError, naming `flag`, if it is a directory or its folder is missing or refuses a new file.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a directory; add a file name")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"{flag} {path}: no folder {path.parent}; create it or choose another place")
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(path)  # raises OSError if the name itself is impossible, too long for example
+        with replacing(path, keep=False) as temporary:
+            temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}; choose another place") from error
+
+
+@contextmanager
+def replacing(path, keep=True):
+    """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
+
+    If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        if keep:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
