@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wan.utils import files
 from wan.utils import video as video_module
 from wan.utils.errors import InputError
 from wan.utils.files import replacing
@@ -143,7 +144,7 @@ def test_an_encoder_that_loses_frames_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_module.secrets, "token_hex", lambda n: "full")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "full")
     (tmp_path / ".wan-full.mp4").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"out\.mp4"):
         save_video(clip(9), tmp_path / "out.mp4")
