@@ -6,6 +6,7 @@ The pipelines run at toy size on the virtual GPU, each tree in a process of its 
 import functools
 import gc
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -318,3 +319,174 @@ def test_tiled_vae(make_vae, same_picture, measured, offload):
         same_picture(tiled, expected)
         del tiled_latent
         assert gpu.live == idle and places(vae) == {"cpu" if offload else "vgpu"}
+
+
+# 0003: streaming and chunks
+
+STREAM = {"t5_stream": True, "dit_stream": 0.0}
+LOW_VRAM = {"vae_cpu": True, "vae_tile": 64, "dit_chunk": 64, **STREAM}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_streaming_gives_the_same_bits(run, task):
+    expected, result = run("upstream", task), run("patched", task, **STREAM)
+    assert torch.equal(result.latents, expected.latents)
+    assert torch.equal(result.video, expected.video)
+
+
+@pytest.mark.parametrize("task", ["i2v", "vace"])
+def test_streaming_gives_the_same_bits_in_bf16(run, task):
+    """The weights wait in the type that autocast gives them, those of fp32 computations in fp32."""
+    expected, result = (
+        run("upstream", task, dtype="bfloat16"),
+        run("patched", task, dtype="bfloat16", **STREAM),
+    )
+    assert torch.equal(result.video, expected.video)
+
+
+@pytest.mark.parametrize("chunk", [64, 71])  # of 96 tokens
+@pytest.mark.parametrize("task", TASKS)
+def test_chunks_give_the_same_bits(run, task, chunk):
+    expected = run("upstream", task)
+    result = run("patched", task, dit_chunk=chunk, **({"dit_stream": 1e-4} if chunk == 71 else {}))
+    assert torch.equal(result.latents, expected.latents)
+    assert torch.equal(result.video, expected.video)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_low_vram_gives_the_same_picture_in_less_memory(run, same_picture, task):
+    expected, result = run("upstream", task), run("patched", task, **LOW_VRAM)
+    same_picture(result.video, expected.video)
+    before, offloaded, after = (
+        r.report["stages"] for r in (expected, run("patched", task, vae_cpu=True), result)
+    )
+    for stage in after:
+        assert after[stage] < before[stage], stage
+        assert after[stage] < offloaded[stage] or stage == "load", stage
+    assert result.report["live_bytes"] == 0, "everything is at home again"
+
+    capacity = result.report["peak_bytes"]
+    assert run("upstream", task, capacity=capacity).report["out_of_memory"] is not None
+    finished = run("patched", task, capacity=capacity, **LOW_VRAM)
+    assert torch.equal(finished.video, result.video)
+
+
+# The command line
+
+FAKE_PIPELINES = """
+import json, runpy, sys
+
+sys.path[:0] = sys.argv[1:3]
+import stand_ins
+
+stand_ins.install()
+import torch
+
+torch.cuda.current_device = lambda: 0
+import wan
+
+
+class Pipeline:
+    def __init__(self, config, **options):
+        self.options = options
+
+    def prepare_source(self, *arguments):
+        self.options["source_device"] = arguments[-1]
+        return None, None, None
+
+    def generate(self, *arguments, **options):
+        print("RESULT", json.dumps({**self.options, "offload_model": options["offload_model"]}))
+        sys.exit()
+
+
+wan.WanT2V = wan.WanI2V = wan.WanFLF2V = wan.WanVace = Pipeline
+del sys.argv[1:3]
+sys.argv[0] = "generate.py"
+runpy.run_path(wan.__path__[0] + "/../generate.py", run_name="__main__")
+"""
+DEFAULTS = {
+    "vae_cpu": False,
+    "vae_tile": 0,
+    "t5_stream": False,
+    "dit_stream": None,
+    "dit_chunk": 0,
+    "offload_model": True,
+}
+
+
+@pytest.fixture
+def command(patched, tmp_path):
+    """command(task, *flags): (exit code, what the pipeline's constructor got, stderr) of the patched generate.py."""
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (32, 16)).save(picture)
+    pictures = {"i2v-14B": ["--image"], "flf2v-14B": ["--first_frame", "--last_frame"]}
+
+    def run(task, *flags):
+        arguments = ["--task", task, "--ckpt_dir", "x", "--prompt", "a ball"]
+        arguments += ["--size", "1280*720" if task == "flf2v-14B" else "832*480"]
+        arguments += [word for flag in pictures.get(task, []) for word in (flag, str(picture))]
+        done = subprocess.run(
+            [sys.executable, "-c", FAKE_PIPELINES, ROOT / "tests/upstream", patched, *arguments, *flags],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        return done.returncode, line and json.loads(line[7:]), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["t2v-1.3B", "i2v-14B", "flf2v-14B", "vace-1.3B"])
+@pytest.mark.parametrize(
+    "flags, changed",
+    [
+        ([], {}),
+        (
+            ["--low_vram"],
+            {"vae_cpu": True, "vae_tile": 272, "t5_stream": True, "dit_stream": 0.0, "dit_chunk": 2048},
+        ),
+    ],
+    ids=["none", "low_vram"],
+)
+def test_options_reach_the_pipelines(command, task, flags, changed):
+    code, options, _ = command(task, *flags)
+    assert code == 0
+    assert DEFAULTS | changed == {name: options[name] for name in DEFAULTS}
+    if task == "vace-1.3B":
+        assert options["source_device"] == ("cpu" if changed else 0)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--vae_tile", "auto"], {"vae_tile": "auto"}),
+        (["--dit_stream", "--dit_chunk"], {"dit_stream": 0.0, "dit_chunk": 2048}),
+        (["--dit_stream", "1.5", "--dit_chunk", "512"], {"dit_stream": 1.5, "dit_chunk": 512}),
+        (
+            ["--low_vram", "--vae_tile", "0", "--dit_chunk", "0", "--t5_cpu", "--offload_model", "False"],
+            {"vae_tile": 0, "dit_chunk": 0, "t5_stream": False, "dit_stream": 0.0, "offload_model": False},
+        ),
+    ],
+)
+def test_values_of_options(command, flags, expected):
+    code, options, _ = command("t2v-1.3B", *flags)
+    assert code == 0
+    assert expected.items() <= options.items()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vae_tile", "70"], "--vae_tile 70: "),
+        (["--vae_tile", "large"], "--vae_tile large: "),
+        (["--dit_chunk", "10"], "--dit_chunk 10: "),
+        (["--dit_stream", "-1"], "--dit_stream -1.0: "),
+        (["--t5_cpu", "--t5_stream"], "--t5_stream and --t5_cpu: "),
+    ],
+)
+def test_bad_options(command, flags, message):
+    code, options, said = command("t2v-1.3B", *flags)
+    assert code == 2 and options is None
+    assert message in said.splitlines()[-1] and "Traceback" not in said

@@ -135,11 +135,10 @@ def test_text_encoder(gpu):
 
 
 def test_image_encoder(gpu):
-    """It may be on the device when the pipeline is built; what is not used does not come again."""
+    """Only the image tower comes."""
     pipeline = make_pipeline()
     model = pipeline.clip.model
     expected = model.visual(PIXELS)
-    model.to("vgpu")
     save_memory(pipeline, t5_stream=True)
     assert model.to("vgpu") is model and gpu.live == 0
     result = model.visual(PIXELS.to("vgpu"))

@@ -10,7 +10,7 @@ from ..modules.forward import storage_dtype
 from ..utils.errors import InputError
 from .chunking import apply_chunking
 from .options import MemoryOptions
-from .residency import Component, release_memory, visit_when_called
+from .residency import Component, visit_when_called
 from .streaming import Streamer, transformer_embeddings, transformer_pieces
 
 
@@ -25,7 +25,7 @@ def check_memory_options(*, t5_cpu=False, t5_stream=False, dit_stream=None, dit_
 
 
 def save_memory(pipeline, **options):
-    """Makes a built pipeline stream and chunk, before it moves its DiT anywhere.
+    """Makes a built pipeline stream and chunk, its models still in CPU memory.
 
     Args:
         pipeline: has `device`, `t5_cpu`, `param_dtype` (the type that the DiT's autocast computes in),
@@ -60,8 +60,6 @@ def _stream_text_encoder(model, device):
 
 def _stream_image_encoder(model, device):
     """Of CLIP only the image tower is called, and of its blocks all but the last."""
-    model.cpu()
-    release_memory(device)
     tower = model.visual
     pieces = list(tower.transformer)[:-1]
     visit = Component([tower], device, [*tower.transformer, tower.post_norm], Streamer(pieces, device))
