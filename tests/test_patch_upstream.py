@@ -179,7 +179,7 @@ def test_nothing_stays_on_the_gpu_after_an_exception(make_vae):
 
 @pytest.fixture(scope="module")
 def run(upstream, patched, tmp_path_factory):
-    """run(tree, task, **flags) runs a pipeline of the upstream or the patched tree; results are kept.
+    """run(tree, task, **flags) runs a pipeline of "upstream", "patched" or another tree's path; results are kept.
 
     Flags are arguments of the pipeline's constructor.
     """
@@ -216,7 +216,7 @@ def run(upstream, patched, tmp_path_factory):
         if not checkpoint.exists():
             write_checkpoint(checkpoint, f"{task}-tiny")
         return driver.run(
-            {"upstream": upstream, "patched": patched}[tree],
+            {"upstream": upstream, "patched": patched}.get(tree, tree),
             task,
             checkpoint,
             init=init,
@@ -265,9 +265,6 @@ def test_memory(run, task):
     assert torch.equal(finished.video, run("upstream", task).video)
 
 
-# 0002: tiles
-
-
 @pytest.fixture
 def same_picture(measured):
     """same_picture(video, expected): regrouping's bounds hold between two videos in [-1, 1]."""
@@ -279,6 +276,25 @@ def same_picture(measured):
         assert (bits == expected_bits).float().mean() >= 0.999
 
     return check
+
+
+# Part of the series
+
+
+@pytest.mark.parametrize("flags", [{"vae_cpu": True}, {"vae_cpu": True, "vae_tile": 64}])
+def test_the_first_patches_alone(run, upstream, patched, same_picture, tmp_path, flags):
+    """One after the other put in, or those above taken out: the same tree, which runs."""
+    tree = Path(shutil.copytree(upstream, tmp_path / "up" / "Wan2.1"))
+    for name in SERIES[: len(flags)]:
+        apply("--only", name, tree)
+    other = Path(shutil.copytree(patched, tmp_path / "down" / "Wan2.1"))
+    for name in reversed(SERIES[len(flags) :]):
+        apply("--reverse", "--only", name, other)
+    assert contents(tree) == contents(other)
+    same_picture(run(tree, "t2v", **flags).video, run("upstream", "t2v").video)
+
+
+# 0002: tiles
 
 
 @pytest.mark.parametrize("task", TASKS)
