@@ -6,17 +6,20 @@ The pipeline's own code runs at full size, constructor and generate(), on weight
 GPU nothing is computed, but everything that would be on the device is counted: this takes seconds and no memory. On
 CUDA it is computed and measured.
 
-Images are plain, a prompt is as long as can be. VACE gets a source video, its mask and one reference image.
+Images are plain, a prompt is as long as can be. VACE gets a source video, its mask and one reference image (an
+upstream tree: no reference). Of the sampling steps, the first ones only fill what the solver remembers.
 """
 
 import argparse
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -24,6 +27,7 @@ from PIL import Image
 import wan
 from benchmarks import random_weights
 from benchmarks.virtual_gpu import VirtualGPU
+from tests.upstream import driver
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.memory.options import MemoryOptions, add_memory_arguments, memory_options
 from wan.utils.errors import InputError
@@ -38,7 +42,7 @@ PIPELINES = {
 }
 PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
 REFERENCES = 1
-STEPS = 2
+STEPS = 3  # from the third on, a solver remembers as much as it ever will
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Run:
     frame_num: int = 81
     offload_model: bool = True
     memory: MemoryOptions = MemoryOptions()
-    steps: int = STEPS
 
     @property
     def kind(self):
@@ -94,6 +97,49 @@ def measure(run, capacity=None):
         return _report(run, device)
 
 
+def count_upstream(run, tree, capacity=None):
+    """The Report of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
+
+    Args:
+        tree: upstream's checkout. Memory options that differ from their defaults are given to its pipeline.
+
+    Raises:
+        InputError: the tree does not know an option.
+    """
+    defaults = vars(MemoryOptions())
+    call = {"frame_num": run.frame_num, "sampling_steps": STEPS, "offload_model": run.offload_model}
+    if run.kind == "i2v":
+        call |= {"img": run.size}
+    elif run.kind == "flf2v":
+        call |= {"first_frame": run.size, "last_frame": run.size}
+    else:
+        call |= {"size": run.size}
+    if run.kind in ("i2v", "flf2v"):
+        call |= {"max_area": run.size[0] * run.size[1]}
+    try:
+        report = driver.run(
+            tree,
+            "t2v" if run.kind == "t2i" else run.kind,
+            init={name: value for name, value in vars(run.memory).items() if value != defaults[name]},
+            call=call,
+            device="vgpu",
+            dtype="bfloat16",
+            config=run.task,
+            capacity=capacity,
+            meta=True,
+        ).report
+    except RuntimeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unknown:
+            raise
+        raise InputError(f"--{unknown[1]}: {tree} has no such option, apply the patches to it") from error
+    return Report(
+        report["peak_bytes"],
+        {stage: peak for stage, peak in report["stages"].items() if stage != "load"},
+        report["out_of_memory"],
+    )
+
+
 def _report(run, device):
     """Runs it, on weights from wherever the caller has them made."""
     backend, report, pipeline = torch.get_device_module(device), Report(), None
@@ -107,6 +153,7 @@ def _report(run, device):
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
                 pipeline.text_encoder = _no_text
+            _skip_calls(pipeline.model, 2 * (STEPS - 1))  # with and without the prompt
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
             stage = pipeline.stages.current if pipeline else "load"
@@ -122,12 +169,24 @@ def _no_text(texts, device):
     return [torch.zeros(512, 4096, dtype=torch.bfloat16) for _ in texts]
 
 
+def _skip_calls(model, calls):
+    """Makes the first `calls` calls of a DiT return zeros: the other calls need more memory, or as much."""
+    forward, left = model.forward, calls
+
+    def skipping(x, *args, **kwargs):
+        nonlocal left
+        left -= 1
+        return forward(x, *args, **kwargs) if left < 0 else [torch.zeros_like(latent) for latent in x]
+
+    model.forward = skipping
+
+
 def _generate(pipeline, run, source_device):
     """generate() of the task; sources are made on `source_device`."""
     width, height = run.size
     sampling = {
         "frame_num": run.frame_num,
-        "sampling_steps": run.steps,
+        "sampling_steps": STEPS,
         "offload_model": run.offload_model,
         "seed": 0,
     }
@@ -174,7 +233,6 @@ def parse_arguments(argv=None):
     add("--task", default="t2v-1.3B", choices=list(WAN_CONFIGS))
     add("--size", default="832*480", choices=list(SIZE_CONFIGS))
     add("--frame_num", type=int, help="default 81, 1 for t2i")
-    add("--steps", type=int, default=STEPS, help=f"solver steps (default {STEPS}; later ones take no more)")
     add("--offload_model", type=_boolean, choices=[True, False], default=None, help="default True")
     add(
         "--capacity",
@@ -183,6 +241,13 @@ def parse_arguments(argv=None):
         help="memory of the device (default: no limit, or all there is)",
     )
     add("--device", default="virtual", choices=["virtual", "cuda"])
+    add(
+        "--tree",
+        nargs="?",
+        const=os.environ.get("WAN_UPSTREAM", ""),
+        metavar="PATH",
+        help="run this checkout of upstream, patched or not, instead of our pipelines (no PATH: WAN_UPSTREAM)",
+    )
     add("--compare", action="store_true", help="with --device cuda: how far the virtual GPU is from it")
     add("--json", action="store_true", help="print one JSON object")
     add_memory_arguments(parser)
@@ -194,12 +259,14 @@ def parse_arguments(argv=None):
         raise InputError(f"--size {args.size}: {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}")
     if args.frame_num is None:
         args.frame_num = 1 if args.task.startswith("t2i") else 81
-    if args.steps < 1:
-        raise InputError(f"--steps {args.steps}: give 1 or more")
     if args.capacity is not None and not args.capacity > 0:
         raise InputError(f"--capacity {args.capacity}: give the device's memory in GiB")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no CUDA device here, use --device virtual")
+    if args.tree is not None and not (Path(args.tree) / "wan" / "text2video.py").is_file():
+        raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
+    if args.tree is not None and args.device != "virtual":
+        raise InputError("--tree: only with --device virtual")
     if args.compare and args.device != "cuda":
         raise InputError("--compare: needs --device cuda to compare with")
     return args
@@ -211,8 +278,10 @@ def _boolean(text):
 
 def _run(args):
     """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
-    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.offload_model, args.memory, args.steps)
+    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.offload_model, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
+    if args.tree is not None:
+        return count_upstream(run, args.tree, capacity), None
     if args.device == "virtual":
         return count(run, capacity), None
     return measure(run, capacity), count(run, capacity) if args.compare else None
