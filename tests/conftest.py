@@ -1,8 +1,9 @@
-"""Differences that tests measured, listed at the end of the run."""
+"""One thread for each test process, and a list of the differences that tests measured at the end of the run."""
 
 import pytest
+import torch
 
-_differences = []
+torch.set_num_threads(1)  # the processes share the cores
 
 
 @pytest.fixture
@@ -11,18 +12,22 @@ def measured(request):
 
     def check(difference, limit, what=""):
         name = request.node.name + (f" {what}" if what else "")
-        _differences.append((request.node.path.name, name, difference, limit))
+        row = (request.node.path.name, name, float(difference), limit)
+        request.node.user_properties.append(("measured", row))
         assert difference <= limit, f"{what or name}: differs by {difference:.2e}, more than {limit:.0e}"
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not _differences:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    properties = [entry for report in reports if report.when == "call" for entry in report.user_properties]
+    differences = sorted(tuple(row) for name, row in properties if name == "measured")
+    if not differences:
         return
     terminalreporter.section("largest relative differences")
-    for file in dict.fromkeys(file for file, *_ in _differences):
-        rows = [row for row in _differences if row[0] == file]
+    for file in dict.fromkeys(file for file, *_ in differences):
+        rows = [row for row in differences if row[0] == file]
         for limit in sorted({row[3] for row in rows}):
             _, name, difference, _ = max((row for row in rows if row[3] == limit), key=lambda row: row[2])
             count = sum(row[3] == limit for row in rows)
