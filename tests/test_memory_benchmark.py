@@ -1,0 +1,171 @@
+"""Full-size runs counted on the virtual GPU: what each task needs, and how the command tells it.
+
+Two shortcuts keep this short, and one test shows that they change no count: of the DiT's blocks, which need the same
+memory, the first few run; of the VAE's tiles, the largest.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import memory
+from benchmarks.memory import GIB, Run, count
+from wan.configs import SIZE_CONFIGS
+from wan.memory import vae_tiling
+from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.modules import forward
+
+FEW_BLOCKS = 3  # a VACE block, the first block that takes a hint, one that takes none
+STAGES = ["text", "image", "encode", "denoise", "decode"]
+
+
+@pytest.fixture
+def shortcuts(monkeypatch):
+    run_block, all_tiles = forward._Layers.run, vae_tiling._grid
+
+    def some_blocks(layers, *args):
+        layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
+        if layers.blocks_run <= FEW_BLOCKS:
+            run_block(layers, *args)
+
+    def largest_tile(height, width, tile):  # with margins on all sides, or else on those that reach further
+        tiles = all_tiles(height, width, tile)
+        columns = len({column for _, column in tiles})
+        rows = len(tiles) // columns
+        return [tiles[(rows - 1) // 2 * columns + (columns - 1) // 2]]
+
+    monkeypatch.setattr(forward._Layers, "run", some_blocks)
+    monkeypatch.setattr(vae_tiling, "_grid", largest_tile)
+
+
+def run_of(task, size, frame_num=81, **options):
+    return Run(task, SIZE_CONFIGS[size], frame_num, memory=MemoryOptions(**options))
+
+
+def test_shortcuts_change_no_count(request):
+    run, capacity = run_of("vace-1.3B", "832*480", frame_num=17, **LOW_VRAM), 2 * GIB
+    whole = count(run, capacity)
+    request.getfixturevalue("shortcuts")
+    assert count(run, capacity) == whole
+    assert list(whole.stages) == ["text", "encode", "denoise", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "limit"),
+    [
+        ("t2v-1.3B", "832*480", 1.6),
+        ("t2v-14B", "832*480", 3.0),
+        ("t2v-14B", "1280*720", 4.5),
+        ("i2v-14B", "1280*720", 4.5),
+        ("flf2v-14B", "1280*720", 4.5),
+        ("vace-1.3B", "832*480", 2.0),
+        ("vace-14B", "1280*720", 6.0),
+    ],
+)
+def test_low_vram(shortcuts, task, size, limit):
+    report = count(run_of(task, size, **LOW_VRAM), int(limit * GIB))
+    assert report.out_of_memory is None
+    assert report.peak_bytes == max(report.stages.values()) <= limit * GIB
+    expected = {"i2v": STAGES, "flf2v": STAGES, "vace": [stage for stage in STAGES if stage != "image"]}
+    assert list(report.stages) == expected.get(task.split("-")[0], ["text", "denoise", "decode"])
+
+
+skip_calls = memory._skip_calls
+
+
+@pytest.mark.parametrize("size", ["832*480", "1280*720"])
+@pytest.mark.parametrize(("tile", "limit"), [(272, 1.6), (128, 0.9)])
+def test_vae_tiles(shortcuts, monkeypatch, size, tile, limit):
+    monkeypatch.setattr(memory, "_skip_calls", lambda model, calls: skip_calls(model, 2 * memory.STEPS))
+    report = count(run_of("flf2v-14B", size, vae_cpu=True, vae_tile=tile))
+    assert 0 < report.stages["encode"] <= limit * GIB
+    assert 0 < report.stages["decode"] <= limit * GIB
+
+
+CARD = int(11.49 * GIB)
+FLAGS = [{}, {"vae_cpu": True}, {"t5_cpu": True}, {"vae_cpu": True, "t5_cpu": True}]
+
+
+def test_the_small_model_on_a_card_of_11_49_gib(shortcuts):
+    reports = [count(run_of("t2v-1.3B", "832*480", **flags), CARD) for flags in FLAGS]
+    assert all(report.out_of_memory is None for report in reports)
+    none, vae_cpu, t5_cpu, both = (report.peak_bytes for report in reports)
+    assert both < min(vae_cpu, t5_cpu) and max(vae_cpu, t5_cpu) < none
+    assert all(report.peak_bytes == max(report.stages.values()) for report in reports)
+
+
+@pytest.mark.skipif("WAN_UPSTREAM" not in os.environ, reason="WAN_UPSTREAM names no checkout of upstream")
+def test_upstream_on_a_card_of_11_49_gib():
+    run, tree = run_of("t2v-1.3B", "832*480"), os.environ["WAN_UPSTREAM"]
+    report = memory.count_upstream(run, tree, CARD)
+    assert report.out_of_memory == {"stage": "text", "requested": 80 * 2**20}
+    report = memory.count_upstream(run_of("t2v-1.3B", "832*480", t5_cpu=True), tree, CARD)
+    assert report.out_of_memory is None and list(report.stages) == ["text", "denoise", "decode"]
+
+
+def test_out_of_memory_names_stage_and_bytes(shortcuts):
+    run = run_of("t2v-1.3B", "832*480", vae_cpu=True)
+    report = count(run, GIB)
+    embedding = 256384 * 4096 * 2  # the text encoder's largest tensor, its first
+    assert report.out_of_memory == {"stage": "text", "requested": embedding}
+    assert list(report.stages) == ["text"] and report.peak_bytes <= GIB
+    streamed = dataclasses.replace(run, memory=MemoryOptions(vae_cpu=True, t5_stream=True))
+    report = count(streamed, GIB)
+    assert report.out_of_memory["stage"] == "denoise" and list(report.stages) == ["text", "denoise"]
+    report = count(run_of("t2v-1.3B", "832*480"), GIB // 4)
+    assert report.out_of_memory["stage"] == "load" and report.stages == {}
+
+
+# The command
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1:]
+
+
+def test_json():
+    code, out, _ = command(
+        "--task", "i2v-tiny", "--size", "128*96", "--frame_num", "9", "--json", "--vae_cpu"
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert list(report) == ["peak_bytes", "stages", "out_of_memory"]
+    assert list(report["stages"]) == STAGES and report["out_of_memory"] is None
+    assert report["peak_bytes"] == max(report["stages"].values()) > 0
+
+
+def test_table(capsys):
+    tiny = ["--task", "t2v-tiny", "--size", "128*96", "--frame_num", "9"]
+    assert memory.main(tiny) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["stage", "text", "denoise", "decode", "peak"]
+    assert memory.main([*tiny, "--capacity", "0.005"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Out of memory in stage text, where ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--size", "1280*720"], "--size 1280*720"),
+        (["--capacity", "0"], "--capacity"),
+        (["--vae_tile", "50"], "--vae_tile 50"),
+        (["--frame_num", "80"], "--frame_num 80"),
+        (["--compare"], "--compare"),
+        (["--tree", "nowhere"], "--tree nowhere"),
+    ],
+)
+def test_bad_input(arguments, named, capsys):
+    assert memory.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert named in err and err.count("\n") == 1 and not out
