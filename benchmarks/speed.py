@@ -1,0 +1,265 @@
+"""Seconds per sampling step: the DiT resident, streamed, streamed and chunked, and upstream's, all in one run.
+
+    python -m benchmarks.speed                              # what the machine can: full size on CUDA, else toy size
+    python -m benchmarks.speed --task t2v-14B --tree PATH   # one task, beside upstream's checkout
+
+A step is two forward passes of the DiT, with the prompt and without it, which cost the same: one is timed, and
+doubled. Weights are random numbers in the types that they run in. Each time is the median of some rounds; a round
+times every variant once, so that what slows the machine down slows all of them. One round before is not counted.
+
+GB/s is what a pass copies to the device over the time that it takes: what is needed, not what the bus could give.
+On a CPU nothing is streamed, for the weights are where they are used: there the rows tell that the code runs.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import random_weights
+from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
+from wan.memory.chunking import apply_chunking
+from wan.memory.options import LOW_VRAM
+from wan.memory.residency import Component, release_memory, visit_when_called
+from wan.memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from wan.modules.model import WanModel
+from wan.utils.errors import InputError
+
+GIB = 2**30
+PASSES = 2  # per step
+STRIDE = (4, 8, 8)  # of the VAE: frames, rows, columns
+TOY = "t2v-tiny"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward pass to time."""
+
+    task: str
+    size: str
+    frame_num: int
+    chunk: int  # tokens, where a variant chunks
+
+    @property
+    def latent_shape(self):
+        width, height = SIZE_CONFIGS[self.size]
+        temporal, vertical, horizontal = STRIDE
+        return (16, (self.frame_num - 1) // temporal + 1, height // vertical, width // horizontal)
+
+    @property
+    def tokens(self):
+        _, frames, rows, columns = self.latent_shape
+        return frames * (rows // 2) * (columns // 2)
+
+
+CASES = {
+    "t2v-1.3B": Case("t2v-1.3B", "832*480", 81, LOW_VRAM["dit_chunk"]),
+    "t2v-14B": Case("t2v-14B", "1280*720", 81, LOW_VRAM["dit_chunk"]),
+    TOY: Case(TOY, "128*96", 9, 64),
+}
+
+
+@dataclass
+class Row:
+    """What was measured of one variant.
+
+    Attributes:
+        passes: seconds of one forward pass, of every round that counts.
+        peak_bytes: of device memory, 0 on a CPU.
+        streamed_bytes: copied to the device during a pass.
+        out_of_memory: it did not fit the device.
+    """
+
+    name: str
+    passes: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    streamed_bytes: int = 0
+    out_of_memory: bool = False
+
+    @property
+    def step(self):
+        """Seconds per step."""
+        return PASSES * statistics.median(self.passes)
+
+
+def measure(case, device, rounds, tree=None):
+    """The Rows of a case, the resident model's first; upstream's last if `tree`, its checkout, is given."""
+    variants, rows = _variants(case, device), []
+    with contextlib.ExitStack() as stack:
+        if tree is not None:
+            variants.append((Row("upstream, resident"), stack.enter_context(_upstream(case, device, tree))))
+        rows = [row for row, _ in variants]
+        for counted in [False] + [True] * rounds:
+            for row, time_pass in variants:
+                if row.out_of_memory:
+                    continue
+                result = time_pass()
+                if result is None:
+                    row.out_of_memory = True
+                elif counted:
+                    seconds, peak_bytes = result
+                    row.passes.append(seconds)
+                    row.peak_bytes = max(row.peak_bytes, peak_bytes)
+    return rows
+
+
+def _variants(case, device):
+    """Our variants of a case as pairs: a Row, and what times a pass, see `_timed`."""
+    dtype = WAN_CONFIGS[case.task].param_dtype
+    with tempfile.TemporaryDirectory() as folder:
+        random_weights.write_checkpoint(folder, case.task)
+        with random_weights.weights_from(random_weights.random):
+            model = WanModel.from_pretrained(folder, dtype=dtype)
+    pieces, embeddings = transformer_pieces(model), transformer_embeddings(model)
+    for embedding in embeddings:
+        visit_when_called(embedding, device)  # does nothing where the whole model is on the device
+    resident = Component([model], device)
+    streamed = Component([model], device, [*pieces, *embeddings], Streamer(pieces, device))
+    moved = sum(weight.nbytes for module in [*pieces, *embeddings] for weight in module.parameters())
+    if device.type == "cpu":
+        moved = 0
+    inputs = pass_inputs(case.latent_shape, case.tokens, device, dtype)
+
+    def variant(name, component, chunk, streamed_bytes=0):
+        def time_pass():
+            apply_chunking(model, chunk)
+            return _timed(component, model, inputs, device)
+
+        return Row(name, streamed_bytes=streamed_bytes), time_pass
+
+    return [
+        variant("resident", resident, 0),
+        variant("streamed", streamed, 0, moved),
+        variant(f"streamed, chunks of {case.chunk}", streamed, case.chunk, moved),
+    ]
+
+
+def pass_inputs(latent_shape, tokens, device, dtype):
+    """Keyword arguments of a text-to-video DiT: one sample, a prompt as long as can be."""
+    return {
+        "x": [torch.randn(latent_shape, device=device)],
+        "t": torch.tensor([999], device=device),
+        "context": [torch.randn(512, 4096, device=device, dtype=dtype)],
+        "seq_len": tokens,
+    }
+
+
+def _timed(component, model, inputs, device):
+    """One pass with the component on the device: (seconds, peak bytes), or None if the device has not the room."""
+    backend = None if device.type == "cpu" else torch.get_device_module(device)
+    try:
+        with torch.no_grad(), component.on_device():
+            if backend:
+                backend.reset_peak_memory_stats(device)
+                backend.synchronize(device)
+            start = time.perf_counter()
+            model(**inputs)
+            if backend:
+                backend.synchronize(device)
+            seconds = time.perf_counter() - start
+            return seconds, backend.max_memory_allocated(device) if backend else 0
+    except torch.OutOfMemoryError:
+        pass
+    release_memory(device)  # now that the exception has let go of what it held
+    return None
+
+
+@contextlib.contextmanager
+def _upstream(case, device, tree):
+    """What times a pass of upstream's model, as `_timed` does, in a process of its own: see upstream_speed.py."""
+    job = {
+        "tree": str(Path(tree).resolve()),
+        "config": random_weights.dit_config(case.task),
+        "latent_shape": case.latent_shape,
+        "tokens": case.tokens,
+        "device": str(device),
+        "dtype": str(WAN_CONFIGS[case.task].param_dtype).removeprefix("torch."),
+    }
+    script = Path(__file__).with_name("upstream_speed.py")
+    with subprocess.Popen(
+        [sys.executable, script, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def time_pass():
+            process.stdin.write("pass\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise InputError(f"--tree {tree}: upstream's model does not run, see its message above")
+            return json.loads(answer)
+
+        try:
+            yield time_pass
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # ends it
+
+
+def table(rows):
+    """A markdown table, times as ratios to the first row's too."""
+    lines = ["| weights | s/step | ratio | peak GiB | GB/s to the device |", "|---|---:|---:|---:|---:|"]
+    base = rows[0]
+    for row in rows:
+        if row.out_of_memory:
+            cells = ["does not fit", "", "", ""]
+        else:
+            ratio = "" if base.out_of_memory else f"{row.step / base.step:.2f}"
+            rate = f"{PASSES * row.streamed_bytes / row.step / 1e9:.1f}" if row.streamed_bytes else ""
+            peak = f"{row.peak_bytes / GIB:.2f}" if row.peak_bytes else ""
+            cells = [f"{row.step:.4g}", ratio, peak, rate]
+        lines.append("| " + " | ".join([row.name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """The command. Returns its exit code: 0, also if something did not fit the device; 2 for bad input."""
+    try:
+        args = parse_arguments(argv)
+        device = torch.device(args.device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(f"{name}, torch {torch.__version__}, median of {args.rounds}; a step is {PASSES} passes")
+        if device.type == "cpu":
+            print("On a CPU streaming does nothing: its times are resident ones.")
+        for case in args.cases:
+            rows = measure(case, device, args.rounds, args.tree)
+            title = f"{case.task}, {case.size}, {case.frame_num} frames ({case.tokens} tokens)"
+            print(f"\n{title}\n\n{table(rows)}", flush=True)
+    except InputError as error:
+        print(f"benchmarks.speed: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
+    add("--task", choices=list(CASES), help=f"default t2v-1.3B and t2v-14B on cuda, {TOY} on cpu")
+    add("--rounds", type=int, default=3, help="default 3")
+    add("--tree", metavar="PATH", help="also time the model of this checkout of upstream")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device here, use --device cpu")
+    on_cuda = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    args.device = "cuda:0" if on_cuda else "cpu"
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}: give 1 or more")
+    if args.tree is not None and not (Path(args.tree) / "wan" / "text2video.py").is_file():
+        raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
+    tasks = ["t2v-1.3B", "t2v-14B"] if on_cuda else [TOY]
+    args.cases = [CASES[task] for task in ([args.task] if args.task else tasks)]
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Times passes of upstream's DiT, whose package has the name of ours, in a process that benchmarks.speed starts.
+
+The argument is a JSON object: tree, config (of the DiT), latent_shape, tokens, device, dtype. For every line that
+comes in, a line goes out: [seconds, peak bytes] of one pass, or null if the device has not the room. In between,
+nothing stays on the device: the model is built anew, on the device, with the weights that upstream starts from.
+"""
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "upstream"))
+import driver  # noqa: E402
+import stand_ins  # noqa: E402
+
+
+def load_model_class(tree, device):
+    """Upstream's WanModel, with PyTorch's attention where there is no flash-attn."""
+    if device.type == "cpu":
+        return driver.load_tree(tree).modules.model.WanModel
+    stand_ins.install()
+    sys.path.insert(0, tree)
+    sys.dont_write_bytecode = True
+    import wan.modules.model
+
+    if not any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface")):
+        wan.modules.model.flash_attention = driver.attention
+    return wan.modules.model.WanModel
+
+
+def time_pass(model_class, job, device):
+    """(seconds, peak bytes) of one pass as upstream's pipeline makes it: fp32 weights, cast as they are used."""
+    dtype, on_gpu = getattr(torch, job["dtype"]), device.type == "cuda"
+    with device:
+        model = model_class(**job["config"]).eval().requires_grad_(False)
+        latent = torch.randn(job["latent_shape"])
+        context = torch.randn(512, 4096, dtype=dtype)
+        t = torch.tensor([999])
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        model([latent], t=t, context=[context], seq_len=job["tokens"])
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def main():
+    job, out = json.loads(sys.argv[1]), sys.stdout
+    device = torch.device(job["device"])
+    with contextlib.redirect_stdout(sys.stderr):
+        model_class = load_model_class(job["tree"], device)
+        for _ in sys.stdin:
+            try:
+                answer = time_pass(model_class, job, device)
+            except torch.OutOfMemoryError:
+                answer = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
