@@ -31,7 +31,7 @@ def diffs(name):
 
 
 def test_series_is_the_directory_in_order():
-    assert SERIES == sorted(file.name for file in PATCHES.glob("*.patch"))
+    assert sorted(file.name for file in PATCHES.glob("*.patch")) == SERIES
     assert [name[:5] for name in SERIES] == [f"{number:04}-" for number in range(1, len(SERIES) + 1)]
 
 

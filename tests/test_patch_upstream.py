@@ -369,6 +369,16 @@ def test_chunks_give_the_same_bits(run, task, chunk):
     assert torch.equal(result.video, expected.video)
 
 
+@pytest.mark.parametrize("task", ["i2v", "vace"])
+def test_chunks_give_the_same_bits_in_bf16(run, task):
+    """On a GPU autocast rounds what the head gives, too, on its way to a video."""
+    expected, result = (
+        run("upstream", task, dtype="bfloat16"),
+        run("patched", task, dtype="bfloat16", dit_chunk=64),
+    )
+    assert torch.equal(result.latents, expected.latents)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_low_vram_gives_the_same_picture_in_less_memory(run, same_picture, task):
     expected, result = run("upstream", task), run("patched", task, **LOW_VRAM)

@@ -1,6 +1,7 @@
 """The memory options: what each is, what it may be, how the command line spells it."""
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields
 
@@ -32,7 +33,7 @@ class MemoryOptions:
         check_ring(self.stream_ring)
         if self.t5_cpu and self.t5_stream:
             raise InputError("--t5_stream and --t5_cpu: choose one, where the text encoder computes")
-        if self.dit_stream is not None and not self.dit_stream >= 0:
+        if self.dit_stream is not None and not 0 <= self.dit_stream < math.inf:
             raise InputError(f"--dit_stream {self.dit_stream}: give the GiB of layers to keep, 0 or more")
 
 

@@ -91,7 +91,8 @@ def dit_forward(
                 layers.run(block, tokens, dtype if n == 0 else torch.float32)
         else:
             _run_with_hints(model, layers, tokens, dtype, vace_context[i], vace_context_scale)
-        flows.append(predict(model, tokens, time[i : i + 1], grid, chunk))
+        # Rounded as autocast rounds what the published model makes of the head's output.
+        flows.append(predict(model, tokens, time[i : i + 1], grid, chunk).to(dtype).float())
     return flows
 
 
