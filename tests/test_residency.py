@@ -317,9 +317,11 @@ class Injected(Exception):
     pass
 
 
-@every_task
 @pytest.mark.parametrize(
-    "memory", [{"vae_cpu": True}, LOW_VRAM | {"vae_tile": 0}], ids=["vae_cpu", "low_vram"]
+    ("task", "memory"),
+    [(task, {"vae_cpu": True}) for task in PIPELINES]
+    + [(task, LOW_VRAM | {"vae_tile": 0}) for task in ("i2v", "vace")],
+    ids=[*PIPELINES, "i2v-low_vram", "vace-low_vram"],
 )
 def test_nothing_stays_after_an_exception(task, memory):
     video, _, operators = unlimited(task)
