@@ -29,9 +29,6 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * extra_dims))
 
-    def forward(self, x):
-        return nn.functional.normalize(x, dim=1).mul_(x.size(1) ** 0.5).mul_(self.gamma)
-
 
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim, out_dim):
