@@ -4,6 +4,7 @@ The pipelines run as they are; only what reads a file of weights is replaced.
 """
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -75,9 +76,14 @@ def untouched(shape, dtype):
     return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
 
+@functools.cache
+def _block(dtype):
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+
+
 def random(shape, dtype):
     """Normal numbers on the CPU, as small as trained weights: one block of them over and over, which is fast."""
-    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    block = _block(dtype)
     weights = torch.empty(shape, dtype=dtype)
     for piece in weights.view(-1).split(block.numel()):
         piece.copy_(block[: piece.numel()])

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import memory
 from benchmarks.memory import GIB, Run, count
@@ -119,6 +120,11 @@ def test_out_of_memory_names_stage_and_bytes(shortcuts):
     assert report.out_of_memory["stage"] == "denoise" and list(report.stages) == ["text", "denoise"]
     report = count(run_of("t2v-1.3B", "832*480"), GIB // 4)
     assert report.out_of_memory["stage"] == "load" and report.stages == {}
+
+
+def test_bytes_that_cuda_asked_for():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 MiB. GPU 0 has ...")
+    assert memory._requested(error) == 80 * 2**20
 
 
 # The command
