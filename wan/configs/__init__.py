@@ -10,12 +10,15 @@ from .wan_i2v_14B import i2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2v_14B
 
-t2i_14B = copy.deepcopy(t2v_14B)
-t2i_14B.__name__ = "Config: Wan T2I 14B"
 
-flf2v_14B = copy.deepcopy(i2v_14B)
-flf2v_14B.__name__ = "Config: Wan FLF2V 14B"
-flf2v_14B.sample_neg_prompt = "镜头切换，" + i2v_14B.sample_neg_prompt
+def _variant(config, name, **entries):
+    config = copy.deepcopy(config)
+    config.update(entries, __name__=f"Config: {name}")
+    return config
+
+
+t2i_14B = _variant(t2v_14B, "Wan T2I 14B")
+flf2v_14B = _variant(i2v_14B, "Wan FLF2V 14B", sample_neg_prompt="镜头切换，" + i2v_14B.sample_neg_prompt)
 
 WAN_CONFIGS = {
     "t2v-14B": t2v_14B,

@@ -58,19 +58,20 @@ class WanLayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
 
     def forward(self, x):
-        return super().forward(x.float()).type_as(x)
+        normed = super().forward(x.float())
+        return normed.to(x.dtype)
+
+
+def _query_key_norm(dim, wanted, eps):
+    return WanRMSNorm(dim, eps) if wanted else nn.Identity()
 
 
 class WanSelfAttention(nn.Module):
     def __init__(self, dim, num_heads, qk_norm=True, eps=1e-6):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
-        self.norm_k = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = (_query_key_norm(dim, qk_norm, eps) for _ in range(2))
 
 
 class WanI2VCrossAttention(WanSelfAttention):
@@ -78,19 +79,18 @@ class WanI2VCrossAttention(WanSelfAttention):
 
     def __init__(self, dim, num_heads, qk_norm=True, eps=1e-6):
         super().__init__(dim, num_heads, qk_norm, eps)
-        self.k_img = nn.Linear(dim, dim)
-        self.v_img = nn.Linear(dim, dim)
-        self.norm_k_img = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.k_img, self.v_img = (nn.Linear(dim, dim) for _ in range(2))
+        self.norm_k_img = _query_key_norm(dim, qk_norm, eps)
 
 
 class WanAttentionBlock(nn.Module):
     def __init__(self, image, dim, ffn_dim, num_heads, qk_norm=True, cross_attn_norm=False, eps=1e-6):
         super().__init__()
-        self.norm1 = WanLayerNorm(dim, eps)
+        self.norm1 = WanLayerNorm(dim, eps=eps)
         self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps)
         self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.cross_attn = (WanI2VCrossAttention if image else WanSelfAttention)(dim, num_heads, qk_norm, eps)
-        self.norm2 = WanLayerNorm(dim, eps)
+        self.norm2 = WanLayerNorm(dim, eps=eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
         )
@@ -100,7 +100,7 @@ class WanAttentionBlock(nn.Module):
 class Head(nn.Module):
     def __init__(self, dim, out_dim, patch_size, eps=1e-6):
         super().__init__()
-        self.norm = WanLayerNorm(dim, eps)
+        self.norm = WanLayerNorm(dim, eps=eps)
         self.head = nn.Linear(dim, math.prod(patch_size) * out_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))  # shift, scale
 
