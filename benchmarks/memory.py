@@ -26,8 +26,8 @@ from PIL import Image
 
 import wan
 from benchmarks import random_weights
-from benchmarks.virtual_gpu import VirtualGPU
-from tests.upstream import driver
+from upstream_driver import driver
+from virtual_gpu import VirtualGPU
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.memory.options import MemoryOptions, add_memory_arguments, memory_options
 from wan.utils.errors import InputError

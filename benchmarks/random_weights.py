@@ -6,9 +6,10 @@ The pipelines run as they are; only what reads a file of weights is replaced.
 import contextlib
 import functools
 import json
+import math
+import mmap
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import wan.modules.clip
@@ -72,8 +73,8 @@ def weights_from(make):
 
 def untouched(shape, dtype):
     """Zeros on the CPU that take no memory as long as nobody writes to them."""
-    nbytes = np.prod(shape, dtype=np.int64) * dtype.itemsize
-    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from PIL import Image, ImageDraw
 
-from benchmarks.virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.modules.vae_forward import encoded_frames

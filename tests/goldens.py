@@ -1,6 +1,6 @@
 """Recordings of upstream's results at BASE on the toy checkpoints, and the inputs that they were made from.
 
-Made by upstream/record_goldens.py. A recording holds up to SAMPLES values of each result, spread over it evenly, in
+Made by record_goldens.py. A recording holds up to SAMPLES values of each result, spread over it evenly, in
 fp32. Inputs are not stored: they follow from names.
 """
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from upstream.encoders import encode
 
-from benchmarks.virtual_gpu import VirtualGPU
+from upstream_driver.encoders import encode
+from virtual_gpu import VirtualGPU
 from wan.modules.clip import CLIPModel
 from wan.tiny import CLIP_EMBED_DIM, CLIP_TEXT, clip_weights, train_tokenizer
 from wan.utils.errors import InputError

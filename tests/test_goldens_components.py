@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.mark.parametrize("group", ["clip", "solvers", "t5", "vae", *(f"dit-{task}" for task in TASKS)])
 def test_recordings_are_of_these_toy_checkpoints(group):
-    assert Goldens(group).metadata["toy_version"] == str(tiny.VERSION), "run tests/upstream/record_goldens.py"
+    assert Goldens(group).metadata["toy_version"] == str(tiny.VERSION), "run tests/record_goldens.py"
 
 
 @pytest.fixture(

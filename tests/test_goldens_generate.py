@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize("task", PIPELINES)
 def test_recordings_are_of_these_toy_checkpoints(task):
     metadata = Goldens(f"generate-{task}").metadata
-    assert metadata["toy_version"] == str(tiny.VERSION), "run tests/upstream/record_goldens.py"
+    assert metadata["toy_version"] == str(tiny.VERSION), "run tests/record_goldens.py"
 
 
 @pytest.fixture(scope="module")

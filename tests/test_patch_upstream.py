@@ -1,6 +1,6 @@
 """The patches on the real thing: needs a checkout of upstream at BASE, named by WAN_UPSTREAM.
 
-The pipelines run at toy size on the virtual GPU, each tree in a process of its own (tests/upstream/driver.py).
+The pipelines run at toy size on the virtual GPU, each tree in a process of its own (upstream_driver/driver.py).
 """
 
 import functools
@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.virtual_gpu import VirtualGPU
+from upstream_driver import driver
+from virtual_gpu import VirtualGPU
 
 ROOT = Path(__file__).parent.parent
 PATCHES = ROOT / "patches"
@@ -183,9 +184,6 @@ def run(upstream, patched, tmp_path_factory):
 
     Flags are arguments of the pipeline's constructor.
     """
-    sys.path.insert(0, str(ROOT / "tests" / "upstream"))
-    import driver
-
     from wan.tiny import write_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -452,7 +450,7 @@ def command(patched, tmp_path):
         arguments += ["--size", "1280*720" if task == "flf2v-14B" else "832*480"]
         arguments += [word for flag in pictures.get(task, []) for word in (flag, str(picture))]
         done = subprocess.run(
-            [sys.executable, "-c", FAKE_PIPELINES, ROOT / "tests/upstream", patched, *arguments, *flags],
+            [sys.executable, "-c", FAKE_PIPELINES, ROOT / "upstream_driver", patched, *arguments, *flags],
             check=False,
             capture_output=True,
             text=True,

@@ -340,7 +340,7 @@ def test_the_model_is_gone_afterwards(text_model, short, asked, monkeypatch, fai
 
 
 def test_the_device_is_empty_afterwards(text_model, short):
-    from benchmarks.virtual_gpu import VirtualGPU
+    from virtual_gpu import VirtualGPU
 
     with VirtualGPU() as gpu:
         result = extend_prompt(PROMPT, method="local_qwen", model=text_model, seed=1, device="vgpu")

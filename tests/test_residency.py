@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import wan
-from benchmarks.virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM

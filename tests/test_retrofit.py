@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU
 from wan.memory.retrofit import check_memory_options, save_memory
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel

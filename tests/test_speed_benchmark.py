@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import speed
 from benchmarks.speed import Row, table
-from benchmarks.virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU
 
 VARIANTS = ["resident", "streamed", "streamed, chunks of 64"]
 

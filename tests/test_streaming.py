@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from benchmarks import virtual_streams
-from benchmarks.virtual_gpu import RaceError, VirtualGPU
+from virtual_gpu import RaceError, VirtualGPU
+from virtual_gpu import streams as virtual_streams
 from wan.memory import streaming
 from wan.memory.streaming import Streamer, check_ring, transformer_pieces
 from wan.modules.model import WanModel

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from upstream.encoders import encode
 
-from benchmarks.virtual_gpu import VirtualGPU
+from upstream_driver.encoders import encode
+from virtual_gpu import VirtualGPU
 from wan.modules.t5 import T5EncoderModel
 from wan.tiny import t5_weights, train_tokenizer
 from wan.utils.errors import InputError

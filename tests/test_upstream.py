@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 from goldens import PROMPTS, picture, vace_source
-from upstream import driver
 
 import wan
+from upstream_driver import driver
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.vae import as_diffusers, randomized, theirs
-from benchmarks.virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
 from wan.memory.vae_tiling import apply_tiling, check_tile, decode_peak_bytes, encode_peak_bytes
 from wan.modules import vae_forward

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.virtual_gpu import Record, VirtualGPU, VirtualTensor
+from virtual_gpu import Record, VirtualGPU, VirtualTensor
 
 
 def seeded(*shape, dtype=torch.float32):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.virtual_gpu import RaceError, VirtualGPU
+from virtual_gpu import RaceError, VirtualGPU
 
 vgpu = torch.get_device_module("vgpu")
 

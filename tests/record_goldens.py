@@ -1,6 +1,6 @@
 """Records upstream's results on the toy checkpoints into tests/goldens/.
 
-    WAN_UPSTREAM=<checkout of upstream at BASE> python tests/upstream/record_goldens.py [task ...]
+    WAN_UPSTREAM=<checkout of upstream at BASE> python tests/record_goldens.py [task ...]
 
 Each task runs in a process of its own, in which `wan` is upstream's package.
 """
@@ -12,12 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import driver
+import goldens
 import torch
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.append(str(TESTS))
-import goldens  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "upstream_driver"))
+import driver  # noqa: E402
 
 BASE = "9737cba9c1c3c4d04b33fcad41c111989865d315"
 

@@ -1,6 +1,6 @@
 """Runs upstream's text or image encoder in a process of its own, on a CPU, with given sizes.
 
-    python tests/upstream/encoders.py TREE FOLDER
+    python upstream_driver/encoders.py TREE FOLDER
 
 FOLDER holds request.json: {"encoder": "text" or "image", "dtype": "float32", "sizes": arguments of upstream's builder,
 "texts": [...], "text_len": N}, weights.pth, tokenizer/ and, for images, videos.safetensors. The results go to

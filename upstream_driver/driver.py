@@ -2,7 +2,7 @@
 
 Upstream's package has the name of ours, so a tree runs in a process of its own:
 
-    python tests/upstream/driver.py --tree UPSTREAM --task t2v --checkpoint DIR --out FILE [--device vgpu ...]
+    python upstream_driver/driver.py --tree UPSTREAM --task t2v --checkpoint DIR --out FILE [--device vgpu ...]
 
 `run()` starts that process and reads back what it wrote; several trees can be compared that way in one test run.
 record_goldens.py uses the other functions inside such a process.
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = ("load", "text", "image", "encode", "denoise", "decode")
 CONFIGS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "vace": "vace-1.3B"}
 PIPELINES = {"t2v": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}
@@ -136,7 +136,7 @@ def load_tree(tree, device="cpu", meta=False):
     stand_ins.install()
     if device == "vgpu":
         sys.path.append(str(REPOSITORY))  # behind upstream's tree, whose package has the name of ours
-        import benchmarks.virtual_gpu  # noqa: F401  registers the device type
+        import virtual_gpu  # noqa: F401  registers the device type
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
@@ -512,7 +512,7 @@ def main():
 
 
 def _virtual_gpu(args):
-    from benchmarks.virtual_gpu import VirtualGPU
+    from virtual_gpu import VirtualGPU
 
     return VirtualGPU(capacity=args.capacity, **({"meta": True} if args.meta else {}))
 

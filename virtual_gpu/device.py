@@ -19,7 +19,7 @@ What is counted is what operators return. Memory that a CUDA kernel allocates fo
 copy) is not. Operators that PyTorch composes from others are counted step by step. Scaled dot product attention
 counts as a fused kernel for 16-bit types and with its score matrix for float32 and float64.
 
-Streams, events and pinned memory: see virtual_streams. It all rests on PyTorch's Python backend for the PrivateUse1
+Streams, events and pinned memory: see streams.py. It all rests on PyTorch's Python backend for the PrivateUse1
 dispatch key, which is experimental: it is made for tests and benchmarks, not for the package. Importing this file
 registers the device type; there is nothing else to set up, and it works in every thread.
 """
@@ -34,9 +34,9 @@ import torch
 from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from benchmarks import virtual_autocast
-from benchmarks.virtual_streams import Event, RaceError, Timeline
-from benchmarks.virtual_tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor, attention, copy_
+from . import autocast
+from .streams import Event, RaceError, Timeline
+from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor, attention, copy_
 
 __all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor"]
 
@@ -301,7 +301,7 @@ class _DeviceModule:
 _setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_DeviceModule)
 DEVICE = VirtualGPU.device = torch.device(DEVICE_TYPE, 0)
 _library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
-virtual_autocast.register(_library, DEVICE_TYPE)
+autocast.register(_library, DEVICE_TYPE)
 
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
