@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .memory.chunking import apply_chunking
-from .memory.offload_folder import OffloadFolder
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
@@ -27,6 +26,7 @@ from .utils.errors import InputError
 from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
+from .weights.converted import OffloadFolder
 
 
 def _configured(name: str) -> Any:

@@ -23,10 +23,11 @@ from ..utils.accelerator import (
 from ..utils.errors import InputError
 from ..utils.events import Finished, Listener
 from ..utils.files import check_target
+from ..utils.latents import load_latents, save_latents
 from ..utils.prompt_extend import extend_prompt
 from ..utils.video import check_writable, save_image, save_video
+from ..weights.fingerprints import vae_fingerprint
 from ..weights.hub import find_checkpoint
-from ..weights.latents import load_latents, save_latents, vae_fingerprint
 from .request import Request
 
 log = logging.getLogger(__name__)
