@@ -11,7 +11,7 @@ from .memory.chunking import apply_chunking
 from .memory.offload_folder import OffloadFolder
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
-from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
 from .modules.clip import CLIPModel
 from .modules.model import WanModel
@@ -110,26 +110,29 @@ class WanPipeline:
         encoder = self.text_encoder
         if not self.options.t5_stream:
             return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        streamer = Streamer(encoder.pieces, self.device, ring=self.options.stream_ring)
-        apart = [encoder.model.embed_tokens, *encoder.pieces]
+        streamer = Streamer(encoder.layer_groups(), self.device, buffers=self.options.stream_ring)
+        apart = [encoder.model.embed_tokens, *encoder.layer_groups()]
         return Component([encoder.model], self.device, apart, streamer)
 
     def _image_component(self):
         # Streamed with the text encoder: on cards that need the one, the other is too much as well.
         if not self.options.t5_stream:
             return Component([self.clip.model], self.device)
-        streamer = Streamer(self.clip.pieces, self.device, ring=self.options.stream_ring)
-        return Component([self.clip.model], self.device, self.clip.pieces, streamer)
+        groups = self.clip.layer_groups()
+        streamer = Streamer(groups, self.device, buffers=self.options.stream_ring)
+        return Component([self.clip.model], self.device, groups, streamer)
 
     def _dit_component(self):
         if self.options.dit_stream is None:
             return Component([self.model], self.device)
-        pieces, embeddings = transformer_pieces(self.model), transformer_embeddings(self.model)
+        groups, embeddings = self.model.layer_groups(), self.model.embedding_layers()
         for embedding in embeddings:
             visit_when_called(embedding, self.device)
         resident_bytes = int(self.options.dit_stream * 2**30)
-        streamer = Streamer(pieces, self.device, ring=self.options.stream_ring, resident_bytes=resident_bytes)
-        return Component([self.model], self.device, [*pieces, *embeddings], streamer)
+        streamer = Streamer(
+            groups, self.device, buffers=self.options.stream_ring, resident_bytes=resident_bytes
+        )
+        return Component([self.model], self.device, [*groups, *embeddings], streamer)
 
     def _encode_prompts(self, prompt, negative_prompt, offload_model):
         """Both prompts to embeddings: two lists with one [L, text_dim] on the device each."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..utils.errors import InputError
 from .chunking import check_chunk
-from .streaming import check_ring
+from .streaming import check_buffers
 from .vae_tiling import check_tile
 
 
@@ -30,7 +30,7 @@ class MemoryOptions:
     def __post_init__(self):
         check_tile(self.vae_tile)
         check_chunk(self.dit_chunk)
-        check_ring(self.stream_ring)
+        check_buffers(self.stream_ring)
         if self.t5_cpu and self.t5_stream:
             raise InputError("--t5_stream and --t5_cpu: choose one, where the text encoder computes")
         if self.dit_stream is not None and not 0 <= self.dit_stream < math.inf:
