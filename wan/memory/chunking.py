@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..modules.forward import dit_forward
 from ..utils.errors import InputError
-from .wrapping import Undo, wrap
+from .methods import Undo, layer_methods
 
 SMALLEST_CHUNK = 64  # tokens; chunks are cut in blocks of 32, and each leaves at least one
 
@@ -22,7 +23,7 @@ SMALLEST_CHUNK = 64  # tokens; chunks are cut in blocks of 32, and each leaves a
 def check_chunk(tokens: int) -> None:
     """Raises InputError unless `tokens` is 0 (whole) or a usable chunk."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or (tokens != 0 and tokens < SMALLEST_CHUNK):
-        raise InputError(f"--dit_chunk {tokens}: give 0 for all tokens, or a number from {SMALLEST_CHUNK}")
+        raise InputError(f"give 0 for all tokens, or a number from {SMALLEST_CHUNK}", "dit_chunk", tokens)
 
 
 def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.float32) -> Undo:
@@ -47,23 +48,18 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
         return lambda: None
     signature = inspect.signature(type(model).forward)
     if "chunk" in signature.parameters:
+        return layer_methods(model, "dit_chunk", forward=lambda forward: partial(forward, chunk=tokens))
+    attention = sys.modules[type(model.blocks[0].self_attn).__module__].flash_attention
 
-        def chunked(forward: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-            return forward(*args, **kwargs, chunk=tokens)
-    else:
-        attention = sys.modules[type(model.blocks[0].self_attn).__module__].flash_attention
+    def chunked(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        call = signature.bind(model, *args, **kwargs).arguments
+        inputs = {name: call[name] for name in ("x", "t", "context", "seq_len")}
+        if "vace_context" in call:
+            inputs |= {name: call[name] for name in ("vace_context", "vace_context_scale") if name in call}
+        else:
+            inputs["y"] = call.get("y")
+            if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
+                inputs["image"] = model.img_emb(call["clip_fea"])
+        return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens)
 
-        def chunked(forward: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-            call = signature.bind(model, *args, **kwargs).arguments
-            inputs = {name: call.get(name) for name in ("x", "t", "context", "seq_len")}
-            if "vace_context" in call:
-                inputs |= {
-                    name: call[name] for name in ("vace_context", "vace_context_scale") if name in call
-                }
-            else:
-                inputs["y"] = call.get("y")
-                if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
-                    inputs["image"] = model.img_emb(call["clip_fea"])
-            return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens)
-
-    return wrap(model, "forward", "dit_chunk", chunked, innermost=True)
+    return layer_methods(model, "dit_chunk", innermost=True, forward=lambda _: chunked)

@@ -7,14 +7,15 @@ were at home all along take their places again.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .methods import Undo, layer_methods
 from .streaming import Streamer
-from .wrapping import Undo, wrap
 
 
 class Component:
@@ -95,10 +96,15 @@ class Component:
         if not stay:
             self.leave()
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The function's result, with the component on the device while it runs."""
-        with self.on_device():
-            return function(*args, **kwargs)
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the component on the device while it runs."""
+
+        @functools.wraps(function)
+        def visiting(*args: Any, **kwargs: Any) -> Any:
+            with self.on_device():
+                return function(*args, **kwargs)
+
+        return visiting
 
     def _tensors(self) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
         for root in self.modules:
@@ -119,10 +125,7 @@ def visit_by_halves(vae: Any, device: torch.device | str) -> Undo:
     model = vae.model
     encoder = Component([model.encoder, model.conv1], device)
     decoder = Component([model.conv2, model.decoder], device)
-    with contextlib.ExitStack() as undo:
-        undo.callback(wrap(vae, "encode", "visit_by_halves", encoder.call))
-        undo.callback(wrap(vae, "decode", "visit_by_halves", decoder.call))
-        return undo.pop_all().close
+    return layer_methods(vae, "visit_by_halves", encode=encoder.around, decode=decoder.around)
 
 
 def visit_when_called(module: nn.Module, device: torch.device | str) -> Undo:
@@ -130,7 +133,8 @@ def visit_when_called(module: nn.Module, device: torch.device | str) -> Undo:
 
     Returns what undoes it. Raises RuntimeError if it is applied already.
     """
-    return wrap(module, "forward", "visit_when_called", Component([module], device, release=False).call)
+    visit = Component([module], device, release=False)
+    return layer_methods(module, "visit_when_called", forward=visit.around)
 
 
 def release_memory(device: torch.device | str) -> None:

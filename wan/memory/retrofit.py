@@ -7,7 +7,7 @@ A streamed model comes by itself, when it is called, so that `to` has nothing to
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import nn
 from ..modules.forward import embedding_layers, layer_groups, storage_dtype
 from ..utils.errors import InputError
 from .chunking import apply_chunking
+from .methods import Undo, layer_methods
 from .options import MemoryOptions
 from .residency import Component, visit_when_called
 from .streaming import Streamer
-from .wrapping import Undo, wrap
 
 
 def check_memory_options(
@@ -74,11 +74,11 @@ def _stream_text_encoder(undo: ExitStack, model: nn.Module, device: torch.device
     visit = Component([model], device, [table, *groups], Streamer(groups, device))
     _come_when_called(undo, "t5_stream", model, model, visit)
 
-    def look_up(forward: Any, ids: torch.Tensor) -> torch.Tensor:
-        """Where the table is, so that only the rows found go to where the ids are."""
-        return forward(ids.to(table.weight.device)).to(ids.device)
+    def at_home(look_up: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Looks up where the table is, so that only the rows found go to where the ids are."""
+        return lambda ids: look_up(ids.to(table.weight.device)).to(ids.device)
 
-    undo.callback(wrap(table, "forward", "t5_stream", look_up))
+    undo.callback(layer_methods(table, "t5_stream", forward=at_home))
 
 
 def _stream_image_encoder(undo: ExitStack, model: nn.Module, device: torch.device) -> None:
@@ -118,21 +118,20 @@ def _come_when_called(
 ) -> None:
     """`called`, a part of the model, brings the visiting Component; `model.cpu()` sends it home."""
 
-    def with_weights(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        with visit.on_device(stay=True):
-            return forward(*args, **kwargs)
+    def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with visit.on_device(stay=True):
+                return forward(*args, **kwargs)
 
-    def stay(to: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        return call
+
+    def stay(*args: Any, **kwargs: Any) -> nn.Module:
         return model
 
-    def go_home(cpu: Any) -> nn.Module:
+    def go_home() -> nn.Module:
         visit.leave()
         return model
 
-    for owner, name, around in (
-        (called, "forward", with_weights),
-        (model, "to", stay),
-        (model, "cpu", go_home),
-    ):
-        undo.callback(wrap(owner, name, option, around))
+    undo.callback(layer_methods(called, option, forward=with_weights))
+    undo.callback(layer_methods(model, option, to=lambda _: stay, cpu=lambda _: go_home))
     undo.callback(visit.leave)

@@ -42,12 +42,6 @@ PINNED_BYTES = 512 << 20  # at most, of all staging buffers; half of the availab
 log = logging.getLogger(__name__)
 
 
-def check_buffers(buffers: int) -> None:
-    """Raises InputError unless `buffers` is a usable number of device buffers."""
-    if not isinstance(buffers, int) or buffers < 2:
-        raise InputError(f"--stream_buffers {buffers}: must be a whole number of at least 2")
-
-
 class Streamer:
     """Brings the weights of `groups` to the device while attached; a context manager, usable repeatedly.
 
@@ -79,7 +73,8 @@ class Streamer:
         buffers: int = 2,
         resident_bytes: int = 0,
     ):
-        check_buffers(buffers)
+        if not isinstance(buffers, int) or buffers < 2:
+            raise InputError("must be a whole number of at least 2", "stream_buffers", buffers)
         self.device = torch.device(device)
         self._groups = [group for group in map(_Group, groups) if group.weights]
         owners = [owner for group in self._groups for owner in group.owners]

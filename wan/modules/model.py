@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..utils.checkpoint import load_weights
 from ..utils.errors import InputError
+from ..weights.loading import load_weights
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
 
