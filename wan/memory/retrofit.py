@@ -30,7 +30,7 @@ def check_memory_options(
     options = MemoryOptions(t5_cpu=t5_cpu, t5_stream=t5_stream, dit_stream=dit_stream, dit_chunk=dit_chunk)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (t5_stream or dit_stream is not None or dit_chunk):
         raise InputError(
-            "--t5_stream, --dit_stream, --dit_chunk: for one GPU only, leave them out on several"
+            "for one GPU only, leave them out on several", ("t5_stream", "dit_stream", "dit_chunk")
         )
     return options
 
@@ -71,7 +71,10 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
 def _stream_text_encoder(undo: ExitStack, model: nn.Module, device: torch.device) -> None:
     table = model.token_embedding
     groups = [part for block in model.blocks for part in (block.attn, block.ffn)]
-    visit = Component([model], device, [table, *groups], Streamer(groups, device))
+
+    def visit() -> Component:
+        return Component([model], device, [table, *groups], Streamer(groups, device))
+
     _come_when_called(undo, "t5_stream", model, model, visit)
 
     def at_home(look_up: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -85,7 +88,10 @@ def _stream_image_encoder(undo: ExitStack, model: nn.Module, device: torch.devic
     """Of CLIP only the image tower is called, and of its blocks all but the last."""
     tower = model.visual
     groups = list(tower.transformer)[:-1]
-    visit = Component([tower], device, [*tower.transformer, tower.post_norm], Streamer(groups, device))
+
+    def visit() -> Component:
+        return Component([tower], device, [*tower.transformer, tower.post_norm], Streamer(groups, device))
+
     _come_when_called(undo, "t5_stream", model, tower, visit)
 
 
@@ -93,8 +99,11 @@ def _stream_dit(
     undo: ExitStack, model: nn.Module, groups: Sequence[nn.Module], device: torch.device, resident_bytes: int
 ) -> None:
     embeddings = embedding_layers(model)
-    streamer = Streamer(groups, device, resident_bytes=resident_bytes)
-    visit = Component([model], device, [*groups, *embeddings], streamer)
+
+    def visit() -> Component:
+        streamer = Streamer(groups, device, resident_bytes=resident_bytes)
+        return Component([model], device, [*groups, *embeddings], streamer)
+
     _come_when_called(undo, "dit_stream", model, model, visit)
     for embedding in embeddings:
         undo.callback(visit_when_called(embedding, device))
@@ -114,7 +123,7 @@ def _keep_in_lossless_types(model: nn.Module, compute_dtype: torch.dtype) -> Non
 
 
 def _come_when_called(
-    undo: ExitStack, option: str, model: nn.Module, called: nn.Module, visit: Component
+    undo: ExitStack, option: str, model: nn.Module, called: nn.Module, make_visit: Callable[[], Component]
 ) -> None:
     """`called`, a part of the model, brings the visiting Component; `model.cpu()` sends it home."""
 
@@ -134,4 +143,5 @@ def _come_when_called(
 
     undo.callback(layer_methods(called, option, forward=with_weights))
     undo.callback(layer_methods(model, option, to=lambda _: stay, cpu=lambda _: go_home))
+    visit = make_visit()  # refused above if it is there already
     undo.callback(visit.leave)
