@@ -263,6 +263,7 @@ def arithmetic():
         "matmul.allow_tf32": matmul.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cuDNN attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
         "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }

@@ -196,8 +196,10 @@ def exact_arithmetic() -> Iterator[None]:
     """Inside, results don't depend on kernels chosen for speed.
 
     fp32 stays fp32 in convolutions and products, algorithms are deterministic where such exist, none is chosen by
-    timing, and bf16 and fp16 products neither split their sum nor add in less than fp32. All is as before at the
-    end. cuBLAS reads its workspace's size at its first use in a process: enter before that.
+    timing, bf16 and fp16 products neither split their sum nor add in less than fp32, and cuDNN's attention stays out,
+    which is taken or not by the number of queries too. All is as before at the end.
+
+    cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
     cudnn, matmul, filling = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
     settings = [
@@ -214,6 +216,7 @@ def exact_arithmetic() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         for owner, name, value in settings:
             old = getattr(owner, name)
@@ -223,8 +226,10 @@ def exact_arithmetic() -> Iterator[None]:
             before.append((owner, name, old))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
