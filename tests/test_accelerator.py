@@ -124,7 +124,8 @@ def test_a_device_is_initialised_before_its_statistics_are_read(cards):
     with pytest.raises(InputError, match="^--device cuda:0: The NVIDIA driver"):
         initialise("cuda:0")
     cards("mps")  # has nothing to initialise
-    initialise("mps")
+    with pytest.raises(InputError, match="^--device mps: it has no 64-bit floats"):
+        initialise("mps")
 
 
 MESSAGES = {

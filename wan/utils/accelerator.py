@@ -120,17 +120,20 @@ def initialise(device: torch.device | str) -> None:
     """Makes a device ready, so that its memory statistics can be read before anything was computed.
 
     Raises:
-        InputError: it cannot be initialised; the message has the driver's reason.
+        InputError: it cannot be initialised, with the driver's reason, or cannot compute the model.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return
-    init = getattr(torch.get_device_module(device), "init", None)  # MPS has none
     try:
+        init = getattr(torch.get_device_module(device), "init", None)
         if init:
             init()
+        able = _has_fp64(device)
     except (RuntimeError, AssertionError) as error:
         raise _refused(str(device), _sentence(error)) from error
+    if not able:
+        raise _refused(str(device), f"{NO_FP64}; give another device, or cpu")
 
 
 def configure_allocator(device: torch.device | str) -> bool:
