@@ -8,13 +8,12 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 import wan
 from wan import tiny
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.memory.options import add_memory_arguments, memory_options
 from wan.pipeline import compute_device, load_vae
+from wan.utils.accelerator import is_out_of_memory
 from wan.utils.errors import InputError
 from wan.utils.files import check_target
 from wan.utils.latents import load_latents, save_latents
@@ -68,7 +67,9 @@ def main(argv=None):
         generate(parse_arguments(argv))
     except InputError as error:
         return _complain(error, 2)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return _complain(f"out of memory, try --low_vram ({str(error).splitlines()[0]})", 1)
     except OSError as error:
         return _complain(error, 1)

@@ -30,6 +30,7 @@ from upstream_driver import driver
 from virtual_gpu import VirtualGPU
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from wan.memory.options import MemoryOptions, add_memory_arguments, memory_options
+from wan.utils.accelerator import initialise
 from wan.utils.errors import InputError
 
 GIB = 2**30
@@ -143,6 +144,7 @@ def count_upstream(run, tree, capacity=None):
 def _report(run, device):
     """Runs it, on weights from wherever the caller has them made."""
     backend, report, pipeline = torch.get_device_module(device), Report(), None
+    initialise(device)
     backend.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as directory:
         random_weights.write_checkpoint(directory, run.task)

@@ -12,10 +12,12 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
 from .memory.vae_tiling import apply_tiling
+from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
+from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.solvers import make_solver
 from .utils.stages import Stages
@@ -68,6 +70,9 @@ class WanPipeline:
         self.config = config
         self.device = compute_device(device_id) if device is None else torch.device(device)
         self.options = MemoryOptions(t5_cpu=t5_cpu, vae_cpu=vae_cpu, **memory)
+        initialise(self.device)
+        if self.device.type == "cuda":
+            load_flash_attn()  # a broken one is told now
         self.stages = Stages(self.device)
         self.num_train_timesteps = config.num_train_timesteps
         self.param_dtype = config.param_dtype
