@@ -1,6 +1,5 @@
 """Stages measure what the device's backend counts, after it was initialised."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,12 @@ from virtual_gpu import VirtualGPU
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
+from wan.utils.events import MemorySample, Step
 from wan.utils.stages import Stages
+
+
+def ignore(event):
+    pass
 
 
 class Backend:
@@ -29,24 +33,27 @@ class Backend:
         return self.peak
 
     max_memory_allocated = max_memory_reserved = reset_peak_memory_stats = _statistic
+    memory_allocated = memory_reserved = _statistic
 
     def synchronize(self, device):
         assert device == self.device
 
 
-def test_what_the_backend_counts(monkeypatch, caplog):
+def test_what_the_backend_counts(monkeypatch):
     backend = Backend(torch.device("cuda", 0))
     monkeypatch.setattr(torch, "get_device_module", lambda _: backend)
-    caplog.set_level(logging.INFO)
-    stages = Stages("cuda:0")
+    events = []
+    stages = Stages("cuda:0", events.append)
     backend.init()
     with stages("text"):
         assert stages.current == "text"
         backend.peak = 3 * 2**30
+        for _ in stages.steps("a", 1):
+            pass
     assert stages.current is None
     (stage,) = stages.history
-    assert (stage.name, stage.allocated, stage.reserved) == ("text", 3 * 2**30, 3 * 2**30)
-    assert "peak 3.00 GiB on cuda:0" in caplog.messages[0]
+    assert (stage.stage, stage.allocated, stage.reserved) == ("text", 3 * 2**30, 3 * 2**30)
+    assert events[1:] == [Step("text", 1, 1), MemorySample("text", 3 * 2**30, 3 * 2**30), stage]
 
 
 @pytest.mark.parametrize(
@@ -57,21 +64,26 @@ def test_a_backend_that_counts_less(monkeypatch, missing):
         "reset_peak_memory_stats": lambda _: None,
         "max_memory_allocated": lambda _: 1,
         "max_memory_reserved": lambda _: 2,
+        "memory_allocated": lambda _: 1,
         "synchronize": lambda _: None,
     }
     del functions[missing]
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(**functions))
-    stages = Stages("xpu:0")
+    events = []
+    stages = Stages("xpu:0", events.append)
     with stages("text"):
-        pass
+        for _ in stages.steps("a", 1):
+            pass
     (stage,) = stages.history
     assert stage.allocated == (None if missing == "max_memory_allocated" else 1)
     assert stage.reserved == (None if missing == "max_memory_reserved" else 2)
+    samples = [event for event in events if isinstance(event, MemorySample)]
+    assert samples == ([] if missing == "memory_allocated" else [MemorySample("text", 1, None)])
 
 
 def test_a_stage_that_fails_is_measured():
     with VirtualGPU():
-        stages = Stages("vgpu:0")
+        stages = Stages("vgpu:0", ignore)
         with pytest.raises(KeyError), stages("text"):
             torch.empty(1024, dtype=torch.uint8, device="vgpu")
             raise KeyError
@@ -79,7 +91,7 @@ def test_a_stage_that_fails_is_measured():
 
 
 def test_a_cpu_counts_nothing():
-    stages = Stages("cpu")
+    stages = Stages("cpu", ignore)
     with stages("text"):
         pass
     assert stages.history[0].allocated is None and stages.history[0].reserved is None

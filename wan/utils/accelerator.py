@@ -113,7 +113,7 @@ def require_accelerator(device: torch.device, name: str | None) -> None:
         reason = f"PyTorch {torch.__version__} is built for the CPU alone; {INSTALL}"
     else:
         reason = f"{kind}: {why_missing(kind) or NO_FP64}"
-    raise InputError(f"--device: no accelerator to compute on ({reason}); with --device cpu it takes days")
+    raise InputError(f"no accelerator to compute on ({reason}); give cpu for days on the CPU", "device")
 
 
 def initialise(device: torch.device | str) -> None:
@@ -256,7 +256,7 @@ def _has_fp64(device: torch.device) -> bool:
 
 
 def _refused(name: str, problem: str) -> InputError:
-    return InputError(f"--device {name}: {problem}")
+    return InputError(problem, "device", name)
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,59 +1,67 @@
-"""The stages of a run: how long each took, and how much device memory it needed."""
+"""The stages of a run: how long each took, how much device memory it needed, how far it is."""
+
+from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
-log = logging.getLogger(__name__)
+from .events import Listener, MemorySample, StageDone, StageStarted, Step
 
-
-@dataclass
-class Stage:
-    """One stage. Bytes are peaks on the device, None where it counts none: in tensors, and taken from the driver."""
-
-    name: str
-    seconds: float = 0.0
-    allocated: int | None = None
-    reserved: int | None = None
+T = TypeVar("T")
 
 
 class Stages:
-    """Measures and logs stages on a device that is initialised (wan.utils.accelerator.initialise).
+    """Measures stages, and tells a listener of them.
 
-    `history` has them in order, the unfinished one too; `current` is its name.
+    Attributes:
+        history: a StageDone for each stage in order, the failed one too.
+        current: the name of the stage that is under way, or that failed; else None.
+
+    Args:
+        device: whose memory counts. Its statistics must be readable: see accelerator.initialise.
+        listener: told of every event.
     """
 
-    def __init__(self, device: torch.device | str):
+    def __init__(self, device: torch.device | str, listener: Listener):
         self.device = torch.device(device)
-        self.history: list[Stage] = []
+        self.history: list[StageDone] = []
         self.current: str | None = None
+        self._tell = listener
         self._backend = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Everything inside belongs to the stage `name`. Its memory is measured also if it fails."""
         self._ask("reset_peak_memory_stats")
-        stage = Stage(name)
-        self.history.append(stage)
         self.current = name
-        start = time.perf_counter()
+        self._tell(StageStarted(name))
+        start, failed = time.perf_counter(), True
         try:
             yield
-            if self._backend:
-                self._backend.synchronize(self.device)
-            self.current = None
+            self._ask("synchronize")
+            self.current, failed = None, False
         finally:
-            stage.seconds = time.perf_counter() - start
-            stage.allocated = self._ask("max_memory_allocated")
-            stage.reserved = self._ask("max_memory_reserved")
-        peak = "" if stage.allocated is None else f", peak {stage.allocated / 2**30:.2f} GiB on {self.device}"
-        log.info(f"Stage {name}: {stage.seconds:.1f} s{peak}")
+            seconds = time.perf_counter() - start
+            peaks = self._ask("max_memory_allocated"), self._ask("max_memory_reserved")
+            done = StageDone(name, seconds, *peaks, failed)
+            self.history.append(done)
+            self._tell(done)
 
-    def _ask(self, statistic: str) -> int | None:
+    def steps(self, items: Iterable[T], total: int) -> Iterator[T]:
+        """The items, one after the other; tells when each is done with."""
+        stage = self.current or ""
+        for done, item in enumerate(items, 1):
+            yield item
+            self._tell(Step(stage, done, total))
+            allocated, reserved = self._ask("memory_allocated"), self._ask("memory_reserved")
+            if allocated is not None:
+                self._tell(MemorySample(stage, allocated, reserved))
+
+    def _ask(self, function: str) -> int | None:
         """What the backend's function of that name says of the device; None if it has none."""
-        function = getattr(self._backend, statistic, None)
-        return function(self.device) if function else None
+        ask = getattr(self._backend, function, None)
+        return ask(self.device) if ask else None
