@@ -16,6 +16,7 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
+from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
@@ -88,6 +89,8 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
+        if self.device.type == "cuda":
+            load_flash_attn()  # a broken one is told now
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
