@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
+from wan.memory.tile_geometry import STRIDE
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.modules.vae_forward import encoded_frames
 from wan.utils.files import replacing
@@ -75,7 +76,7 @@ def theirs(model, tile, direction, sample):
     """diffusers' VAE with tiles of `tile` pixels, or whole frames for 0, given and giving what ours does."""
     model.disable_tiling()
     if tile:
-        stride = tile - tile // OVERLAP // vae_tiling.STRIDE * vae_tiling.STRIDE
+        stride = tile - tile // OVERLAP // STRIDE * STRIDE
         model.enable_tiling(tile, tile, stride, stride)
     device = next(getattr(model, HALVES[direction][0]).parameters()).device
     mean, std = (statistic.view(1, -1, 1, 1, 1).to(device) for statistic in (MEAN, STD))
@@ -100,7 +101,7 @@ def coders(model, other, tiles, blended):
 def samples(direction, frames, height, width):
     """A seeded input: latents of normal spread, or a clip in [-1, 1] that moves."""
     if direction == "decode":
-        shape = (len(MEAN), encoded_frames(frames), height // vae_tiling.STRIDE, width // vae_tiling.STRIDE)
+        shape = (len(MEAN), encoded_frames(frames), height // STRIDE, width // STRIDE)
         return torch.randn(shape, generator=torch.Generator().manual_seed(1))
     axes = (torch.linspace(0, 6, n) for n in (frames, height, width))
     t, y, x = torch.meshgrid(*axes, indexing="ij")
@@ -142,8 +143,8 @@ def count(direction, dim, tiles, blended, shape):
     if direction == "decode":
         frames, height, width = (
             encoded_frames(frames),
-            height // vae_tiling.STRIDE,
-            width // vae_tiling.STRIDE,
+            height // STRIDE,
+            width // STRIDE,
         )
     sample = sample.expand(-1, frames, height, width)
     peaks = {}
