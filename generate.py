@@ -17,10 +17,11 @@ from wan.memory.options import add_memory_arguments, memory_options
 from wan.pipeline import compute_device, load_vae
 from wan.utils.errors import InputError
 from wan.utils.files import check_target
-from wan.utils.latents import load_latents, save_latents, vae_fingerprint
+from wan.utils.latents import load_latents, save_latents
 from wan.utils.prompt_extend import extend_prompt
 from wan.utils.vace_source import check_source
 from wan.utils.video import check_writable, open_image, save_image, save_video
+from wan.weights.fingerprints import vae_fingerprint
 
 log = logging.getLogger("generate")
 EXAMPLES = Path(__file__).parent / "examples"

@@ -9,7 +9,8 @@ import torch
 from wan.modules.vae import VAE
 from wan.utils.errors import InputError
 from wan.utils.files import check_target
-from wan.utils.latents import load_latents, save_latents, vae_fingerprint
+from wan.utils.latents import load_latents, save_latents
+from wan.weights.fingerprints import vae_fingerprint
 
 METADATA = {
     "task": "t2v-tiny",

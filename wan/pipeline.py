@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from .memory.chunking import apply_chunking
-from .memory.offload_folder import OffloadFolder
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
@@ -20,6 +19,7 @@ from .modules.vae import WanVAE
 from .utils.errors import InputError
 from .utils.solvers import make_solver
 from .utils.stages import Stages
+from .weights.converted import OffloadFolder
 
 
 class WanPipeline:

@@ -6,7 +6,7 @@ What they compute is in vae_operations.py and vae_forward.py, written over these
 import torch
 from torch import nn
 
-from ..utils.checkpoint import load_weights
+from ..weights.loading import load_weights
 from .vae_forward import decode, encode
 
 # Statistics of the latent channels, published with the model.

@@ -2,13 +2,14 @@
 
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
 
 
-def check_target(path, flag):
+def check_target(path: str | os.PathLike, flag: str) -> None:
     """Fail now rather than after hours of work if `path` cannot become a file.
 
     Raises InputError, naming `flag`, if it is a directory or its folder is missing or refuses a new file.
@@ -28,13 +29,20 @@ def check_target(path, flag):
 
 
 @contextmanager
-def replacing(path, keep=True):
+def replacing(
+    path: str | os.PathLike, keep: bool = True, temporary: str | os.PathLike | None = None
+) -> Iterator[Path]:
     """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
 
-    If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead.
+    If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead. The body
+    closes it, and nobody has `path` open or mapped: Windows renames neither from nor over such a file.
+
+    Args:
+        temporary: a name in the same folder to use instead, where no other process does; what a killed process left
+            there is overwritten.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}")
+    temporary = Path(temporary or path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}"))
     try:
         yield temporary
         if keep:

@@ -1,18 +1,15 @@
 """Finished latents in files, with what is needed to make the video of them later."""
 
-import hashlib
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from .checkpoint import read_tensors
 from .errors import InputError
 from .files import replacing
 
 FORMAT = "wan-latents-1"
-SMALL = 4096  # numbers in the largest tensor that counts for the fingerprint of a VAE
 
 
 def save_latents(path, latents, metadata, flag="--save_latents"):
@@ -69,23 +66,6 @@ def load_latents(path, expected, flag="--decode_latents"):
         if metadata.get(name) != str(value):
             raise InputError(f"{flag} {path}: {_disagreement(name, metadata.get(name), value)}")
     return latents, metadata
-
-
-def vae_fingerprint(path):
-    """Digest that tells the decoder of one VAE checkpoint from another's, whatever the format of the file.
-
-    It covers the names of all tensors of the decoder and the values of the small ones: biases, norms, first layer.
-
-    Raises InputError for a missing or damaged file.
-    """
-    digest = hashlib.sha256()
-    for name, read in sorted(read_tensors(path), key=lambda entry: entry[0]):
-        if name.startswith(("conv2.", "decoder.")):
-            digest.update(name.encode())
-            tensor = read()
-            if tensor.numel() <= SMALL:
-                digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _disagreement(name, found, wanted):
