@@ -83,7 +83,7 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     """
     directory = Path(directory)
     if task not in TINY_CONFIGS:
-        raise InputError(f"--task {task}: no toy task, choose from {', '.join(TINY_CONFIGS)}")
+        raise InputError(f"no toy task, choose from {', '.join(TINY_CONFIGS)}", "task", task)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists and is not an empty directory, choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)

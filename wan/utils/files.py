@@ -9,23 +9,23 @@ from pathlib import Path
 from .errors import InputError
 
 
-def check_target(path: str | os.PathLike, flag: str) -> None:
+def check_target(path: str | os.PathLike, field: str) -> None:
     """Fail now rather than after hours of work if `path` cannot become a file.
 
-    Raises InputError, naming `flag`, if it is a directory or its folder is missing or refuses a new file.
+    Raises InputError, naming `field`, if it is a directory or its folder is missing or refuses a new file.
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise InputError(f"{flag} {path}: is a directory; add a file name")
+        raise InputError("is a directory; add a file name", field, path)
     if not os.path.isdir(path.parent):
-        raise InputError(f"{flag} {path}: no folder {path.parent}; create it or choose another place")
+        raise InputError(f"no folder {path.parent}; create it or choose another place", field, path)
     try:
         with suppress(FileNotFoundError):
             os.stat(path)  # raises OSError if the name itself is impossible, too long for example
         with replacing(path, keep=False) as temporary:
             temporary.touch(exist_ok=False)
     except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}; choose another place") from error
+        raise InputError(f"{error.strerror}; choose another place", field, path) from error
 
 
 @contextmanager

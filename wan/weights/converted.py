@@ -76,7 +76,7 @@ class OffloadFolder:
     def _error(self, error: Exception) -> InputError:
         if getattr(error, "errno", None) == errno.ENOSPC:
             return InputError(
-                f"--offload_folder {self.path}: the disk is full, free space or choose another folder"
+                "the disk is full, free space or choose another folder", "offload_folder", self.path
             )
         reason = getattr(error, "strerror", None) or error
-        return InputError(f"--offload_folder {self.path}: cannot be used ({reason}), choose another folder")
+        return InputError(f"cannot be used ({reason}), choose another folder", "offload_folder", self.path)

@@ -46,7 +46,7 @@ class MappedFile:
         except (OSError, ValueError, KeyError, OverflowError):
             whole = False
         if not whole:
-            raise InputError(f"--offload_folder: {path} is damaged, delete it and run again")
+            raise InputError(f"{path} is damaged, delete it and run again", "offload_folder")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped."""
