@@ -14,7 +14,7 @@ import torch
 from .memory.chunking import apply_chunking
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
-from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
@@ -170,8 +170,8 @@ class WanPipeline:
         encoder = self.text_encoder
         if not self.options.t5_stream:
             return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        streamer = Streamer(encoder.pieces, self.device, ring=self.options.stream_buffers)
-        apart = [encoder.model.embed_tokens, *encoder.pieces]
+        streamer = Streamer(encoder.layer_groups(), self.device, buffers=self.options.stream_buffers)
+        apart = [encoder.model.embed_tokens, *encoder.layer_groups()]
         return Component([encoder.model], self.device, apart, streamer)
 
     @cached_property
@@ -179,21 +179,22 @@ class WanPipeline:
         # Streamed with the text encoder: on cards that need the one, the other is too much as well.
         if not self.options.t5_stream:
             return Component([self.clip.model], self.device)
-        streamer = Streamer(self.clip.pieces, self.device, ring=self.options.stream_buffers)
-        return Component([self.clip.model], self.device, self.clip.pieces, streamer)
+        groups = self.clip.layer_groups()
+        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
+        return Component([self.clip.model], self.device, groups, streamer)
 
     @cached_property
     def _dit(self) -> Component:
         if self.options.dit_stream is None:
             return Component([self.model], self.device)
-        pieces, embeddings = transformer_pieces(self.model), transformer_embeddings(self.model)
+        groups, embeddings = self.model.layer_groups(), self.model.embedding_layers()
         for embedding in embeddings:
             visit_when_called(embedding, self.device)
         resident_bytes = int(self.options.dit_stream * 2**30)
         streamer = Streamer(
-            pieces, self.device, ring=self.options.stream_buffers, resident_bytes=resident_bytes
+            groups, self.device, buffers=self.options.stream_buffers, resident_bytes=resident_bytes
         )
-        return Component([self.model], self.device, [*pieces, *embeddings], streamer)
+        return Component([self.model], self.device, [*groups, *embeddings], streamer)
 
     # Steps
 
