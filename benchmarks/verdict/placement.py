@@ -17,7 +17,7 @@ from benchmarks.speed import pass_inputs
 from virtual_gpu import DEVICE, VirtualGPU
 from wan.configs import WAN_CONFIGS
 from wan.memory.residency import Component, visit_when_called
-from wan.memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 
 LAYERS = 2
@@ -36,18 +36,18 @@ def streamed(bench, task):
     with bench.folder() as folder:
         expected = _reference(bench, task, folder / "expected.safetensors")
     model, inputs = _model_and_inputs(bench, task)
-    pieces, embeddings = transformer_pieces(model), transformer_embeddings(model)
+    groups, embeddings = model.layer_groups(), model.embedding_layers()
     for embedding in embeddings:
         visit_when_called(embedding, bench.device)
-    total = Streamer(pieces, bench.device, ring=len(pieces)).device_bytes
+    total = Streamer(groups, bench.device, buffers=len(groups)).device_bytes
     runs = list(itertools.product(BUFFERS, SHARES, ("no delay", "late copies", "busy device")))
     wrong = []
     for buffers, share, delay in runs:
         streamer = (_Late if delay == "late copies" else Streamer)(
-            pieces, bench.device, ring=buffers, resident_bytes=int(share * total)
+            groups, bench.device, buffers=buffers, resident_bytes=int(share * total)
         )
         streamer.chance = bench.chance
-        component = Component([model], bench.device, [*pieces, *embeddings], streamer)
+        component = Component([model], bench.device, [*groups, *embeddings], streamer)
         stalls = _stalled(bench, model) if delay == "busy device" else []
         try:
             with torch.no_grad(), component.on_device():
@@ -66,9 +66,9 @@ def streamed(bench, task):
 class _Late(Streamer):
     """Its copies start when it pleases them."""
 
-    def _copy(self, piece, slot):
+    def _copy(self, group, slot):
         time.sleep(self.chance.uniform(0, LONGEST))
-        return super()._copy(piece, slot)
+        return super()._copy(group, slot)
 
 
 def _stalled(bench, model):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from wan.utils.accelerator import initialise
+
 from .checks import GIB, Bench, SkippedError
 
 REHEARSED_GIB = 4  # of the virtual GPU
@@ -28,13 +30,13 @@ def perform(job):
             device = DEVICE
         else:
             device = torch.device("cuda:0")
-            torch.cuda.init()
         bench = Bench(device, job["rehearse"], job["tree"], told)
         module, _, name = job["function"].partition(":")
         try:
             function = getattr(import_module(module), name)
             if job["rehearse"]:
                 stack.enter_context(VirtualGPU(capacity=REHEARSED_GIB * GIB))
+            initialise(device)
             function(bench, **job["arguments"])
             stack.close()  # here the virtual GPU tells of races
         except SkippedError as reason:

@@ -75,12 +75,16 @@ def chunks(bench):
     shape, sizes = (REHEARSED_LATENT, REHEARSED_CHUNKS) if bench.rehearse else (LATENT, CHUNKS)
     narrow = placement.build(task, torch.bfloat16)
     wide = copy.deepcopy(narrow).float().to(bench.device)  # the same values
+    wide.compute_dtype = torch.float32
     narrow.to(bench.device)
 
     def run(model, dtype, chunk):
-        apply_chunking(model, chunk)
-        with torch.no_grad():
-            return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
+        undo = apply_chunking(model, chunk)
+        try:
+            with torch.no_grad():
+                return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
+        finally:
+            undo()
 
     in_fp32, in_bf16 = partial(run, wide, torch.float32), partial(run, narrow, torch.bfloat16)
     with exact_arithmetic():
