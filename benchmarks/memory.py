@@ -42,12 +42,13 @@ STEPS = 3  # from the third on, a solver remembers as much as it ever will
 
 @dataclass(frozen=True)
 class Run:
-    """What to run. `memory` are the pipeline's memory options."""
+    """What to run. `memory` are the pipeline's memory options; `layers` of the DiT, None for the task's."""
 
     task: str
     size: tuple[int, int]  # width, height
     frame_num: int = 81
     memory: MemoryOptions = MemoryOptions()
+    layers: int | None = None
 
     @property
     def facts(self):
@@ -78,7 +79,7 @@ class Report:
 def count(run, capacity=None):
     """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
     with VirtualGPU(capacity, meta=True), random_weights.weights_from(random_weights.untouched):
-        return _report(run, torch.device("vgpu:0"))
+        return report_on(run, torch.device("vgpu:0"))
 
 
 def measure(run, capacity=None):
@@ -87,8 +88,8 @@ def measure(run, capacity=None):
     if capacity is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total), device)
-    with random_weights.weights_from(random_weights.random):
-        return _report(run, device)
+    with random_weights.weights_from(random_weights.untouched):
+        return report_on(run, device)
 
 
 def count_upstream(run, tree, capacity=None):
@@ -135,13 +136,13 @@ def count_upstream(run, tree, capacity=None):
     )
 
 
-def _report(run, device):
+def report_on(run, device):
     """Runs it, on weights from wherever the caller has them made."""
     backend, report, pipeline = torch.get_device_module(device), Report(), None
     initialise(device)
     backend.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as directory:
-        random_weights.write_checkpoint(directory, run.task)
+        random_weights.write_checkpoint(directory, run.task, run.layers)
         try:
             make, config = run.facts.pipeline_class, run.facts.config
             pipeline = make(config, directory, device=device, on_event=_ignored, **vars(run.memory))
