@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.random_weights import dit_config, random
-from wan.memory.offload_folder import OffloadFolder
 from wan.modules.model import WanModel
+from wan.weights.converted import OffloadFolder
 
 GIB = 2**30
 

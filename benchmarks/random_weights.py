@@ -51,7 +51,7 @@ def dit_config(task):
 def weights_from(make):
     """Inside, models that are built get their weights from `make(shape, dtype)` instead of from files.
 
-    Types are those in which files are kept, see wan.utils.checkpoint.load_weights.
+    Types are those in which files are kept, see wan.weights.loading.load_weights.
     """
 
     def load_weights(module, path, *, names=None, dtype=None):

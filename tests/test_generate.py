@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 import generate
+import wan
 from wan import tiny
+from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.run import runner
 
 ROOT = Path(generate.__file__).parent
 FEW = ["--frame_num", "5", "--sample_steps", "2", "--base_seed", "3"]
@@ -100,20 +103,39 @@ def test_choices_are_upstreams_and_the_toys():
     ],
 )
 def test_defaults_of_the_tasks(arguments, expected):
-    args = generate.parse_arguments([*arguments, "--ckpt_dir", "x"])
-    assert (args.sample_steps, args.sample_shift, args.frame_num) == expected
-    assert args.offload_model is True and args.base_seed >= 0
+    request = generate.parse_arguments([*arguments, "--ckpt_dir", "."])
+    assert (request.sample_steps, request.sample_shift, request.frame_num) == expected
+    assert request.memory.offload_model is True and request.base_seed >= 0
 
 
 def test_low_vram_is_one_switch():
-    args = generate.parse_arguments(["--task", "t2v-tiny", "--low_vram"])
-    memory = args.memory
-    assert args.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == 272
+    memory = generate.parse_arguments(["--task", "t2v-tiny", "--low_vram"]).memory
+    assert memory.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == 272
     assert memory.dit_stream == 0.0 and memory.dit_chunk > 0
     own = generate.parse_arguments(
         ["--task", "t2v-tiny", "--low_vram", "--dit_chunk", "128", "--t5_cpu"]
     ).memory
     assert own.dit_chunk == 128 and own.t5_cpu and not own.t5_stream
+
+
+@pytest.mark.parametrize(
+    "arguments, kept",
+    [
+        (["--dit_chunk", "0"], {"dit_chunk": 0}),
+        (["--vae_tile", "auto"], {"vae_tile": "auto"}),
+        (["--vae_tile", "0"], {"vae_tile": 0}),
+        (["--offload_model", "False"], {"offload_model": False}),
+        (["--dit_stream", "1.5"], {"dit_stream": 1.5}),
+    ],
+)
+def test_a_flag_beside_low_vram_keeps_its_value_also_if_it_is_the_default(arguments, kept):
+    for line in (["--low_vram", *arguments], [*arguments, "--low_vram"]):
+        memory = generate.parse_arguments(["--task", "t2v-tiny", *line]).memory
+        assert vars(memory) == vars(MemoryOptions(**LOW_VRAM)) | kept
+
+
+def test_an_old_spelling_still_works():
+    assert generate.parse_arguments(["--task", "t2v-tiny", "--stream_ring", "3"]).memory.stream_buffers == 3
 
 
 @pytest.mark.parametrize(
@@ -183,7 +205,7 @@ def test_low_vram_gives_the_same_file(task):
         (["--task", "t2v-tiny", "--vae_tile", "big"], "--vae_tile: 'big' is neither auto nor a number"),
         (["--task", "t2v-tiny", "--dit_chunk", "10"], "--dit_chunk 10"),
         (["--task", "t2v-tiny", "--dit_chunk", "x"], "--dit_chunk: invalid int value: 'x'"),
-        (["--task", "t2v-tiny", "--stream_ring", "1"], "--stream_ring 1"),
+        (["--task", "t2v-tiny", "--stream_buffers", "1"], "--stream_buffers 1"),
         (["--task", "t2v-tiny", "--dit_stream", "-2"], "--dit_stream -2.0"),
         (["--task", "t2v-tiny", "--t5_cpu", "--t5_stream"], "--t5_stream and --t5_cpu: choose one"),
         (["--task", "t2v-tiny", "--offload_model", "maybe"], "'maybe' is neither True nor False"),
@@ -251,7 +273,7 @@ def test_latents_finish_what_a_failed_save_left(monkeypatch, caplog):
         raise OSError("a.mp4: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "save_video", full)
+        patch.setattr(runner, "save_video", full)
         assert run("--task", "t2v-tiny", *FEW, "--save_file", "a.mp4") == 1
     assert sorted(os.listdir()) == ["a.mp4.latents.safetensors", "whole.mp4"]
     command = caplog.messages[-1].partition("finish with: ")[2]
@@ -262,7 +284,8 @@ def test_latents_finish_what_a_failed_save_left(monkeypatch, caplog):
 def test_a_run_killed_before_saving_can_be_finished():
     code = (
         "import os, signal, sys, generate\n"
-        "generate.save_video = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from wan.run import runner\n"
+        "runner.save_video = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.exit(generate.main(sys.argv[1:]))"
     )
     arguments = ["--task", "t2v-tiny", *FEW]
@@ -292,7 +315,7 @@ def test_an_interrupt_leaves_no_file(monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.wan.WanT2V, "_denoise", interrupt)
+    monkeypatch.setattr(wan.WanT2V, "_denoise", interrupt)
     assert run("--task", "t2v-tiny", *FEW, "--save_file", "a.mp4") == 130
     assert os.listdir() == []
 

@@ -9,7 +9,8 @@ import torch
 from wan.modules.vae import VAE
 from wan.utils.errors import InputError
 from wan.utils.files import check_target
-from wan.utils.latents import load_latents, save_latents, vae_fingerprint
+from wan.utils.latents import load_latents, save_latents
+from wan.weights.fingerprints import vae_fingerprint
 
 METADATA = {
     "task": "t2v-tiny",
@@ -46,16 +47,16 @@ def test_strided_latents_of_another_type(tmp_path):
 @pytest.mark.parametrize(
     "expected, words",
     [
-        ({"task": "t2v-14B"}, ["--task t2v-tiny", "not t2v-14B"]),
-        ({"size": "96*128"}, ["--size 128*96", "not 96*128"]),
-        ({"vae": "cd"}, ["another VAE", "--ckpt_dir"]),
+        ({"task": "t2v-14B"}, ["task t2v-tiny", "not t2v-14B"]),
+        ({"size": "96*128"}, ["size 128*96", "not 96*128"]),
+        ({"vae": "cd"}, ["another VAE", "ckpt_dir"]),
     ],
 )
 def test_latents_of_another_run(saved, expected, words):
     with pytest.raises(InputError) as error:
         load_latents(saved[0], expected)
     message = str(error.value)
-    assert message.startswith(f"--decode_latents {saved[0]}: ") and "\n" not in message
+    assert message.startswith(f"decode_latents {saved[0]}: ") and "\n" not in message
     assert all(word in message for word in words)
 
 
@@ -76,7 +77,7 @@ def test_other_files(tmp_path):
         load_latents(text, {})
     weights = tmp_path / "weights.safetensors"
     safetensors.torch.save_file({"latents": torch.zeros(16, 1, 2, 2)}, weights)
-    with pytest.raises(InputError, match="not latents that --save_latents wrote"):
+    with pytest.raises(InputError, match="not latents that save_latents wrote"):
         load_latents(weights, {})
 
 
@@ -94,14 +95,14 @@ def test_no_room_keeps_what_was_there(saved):
 
 
 def test_paths_are_checked_before_the_work(tmp_path):
-    check_target(tmp_path / "clip.safetensors", "--save_latents")
+    check_target(tmp_path / "clip.safetensors", "save_latents")
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is a directory"):
-        check_target(tmp_path, "--save_latents")
+        check_target(tmp_path, "save_latents")
     with pytest.raises(InputError, match="no folder"):
-        check_target(tmp_path / "none" / "clip", "--save_latents")
-    with pytest.raises(InputError, match="--save_latents"):
-        check_target(tmp_path / ("x" * 300), "--save_latents")
+        check_target(tmp_path / "none" / "clip", "save_latents")
+    with pytest.raises(InputError, match="save_latents"):
+        check_target(tmp_path / ("x" * 300), "save_latents")
 
 
 def test_fingerprint(tmp_path):

@@ -121,7 +121,7 @@ def test_bad_budget():
 @pytest.mark.parametrize("width, height", [(14, 96), (96, 14), (4000, 16)])
 def test_clips_that_are_too_small_or_narrow(tmp_path, width, height):
     path = write_clip(tmp_path / "a.mp4", 2, width, height)
-    with pytest.raises(InputError, match=f"--src_video .*a.mp4: {width}x{height}"):
+    with pytest.raises(InputError, match=f"src_video .*a.mp4: {width}x{height}"):
         processor().load_video(path)
 
 
@@ -138,7 +138,7 @@ def test_mask_of_another_length(tmp_path):
     video_path = write_clip(tmp_path / "video.mp4", 9)
     mask_path = write_clip(tmp_path / "mask.mp4", 7)
     with pytest.raises(
-        InputError, match="--src_mask .*mask.mp4: 7 frames.*--src_video .*video.mp4 has 9"
+        InputError, match="src_mask .*mask.mp4: 7 frames.*src_video .*video.mp4 has 9"
     ) as error:
         prepare_source(processor(), [video_path], [mask_path], [None], 9, (128, 96), "cpu")
     assert "\n" not in str(error.value)
@@ -200,10 +200,10 @@ def test_a_line_is_still_a_reference():
 @pytest.mark.parametrize(
     "video, mask, images, flag",
     [
-        ("gone.mp4", None, None, "--src_video"),
-        ("video.mp4", "gone.mp4", None, "--src_mask"),
-        (None, "gone.mp4", None, "--src_mask"),
-        (None, None, ["gone.png"], "--src_ref_images"),
+        ("gone.mp4", None, None, "src_video"),
+        ("video.mp4", "gone.mp4", None, "src_mask"),
+        (None, "gone.mp4", None, "src_mask"),
+        (None, None, ["gone.png"], "src_ref_images"),
     ],
 )
 def test_files_that_are_missing(tmp_path, monkeypatch, video, mask, images, flag):

@@ -166,7 +166,7 @@ def test_save_image_rounds(tmp_path):
 def test_image_suffixes(tmp_path, suffix):
     path = tmp_path / f"out{suffix}"
     save_image(clip(1), path)
-    assert open_image(path, "--image").size == (128, 96)
+    assert open_image(path, "image").size == (128, 96)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -193,7 +193,7 @@ def test_check_writable_refuses(tmp_path):
         ("out.mp4", True),
         ("x" * 300 + ".mp4", False),
     ]:
-        with pytest.raises(InputError, match="--save_file") as error:
+        with pytest.raises(InputError, match="save_file") as error:
             check_writable(tmp_path / name, image=image)
         assert "\n" not in str(error.value)
 
@@ -203,7 +203,7 @@ def test_check_writable_refuses_a_folder_without_permission(tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(video_module.Path, "touch", denied)
-    with pytest.raises(InputError, match="--save_file .*Permission denied"):
+    with pytest.raises(InputError, match="save_file .*Permission denied"):
         check_writable(tmp_path / "out.mp4")
 
 
@@ -217,7 +217,7 @@ def test_replacing_keeps_the_usual_permissions(tmp_path):
 
 def test_open_image_converts(tmp_path):
     Image.new("RGBA", (5, 4), (10, 20, 30, 128)).save(tmp_path / "a.png")
-    image = open_image(tmp_path / "a.png", "--image")
+    image = open_image(tmp_path / "a.png", "image")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (5, 4), (10, 20, 30))
 
 
@@ -242,22 +242,22 @@ def test_open_image_names_flag_and_file(bad_files, name):
 def test_open_image_without_pixels(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "convert", lambda self, mode: Image.new(mode, (0, 4)))
-    with pytest.raises(InputError, match="--image .*0x4"):
-        open_image(tmp_path / "a.png", "--image")
+    with pytest.raises(InputError, match="image .*0x4"):
+        open_image(tmp_path / "a.png", "image")
 
 
 @pytest.mark.parametrize("name", ["empty", "text", "folder", "missing"])
 def test_video_file_names_flag_and_file(bad_files, name):
     with pytest.raises(InputError) as error:
-        VideoFile(bad_files[name], "--src_video")
-    assert str(error.value).startswith(f"--src_video {bad_files[name]}: ")
+        VideoFile(bad_files[name], "src_video")
+    assert str(error.value).startswith(f"src_video {bad_files[name]}: ")
     assert "\n" not in str(error.value)
 
 
 def test_sound_without_video_is_refused(tmp_path):
     ffmpeg("-f", "lavfi", "-i", "sine=duration=0.2", tmp_path / "sound.wav")
-    with pytest.raises(InputError, match="--src_video .*no video"):
-        VideoFile(tmp_path / "sound.wav", "--src_video")
+    with pytest.raises(InputError, match="src_video .*no video"):
+        VideoFile(tmp_path / "sound.wav", "src_video")
 
 
 def test_video_cut_short(tmp_path):
@@ -265,8 +265,8 @@ def test_video_cut_short(tmp_path):
     ffmpeg("-i", tmp_path / "whole.mp4", "-c", "copy", "-movflags", "faststart", tmp_path / "index_first.mp4")
     data = (tmp_path / "index_first.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(InputError, match="--src_video .*cut.mp4"):
-        list(VideoFile(tmp_path / "cut.mp4", "--src_video").frames([0, 16]))
+    with pytest.raises(InputError, match="src_video .*cut.mp4"):
+        list(VideoFile(tmp_path / "cut.mp4", "src_video").frames([0, 16]))
 
 
 def test_timestamps_and_chosen_frames(tmp_path):

@@ -1,9 +1,31 @@
 """Wan2.1 video generation in less memory, with the same picture."""
 
-from . import configs as configs
-from .first_last_frame2video import WanFLF2V
-from .image2video import WanI2V
-from .text2video import WanT2V
-from .vace import WanVace
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from . import configs as configs
+    from .first_last_frame2video import WanFLF2V
+    from .image2video import WanI2V
+    from .text2video import WanT2V
+    from .vace import WanVace
 
 __all__ = ["WanFLF2V", "WanI2V", "WanT2V", "WanVace", "configs"]
+
+_HOMES = {
+    "WanFLF2V": "first_last_frame2video",
+    "WanI2V": "image2video",
+    "WanT2V": "text2video",
+    "WanVace": "vace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a pipeline, with the libraries that it needs, when it is first named."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "configs":
+        return importlib.import_module(".configs", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

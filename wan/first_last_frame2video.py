@@ -4,10 +4,17 @@ import torch.nn.functional as F
 
 from .image2video import WanI2V, to_tensor
 from .pipeline import check_frame_num
+from .utils.video import open_image
 
 
 class WanFLF2V(WanI2V):
     """Makes videos between two given images."""
+
+    def arguments(self, request):
+        """generate()'s own arguments for a request."""
+        width, height = request.pixels
+        frames = {name: open_image(getattr(request, name), name) for name in ("first_frame", "last_frame")}
+        return frames | {"max_area": width * height}
 
     def generate(
         self,

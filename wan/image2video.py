@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from .pipeline import WanPipeline, check_frame_num
+from .utils.video import open_image
 
 
 class WanI2V(WanPipeline):
@@ -29,6 +30,11 @@ class WanI2V(WanPipeline):
         super().__init__(
             config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu, **options
         )
+
+    def arguments(self, request):
+        """generate()'s own arguments for a request."""
+        width, height = request.pixels
+        return {"img": open_image(request.image, "image"), "max_area": width * height}
 
     def generate(
         self,

@@ -6,6 +6,10 @@ from .pipeline import WanPipeline, check_frame_num
 class WanT2V(WanPipeline):
     """Makes videos, or with one frame images, from text."""
 
+    def arguments(self, request):
+        """generate()'s own arguments for a request."""
+        return {"size": request.pixels}
+
     def generate(
         self,
         input_prompt,

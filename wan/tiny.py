@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     """
     directory = Path(directory)
     if task not in TINY_CONFIGS:
-        raise InputError(f"--task {task}: no toy task, choose from {', '.join(TINY_CONFIGS)}")
+        raise InputError(f"no toy task, choose from {', '.join(TINY_CONFIGS)}", "task", task)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists and is not an empty directory, choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,9 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
             torch.save(clip_weights(config, seed), unfinished / config.clip_checkpoint)
             _write_tokenizer(unfinished / config.clip_tokenizer, tokenizer)
         unfinished.chmod(0o755)
-        os.rename(unfinished, directory)
+        with suppress(FileNotFoundError):
+            directory.rmdir()  # Windows renames over nothing, POSIX over an empty directory
+        os.replace(unfinished, directory)
     except OSError as error:
         if directory.is_dir() and any(directory.iterdir()):
             raise InputError(f"{directory}: exists and is not an empty directory, choose another") from error

@@ -29,6 +29,19 @@ class WanVace(WanPipeline):
             keep_last=True,
         )
 
+    def arguments(self, request):
+        """generate()'s own arguments for a request."""
+        sources = self.prepare_source(
+            [request.src_video],
+            [request.src_mask],
+            [request.references],
+            request.frame_num,
+            request.pixels,
+            self.device,
+        )
+        names = ("input_frames", "input_masks", "input_ref_images")
+        return dict(zip(names, sources)) | {"size": request.pixels}
+
     def prepare_source(self, src_video, src_mask, src_ref_images, num_frames, image_size, device):
         """Loads the source files of each sample.
 
@@ -126,7 +139,7 @@ class WanVace(WanPipeline):
         for i, references in enumerate(_per_sample(ref_images, len(frames))):
             for reference in reversed(vae.encode(references)):
                 if reference.size(1) != 1:
-                    raise InputError("--src_ref_images: a reference must be a single image")
+                    raise InputError("a reference must be a single image", "src_ref_images")
                 if masks is not None:
                     reference = torch.cat([reference, torch.zeros_like(reference)])
                 coded[i] = torch.cat([reference, coded[i]], dim=1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from ..utils.checkpoint import load_weights
+from ..weights.loading import load_weights
 
 __all__ = ["CLIPModel"]
 

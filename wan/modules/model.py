@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..utils.checkpoint import load_weights
 from ..utils.errors import InputError
+from ..weights.loading import load_weights
 from .attention import flash_attention  # noqa: F401 (forward.py looks it up here)
 from .forward import dit_forward, storage_dtype
 

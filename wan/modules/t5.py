@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ..utils.checkpoint import load_weights
+from ..weights.loading import load_weights
 from .tokenizers import HuggingfaceTokenizer
 
 __all__ = ["T5EncoderModel"]

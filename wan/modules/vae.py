@@ -6,7 +6,7 @@ The passes are in vae_forward.py, written over these names.
 import torch
 from torch import nn
 
-from ..utils.checkpoint import load_weights
+from ..weights.loading import load_weights
 from .vae_forward import decode, encode
 
 # Statistics of the latent channels, published with the model.

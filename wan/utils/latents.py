@@ -1,28 +1,25 @@
 """Finished latents in files, with what is needed to make the video of them later."""
 
-import hashlib
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from .checkpoint import read_tensors
 from .errors import InputError
 from .files import replacing
 
 FORMAT = "wan-latents-1"
-SMALL = 4096  # numbers in the largest tensor that counts for the fingerprint of a VAE
 
 
-def save_latents(path, latents, metadata, flag="--save_latents"):
+def save_latents(path, latents, metadata, field="save_latents"):
     """Writes latents [C, F, h, w] as a safetensors file, whole or not at all.
 
     Args:
         path: replaced if it exists.
         latents: on any device; kept as fp32.
         metadata: dict; names and values are stored as strings.
-        flag: named by the error.
+        field: named by the error.
 
     Raises:
         InputError: the file cannot be written, such as on a full disk.
@@ -33,18 +30,16 @@ def save_latents(path, latents, metadata, flag="--save_latents"):
         with replacing(path) as temporary:
             safetensors.torch.save_file(tensors, temporary, texts)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{flag} {path}: cannot be written ({_one_line(error)}); make room for it"
-        ) from error
+        raise InputError(f"cannot be written ({_one_line(error)}); make room for it", field, path) from error
 
 
-def load_latents(path, expected, flag="--decode_latents"):
+def load_latents(path, expected, field="decode_latents"):
     """Reads latents and their metadata.
 
     Args:
         path: file that save_latents wrote.
-        expected: dict of metadata that must agree, such as task and size. A name may stand for a flag.
-        flag: named by the errors.
+        expected: dict of metadata that must agree, such as task and size. A name may stand for an option.
+        field: named by the errors.
 
     Returns:
         (latents [C, F, h, w] fp32 on the CPU, metadata as dict of strings).
@@ -54,7 +49,7 @@ def load_latents(path, expected, flag="--decode_latents"):
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{flag} {path}: no such file")
+        raise InputError("no such file", field, path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -62,30 +57,13 @@ def load_latents(path, expected, flag="--decode_latents"):
             ours = metadata.get("format") == FORMAT and names == ["latents"]
             latents = file.get_tensor("latents") if ours else None
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{flag} {path}: damaged or not a file of latents ({_one_line(error)})") from error
+        raise InputError(f"damaged or not a file of latents ({_one_line(error)})", field, path) from error
     if not ours or latents.dim() != 4 or latents.dtype != torch.float32:
-        raise InputError(f"{flag} {path}: not latents that --save_latents wrote")
+        raise InputError("not latents that --save_latents wrote", field, path)
     for name, value in expected.items():
         if metadata.get(name) != str(value):
-            raise InputError(f"{flag} {path}: {_disagreement(name, metadata.get(name), value)}")
+            raise InputError(_disagreement(name, metadata.get(name), value), field, path)
     return latents, metadata
-
-
-def vae_fingerprint(path):
-    """Digest that tells the decoder of one VAE checkpoint from another's, whatever the format of the file.
-
-    It covers the names of all tensors of the decoder and the values of the small ones: biases, norms, first layer.
-
-    Raises InputError for a missing or damaged file.
-    """
-    digest = hashlib.sha256()
-    for name, read in sorted(read_tensors(path), key=lambda entry: entry[0]):
-        if name.startswith(("conv2.", "decoder.")):
-            digest.update(name.encode())
-            tensor = read()
-            if tensor.numel() <= SMALL:
-                digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _disagreement(name, found, wanted):

@@ -52,7 +52,7 @@ class VaceVideoProcessor:
         Returns:
             The clip, [3, F, H, W] float32 in [-1, 1]; the numbers of its frames in the file; (H, W); its frame rate.
 
-        Raises InputError, naming the flag and the file, if the clip cannot be read or is too small or narrow.
+        Raises InputError, naming the field and the file, if the clip cannot be read or is too small or narrow.
         """
         return self._load(open_clips(data_key, None), crop_box, seed)
 
@@ -94,8 +94,10 @@ class VaceVideoProcessor:
         columns = int(tokens / rows) if rows else 0
         if columns == 0:
             raise InputError(
-                f"{file.flag} {file.path}: {width}x{height} pixels are too few in one direction; "
-                f"give a video of at least {stride_w}x{stride_h} that is less narrow"
+                f"{width}x{height} pixels are too few in one direction; "
+                f"give a video of at least {stride_w}x{stride_h} that is less narrow",
+                file.field,
+                file.path,
             )
         frame_num = (length - 1) * stride_t + 1
 
@@ -152,18 +154,20 @@ def fit_reference(image, height, width):
 def open_clips(video_path, mask_path):
     """The source video and its mask, as far as there are paths for them, as a list of VideoFile.
 
-    Raises InputError, naming flag and file, for a file that cannot be read, a mask without a video, or one of
+    Raises InputError, naming field and file, for a file that cannot be read, a mask without a video, or one of
     another length.
     """
     if video_path is None and mask_path is not None:
-        raise InputError(f"--src_mask {mask_path}: there is no video to mask; give --src_video too")
-    named = ((video_path, "--src_video"), (mask_path, "--src_mask"))
-    clips = [VideoFile(path, flag) for path, flag in named if path is not None]
+        raise InputError("there is no video to mask; give --src_video too", "src_mask", mask_path)
+    named = ((video_path, "src_video"), (mask_path, "src_mask"))
+    clips = [VideoFile(path, field) for path, field in named if path is not None]
     if len({len(clip) for clip in clips}) > 1:
         video, mask = clips
         raise InputError(
-            f"--src_mask {mask_path}: {len(mask)} frames, but --src_video {video_path} has {len(video)}; "
-            "give a mask as long as the video"
+            f"{len(mask)} frames, but --src_video {video_path} has {len(video)}; "
+            "give a mask as long as the video",
+            "src_mask",
+            mask_path,
         )
     return clips
 
@@ -172,7 +176,7 @@ def check_source(video_path, mask_path, image_paths):
     """Raises the InputError that `prepare_source` would raise for these files, before any long work."""
     open_clips(video_path, mask_path)
     for path in image_paths or ():
-        open_image(path, "--src_ref_images")
+        open_image(path, "src_ref_images")
 
 
 def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
@@ -190,7 +194,7 @@ def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, i
         Three lists with an entry per sample: videos [3, F, H, W] in [-1, 1]; masks [1, F, H, W] in [0, 1], 1 where
         the picture is to be made; references, each a list of [3, 1, H, W] in [-1, 1], or None.
 
-    Raises InputError, naming flag and file, for a file that cannot be read, a mask of another length than its
+    Raises InputError, naming field and file, for a file that cannot be read, a mask of another length than its
     video, or a mask without a video.
     """
     width, height = image_size
@@ -211,7 +215,7 @@ def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, i
         mask = torch.ones_like(video[:1]) if mask_path is None else mask[:1].add(1).div_(2).clamp_(0, 1)
         images = None
         if image_paths is not None:
-            opened = (open_image(path, "--src_ref_images") for path in image_paths)
+            opened = (open_image(path, "src_ref_images") for path in image_paths)
             images = [fit_reference(image, *video.shape[2:]).to(device) for image in opened]
         videos.append(video)
         masks.append(mask)

@@ -31,9 +31,9 @@ def check_writable(path, image=False):
     if not os.path.isdir(path) and Path(path).suffix.lower() not in suffixes:
         kind = "image" if image else "video"
         raise InputError(
-            f"--save_file {path}: cannot write this kind of {kind}; end it in {', '.join(suffixes)}"
+            f"cannot write this kind of {kind}; end it in {', '.join(suffixes)}", "save_file", path
         )
-    check_target(path, "--save_file")
+    check_target(path, "save_file")
 
 
 def to_uint8(video):
@@ -99,48 +99,46 @@ def save_image(image, path):
         Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
 
 
-def open_image(path, flag):
+def open_image(path, field):
     """The picture at `path` as PIL RGB, read completely.
 
-    Raises InputError, naming `flag` and the file, if it is missing, empty or not a picture that can be read.
+    Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read.
     """
-    _check_file(path, flag)
+    _check_file(path, field)
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise InputError(f"{flag} {path}: not a readable image; give a PNG or JPEG file") from error
+        raise InputError("not a readable image; give a PNG or JPEG file", field, path) from error
     if 0 in image.size:
-        raise InputError(
-            f"{flag} {path}: the image is {image.width}x{image.height}; give one that has pixels"
-        )
+        raise InputError(f"the image is {image.width}x{image.height}; give one that has pixels", field, path)
     return image
 
 
-def _check_file(path, flag):
+def _check_file(path, field):
     if not os.path.isfile(path):
         wrong = "is a directory" if os.path.isdir(path) else "no such file"
-        raise InputError(f"{flag} {path}: {wrong}; check the path")
+        raise InputError(f"{wrong}; check the path", field, path)
     if os.path.getsize(path) == 0:
-        raise InputError(f"{flag} {path}: the file is empty; give another one")
+        raise InputError("the file is empty; give another one", field, path)
 
 
 class VideoFile:
     """A clip on disk: its index is read at once, its frames when asked for.
 
     Attributes:
-        path, flag: where it is, and the option that named it (for messages).
+        path, field: where it is, and the option that named it (for messages).
         fps: average frames per second.
         timestamps: [T, 2] float32, the second at which each frame, in order of showing, starts and ends, counted
             from the stream's start.
         height, width: pixels, as shown (a rotation stored in the file is applied).
 
-    Raises InputError, naming flag and file, here or in `frames`, if the file cannot be read or has no frames.
+    Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames.
     """
 
-    def __init__(self, path, flag="video"):
-        self.path, self.flag = path, flag
-        _check_file(path, flag)
+    def __init__(self, path, field="video"):
+        self.path, self.field = path, field
+        _check_file(path, field)
         with self._open() as (container, stream):
             packets = [
                 (packet.pts, packet.duration or 0)
@@ -149,7 +147,7 @@ class VideoFile:
             ]
             rate, unit, start = stream.average_rate or stream.base_rate, stream.time_base, stream.start_time
         if not packets or not rate:
-            raise InputError(f"{flag} {path}: the video has no frames; give another one")
+            raise InputError("the video has no frames; give another one", field, path)
         self.fps = float(rate)
         if any(
             pts is None for pts, _ in packets
@@ -179,7 +177,9 @@ class VideoFile:
                 if given == len(ids):
                     return
         raise InputError(
-            f"{self.flag} {self.path}: frame {ids[given]} of {len(self)} cannot be decoded; the file may be cut short"
+            f"frame {ids[given]} of {len(self)} cannot be decoded; the file may be cut short",
+            self.field,
+            self.path,
         )
 
     @contextmanager
@@ -187,9 +187,7 @@ class VideoFile:
         try:
             with av.open(os.fspath(self.path)) as container:
                 if not container.streams.video:
-                    raise InputError(
-                        f"{self.flag} {self.path}: the file has no video in it; give another one"
-                    )
+                    raise InputError("the file has no video in it; give another one", self.field, self.path)
                 yield container, container.streams.video[0]
         except av.FFmpegError as error:
-            raise InputError(f"{self.flag} {self.path}: not a readable video ({error.strerror})") from error
+            raise InputError(f"not a readable video ({error.strerror})", self.field, self.path) from error

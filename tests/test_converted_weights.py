@@ -1,19 +1,21 @@
 """The offload folder: the same weights, converted once, whatever interrupts it."""
 
 import errno
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from wan import tiny
-from wan.memory import offload_folder
-from wan.memory.offload_folder import OffloadFolder
 from wan.modules.forward import storage_dtype
 from wan.modules.model import WanModel, weights_path
 from wan.utils.errors import InputError
+from wan.weights import mapped
+from wan.weights.converted import OffloadFolder
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(offload_folder.os, "fsync", fail)
+    monkeypatch.setattr(mapped.os, "fsync", fail)
     with pytest.raises(
         InputError if isinstance(error, OSError) else KeyboardInterrupt, match="disk is full|^$"
     ):
@@ -86,14 +88,57 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
 
 def test_a_killed_conversion_is_done_again(checkpoint, tmp_path):
     code = (
-        "import os, sys, torch; from wan.memory import offload_folder as o; from wan.modules.model import WanModel\n"
-        "o.os.fsync = lambda _: os._exit(9)\n"
-        "WanModel.from_pretrained(sys.argv[1], torch.bfloat16, offload_folder=o.OffloadFolder(sys.argv[2]))"
+        "import os, sys, torch\n"
+        "from wan.modules.model import WanModel; from wan.weights.converted import OffloadFolder\n"
+        "os.fsync = lambda _: os._exit(9)\n"
+        "WanModel.from_pretrained(sys.argv[1], torch.bfloat16, offload_folder=OffloadFolder(sys.argv[2]))"
     )
     assert subprocess.run([sys.executable, "-c", code, checkpoint, tmp_path]).returncode == 9
     assert list(tmp_path.glob("*.partial")) and not converted_files(tmp_path)
     assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_contents_tell_checkpoints_apart(tmp_path):
+    """Also two of one name, size and time."""
+    name = "diffusion_pytorch_model.safetensors"
+    checkpoint = tiny.write_checkpoint(tmp_path / "toy", "t2v-tiny")
+    load(checkpoint, tmp_path / "converted")
+    before = (checkpoint / name).stat()
+    data = bytearray((checkpoint / name).read_bytes())
+    data[-2] ^= 1
+    (checkpoint / name).write_bytes(data)
+    os.utime(checkpoint / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = load(checkpoint, tmp_path / "converted")
+    assert len(converted_files(tmp_path / "converted")) == 2
+    assert_same_weights(changed, WanModel.from_pretrained(checkpoint, torch.bfloat16))
+
+
+def test_a_second_run_waits_for_the_first(checkpoint, tmp_path):
+    """It finds the file that another process was converting, and converts nothing itself."""
+    OffloadFolder(tmp_path)
+    target = tmp_path / "waits.safetensors"
+    code = (
+        "import sys; from pathlib import Path; from wan.weights.converted import OffloadFolder\n"
+        "folder = OffloadFolder(sys.argv[1])\n"
+        "with folder._locked(Path(sys.argv[2])):\n"
+        "    print('locked', flush=True); sys.stdin.readline(); Path(sys.argv[2]).write_text('done')"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path, target],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        release = threading.Timer(0.3, lambda: (other.stdin.write("\n"), other.stdin.flush()))
+        release.start()
+        with OffloadFolder(tmp_path)._locked(target):
+            assert target.read_text() == "done"
+    finally:
+        other.kill()
+        other.communicate()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -1,95 +1,23 @@
-"""Reading checkpoint files: lazily, strictly, and with no more RAM than what is kept."""
+"""Filling a module with the tensors of a checkpoint: strictly, and with no more RAM than what is kept."""
 
-import json
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import InputError
+from ..utils.errors import InputError
+from .reading import TensorFile, read_tensors
 
 ALIGNMENT = 64  # bytes, of PyTorch's own allocations
 LISTED_NAMES = 8  # how many tensor names an error message spells out
 
 
-class _SafetensorsFile:
-    """One safetensors file. Each read maps the file anew, so that pages go when their tensor goes."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open() as file:
-            self.names = list(file.keys())
-
-    def _open(self):
-        try:
-            return safetensors.safe_open(self.path, framework="pt")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise _damaged(self.path, error) from error
-
-    def read(self, name: str) -> torch.Tensor:
-        with self._open() as file:
-            return file.get_tensor(name)
-
-
-class _PickleFile:
-    """One `torch.save` file, memory-mapped."""
-
-    def __init__(self, path: Path):
-        try:
-            try:
-                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:  # the old format cannot be mapped
-                if "mmap" not in str(error):
-                    raise
-                self._tensors = torch.load(path, map_location="cpu", weights_only=True)
-            self.names = list(self._tensors)
-        except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            raise _damaged(path, error) from error
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:160]
-    return InputError(f"{path}: cannot be read as a checkpoint, download it again ({reason})")
-
-
-def checkpoint_files(path: Path) -> list[Path]:
-    """The file itself, or the shards that an index names. Raises InputError for a missing or damaged one."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file, see --ckpt_dir")
-    if path.suffix != ".json":
-        return [path]
-    try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
-    for shard in shards:
-        if not (path.parent / shard).is_file():
-            raise InputError(f"{path.parent / shard}: no such checkpoint file, although {path.name} names it")
-    return [path.parent / shard for shard in shards]
-
-
-def read_tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yields (tensor name, function that reads it) for a .safetensors, .pth or index .json file.
-
-    Raises InputError for a missing or damaged file.
-    """
-    for file_path in checkpoint_files(Path(path)):
-        file = _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _PickleFile(file_path)
-        for name in file.names:
-            yield name, partial(file.read, name)
-
-
 def load_weights(
     module: nn.Module,
-    source,
+    source: str | Path | TensorFile,
     *,
     names: Callable[[str], str | list[str] | None] | None = None,
     dtype: Callable[[str], torch.dtype | None] | None = None,
@@ -101,8 +29,7 @@ def load_weights(
 
     Args:
         module: every parameter and persistent buffer is replaced; their shapes are the expected ones.
-        source: a .safetensors or .pth file, or the index .json of a sharded one; or an open file with `path`,
-            `names` and `read(name)`.
+        source: a .safetensors or .pth file, or the index .json of a sharded one; or an open file.
         names: maps a name in the file to the module's; None skips the tensor; a list splits it along
             dimension 0 into equal parts. Default: the same name.
         dtype: maps the module's name to the type to keep it in, or None for the type in the file.
@@ -147,7 +74,7 @@ def load_weights(
     module.eval().requires_grad_(False)
 
 
-def _aligned(tensor):
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor where CPU kernels read it as any other: at an odd address they round otherwise."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 

@@ -1,0 +1,128 @@
+"""The tasks: for each its pipeline, its inputs, its defaults. Whatever depends on the task is asked here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .configs import SUPPORTED_SIZES, WAN_CONFIGS
+
+_HERE = Path(__file__).parent
+# Inside the package where it is installed, beside it in a checkout.
+EXAMPLES = _HERE / "examples" if (_HERE / "examples").is_dir() else _HERE.parent / "examples"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is made, and by what.
+
+    Attributes:
+        pipeline: "module:class" in this package, imported when used.
+        config: of the model, an entry of WAN_CONFIGS.
+        sizes: "width*height" of what can be made.
+        size: the one by default.
+        prompt: an example.
+        inputs: files that it works from, beside the prompt: an example for each option that names one, or None.
+        all_inputs: whether it needs every one of them.
+        area_only: whether a size stands for its area alone, the aspect being that of the input.
+        still: whether it makes one picture instead of a video.
+        toy: whether its checkpoint is a toy that makes itself.
+        frame_num, least_frames: frames by default and at least.
+        sample_steps, sample_shift: solver steps and shift by default.
+        shift_at: shifts by default at some sizes, where they are others.
+    """
+
+    pipeline: str
+    config: Any
+    sizes: tuple[str, ...]
+    size: str
+    prompt: str
+    inputs: Mapping[str, str | None] = field(default_factory=dict)
+    all_inputs: bool = False
+    area_only: bool = False
+    still: bool = False
+    toy: bool = False
+    frame_num: int = 81
+    least_frames: int = 1
+    sample_steps: int = 50
+    sample_shift: float = 5.0
+    shift_at: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pipeline_class(self) -> type:
+        """The pipeline, imported."""
+        module, name = self.pipeline.split(":")
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+
+    def shift(self, size: str) -> float:
+        """The shift by default at a size."""
+        return self.shift_at.get(size, self.sample_shift)
+
+
+_TEXT = {
+    "pipeline": "text2video:WanT2V",
+    "prompt": "A red paper boat sails down a rainy street at dusk, lamps mirrored in the water.",
+}
+_STILL = {
+    "pipeline": "text2video:WanT2V",
+    "prompt": "A lighthouse above a calm sea in the first light of the morning, soft colours.",
+    "still": True,
+    "frame_num": 1,
+}
+_IMAGE = {
+    "pipeline": "image2video:WanI2V",
+    "prompt": "A white paper boat drifts across a calm lake at sunset, small waves lap around it.",
+    "inputs": {"image": "i2v_input.png"},
+    "all_inputs": True,
+    "area_only": True,
+    "sample_steps": 40,
+    "shift_at": {"832*480": 3.0, "480*832": 3.0},
+}
+_FIRST_LAST = {
+    "pipeline": "first_last_frame2video:WanFLF2V",
+    "prompt": "Noon turns to dusk over a little house with a red roof; the sun sinks, stars come out, "
+    "the windows light up.",
+    "inputs": {"first_frame": "flf2v_first_frame.png", "last_frame": "flf2v_last_frame.png"},
+    "all_inputs": True,
+    "area_only": True,
+    "least_frames": 5,
+    "sample_shift": 16.0,
+}
+_EDIT = {
+    "pipeline": "vace:WanVace",
+    "prompt": "A red paper boat sails past a red and white striped lighthouse on a bright day.",
+    "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "vace_ref_1.png,vace_ref_2.png"},
+    "sample_shift": 16.0,
+}
+
+
+# Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
+def _task(name: str, facts: dict[str, Any]) -> Task:
+    toy = name.endswith("-tiny")
+    if toy:
+        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": True}
+    sizes = SUPPORTED_SIZES[name]
+    size = next(size for size in ("1280*720", "832*480", "128*96") if size in sizes)
+    return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
+
+
+TASKS = {
+    name: _task(name, facts)
+    for name, facts in {
+        "t2v-14B": _TEXT,
+        "t2v-1.3B": _TEXT,
+        "i2v-14B": _IMAGE,
+        "t2i-14B": _STILL,
+        "flf2v-14B": _FIRST_LAST,
+        "vace-1.3B": _EDIT,
+        "vace-14B": _EDIT,
+        "t2v-tiny": _TEXT,
+        "t2i-tiny": _STILL,
+        "i2v-tiny": _IMAGE,
+        "flf2v-tiny": _FIRST_LAST,
+        "vace-tiny": _EDIT,
+    }.items()
+}

@@ -1,0 +1,148 @@
+"""Options as dataclass fields, which are checked when they are set and become flags of a command line.
+
+@dataclass(frozen=True)
+class Options:
+    steps: int = option(50, "Solver steps.", at_least=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+add_flags(parser, Options)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .errors import InputError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    bare: Any = None,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    also: Sequence[str] = (),
+    group: str | None = None,
+    shown_default: Any = None,
+) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value unless given.
+        help: one sentence for the command line.
+        choices: the values that it may have.
+        at_least, above, at_most: the range of a number.
+        bare: the value of a flag that is given without one.
+        metavar: what stands for the value in the help text.
+        parse: makes the value of the flag's text; the default is the annotated type.
+        also: other names of the flag, kept for those who know them.
+        group: title of the flag's group in the help text.
+        shown_default: the flag's default where the field's is None, "depends on others".
+    """
+    known = locals().copy()
+    metadata = {name: known[name] for name in known if name != "default"}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_option(field: dataclasses.Field) -> bool:
+    """Whether a dataclass field was made by `option`."""
+    return "help" in field.metadata
+
+
+def check_options(options: Any) -> None:
+    """Raises InputError for a number outside its range or a value that is none of the choices."""
+    for field in filter(is_option, dataclasses.fields(options)):
+        value, facts = getattr(options, field.name), field.metadata
+        if value is None:
+            continue
+        if facts["choices"] is not None and value not in facts["choices"]:
+            raise InputError(f"choose one of {', '.join(facts['choices'])}", field.name, value)
+        if _has_range(facts) and not _in_range(value, facts):
+            raise InputError(f"give {_range(facts)}", field.name, value)
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type, only: Sequence[str] | None = None) -> None:
+    """Adds a flag for each option of a dataclass, or for those named by `only`, to a parser."""
+    hints = typing.get_type_hints(options)
+    groups: dict[str | None, Any] = {None: parser}
+    for field in filter(is_option, dataclasses.fields(options)):
+        if only is not None and field.name not in only:
+            continue
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
+        groups[title].add_argument(*names, **_flag(field, hints[field.name]))
+
+
+def boolean(text: str) -> bool:
+    """A flag's text to True or False."""
+    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    try:
+        return words[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False") from None
+
+
+def _flag(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """What argparse is told of an option."""
+    facts = field.metadata
+    text = facts["help"].replace("%", "%%")
+    if hint is bool and facts["parse"] is None:
+        return {"action": "store_true", "help": text}
+    default = field.default if facts["shown_default"] is None else facts["shown_default"]
+    flag = {"default": default, "help": text, "type": facts["parse"] or _plain_type(hint)}
+    if facts["choices"] is not None:
+        flag["choices"] = list(facts["choices"])
+    if facts["metavar"] is not None:
+        flag["metavar"] = facts["metavar"]
+    if facts["bare"] is not None:
+        flag |= {"nargs": "?", "const": facts["bare"]}
+    return flag
+
+
+def _plain_type(hint: Any) -> Callable[[str], Any]:
+    """The one type beside None that an annotation allows."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return kinds[0]
+    return hint
+
+
+def _has_range(facts: Any) -> bool:
+    return any(facts[name] is not None for name in ("at_least", "above", "at_most"))
+
+
+def _in_range(value: Any, facts: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    return (
+        (facts["at_least"] is None or value >= facts["at_least"])
+        and (facts["above"] is None or value > facts["above"])
+        and (facts["at_most"] is None or value <= facts["at_most"])
+    )
+
+
+def _range(facts: Any) -> str:
+    if facts["at_least"] is not None and facts["at_most"] is not None:
+        return f"{facts['at_least']} to {facts['at_most']}"
+    parts = [
+        f"{words} {facts[name]}"
+        for name, words in (("above", "above"), ("at_least", "at least"), ("at_most", "at most"))
+        if facts[name] is not None
+    ]
+    return "a number " + ", ".join(parts)

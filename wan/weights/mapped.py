@@ -1,0 +1,115 @@
+"""Files of tensors that are used where they lie: mapped, read-only, in pages that runs share.
+
+The weights take no RAM that the system cannot take back. Files are in safetensors format
+(https://huggingface.co/docs/safetensors), with a checksum of the data.
+"""
+
+import json
+import math
+import mmap
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..utils.errors import InputError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE = 2**26  # bytes that are written and checked at a time
+
+
+class MappedFile:
+    """An open file that write_mapped made: `names`, and `read(name)` for a tensor that lies in the file's pages.
+
+    The tensors must not be written to.
+
+    Raises:
+        InputError: a file that is damaged, or not what `fingerprint` says.
+    """
+
+    def __init__(self, path: Path, fingerprint: str):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            length = int.from_bytes(self._map[:8], "little")
+            self._entries = json.loads(self._map[8 : 8 + length])
+            metadata = self._entries.pop("__metadata__")
+            self._start = 8 + length
+            self.names = list(self._entries)
+            whole = metadata["fingerprint"] == fingerprint and int(metadata["checksum"]) == self._checksum()
+        except (OSError, ValueError, KeyError, OverflowError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} is damaged, delete it and run again", "offload_folder")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, mapped."""
+        entry = self._entries[name]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(
+                self._map, dtype=dtype, count=math.prod(shape), offset=self._start + entry["data_offsets"][0]
+            )
+        return flat.view(shape)
+
+    def _checksum(self) -> int:
+        data = memoryview(self._map)[self._start :]
+        checksum = 0
+        for start in tqdm(range(0, len(data), _PIECE), desc=f"Checking {self.path.name}", leave=False):
+            checksum = zlib.crc32(data[start : start + _PIECE], checksum)
+        return checksum
+
+
+def write_mapped(
+    path: Path,
+    tensors: Iterable[tuple[str, Callable[[], torch.Tensor]]],
+    dtype: Callable[[str], torch.dtype],
+    fingerprint: str,
+    title: str,
+) -> None:
+    """Writes a file for MappedFile, one tensor in RAM at a time, and waits until it is on the disk.
+
+    Args:
+        tensors: (name, function that reads it); each is read twice.
+        dtype: maps a tensor's name to the type to keep it in.
+        fingerprint: to be asked for when it is opened.
+        title: of the progress bar.
+    """
+    tensors, entries, offset = list(tensors), {}, 0
+    for name, read in tensors:
+        shape, kept = tuple(read().shape), dtype(name)
+        size = math.prod(shape) * kept.itemsize
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[kept],
+            "shape": shape,
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    with open(path, "wb") as file:
+        file.write(_header(entries, fingerprint, checksum=0))
+        checksum = 0
+        for name, read in tqdm(tensors, desc=title):
+            data = read().to(dtype(name)).contiguous().view(-1).view(torch.uint8).numpy()
+            for start in range(0, data.size, _PIECE):
+                piece = data[start : start + _PIECE]
+                checksum = zlib.crc32(piece, checksum)
+                file.write(piece)
+        file.seek(0)
+        file.write(_header(entries, fingerprint, checksum))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(entries: dict, fingerprint: str, checksum: int) -> bytes:
+    """The head of a safetensors file; its length depends on the entries alone, and aligns the data to 64 bytes."""
+    metadata = {"format": "pt", "fingerprint": fingerprint, "checksum": f"{checksum:010}"}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,93 @@
+"""Reading checkpoint files: lazily, one tensor at a time."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import safetensors
+import torch
+
+from ..utils.errors import InputError
+
+
+class TensorFile(Protocol):
+    """An open file of tensors."""
+
+    path: Path
+    names: list[str]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class _SafetensorsFile:
+    """One safetensors file. Each read maps the file anew, so that pages go when their tensor goes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            self.names = list(file.keys())
+
+    def _open(self):
+        try:
+            return safetensors.safe_open(self.path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _damaged(self.path, error) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        with self._open() as file:
+            return file.get_tensor(name)
+
+
+class _PickleFile:
+    """One `torch.save` file, memory-mapped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            try:
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:  # the old format cannot be mapped
+                if "mmap" not in str(error):
+                    raise
+                self._tensors = torch.load(path, map_location="cpu", weights_only=True)
+            self.names = list(self._tensors)
+        except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            raise _damaged(path, error) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:160]
+    return InputError(f"{path}: cannot be read as a checkpoint, download it again ({reason})")
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The file itself, or the shards that an index names. Raises InputError for a missing or damaged one."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file, see --ckpt_dir")
+    if path.suffix != ".json":
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    for shard in shards:
+        if not (path.parent / shard).is_file():
+            raise InputError(f"{path.parent / shard}: no such checkpoint file, although {path.name} names it")
+    return [path.parent / shard for shard in shards]
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yields (tensor name, function that reads it) for a .safetensors, .pth or index .json file.
+
+    Raises InputError for a missing or damaged file.
+    """
+    for file_path in checkpoint_files(Path(path)):
+        file = _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _PickleFile(file_path)
+        for name in file.names:
+            yield name, partial(file.read, name)
