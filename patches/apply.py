@@ -359,8 +359,8 @@ def look_at(tree, series, merging):
         )
     if paths("foreign"):
         raise Refused(
-            f"nothing was changed: not from these patches, or edited since, but of a name that they use: "
-            f"{paths('foreign')}; move it away first"
+            f"nothing was changed: the patches create {paths('foreign')}, but what is there is not from these patches "
+            "or was edited; move it away first"
         )
     if paths("tangled"):
         raise Tangled(paths("tangled"))
@@ -487,14 +487,8 @@ def run(tree, only=None, reverse=False, check=False):
             continue
         changes.append(Change(file.file, file.content, content))
         check_writable(changes[-1])
-        verb = (
-            "taken out"
-            if reverse or content is None
-            else "put in"
-            if file.level == 0
-            else "brought up to date"
-        )
-        verb = ("would be " if check else "") + verb
+        verb = "brought up to date" if file.level is None else "put in"
+        verb = ("would be " if check else "") + ("taken out" if reverse or content is None else verb)
         report.append(f"{file.path}: {verb}{'' if file.fits else ', merged with other changes'}")
     if not reverse:
         for name in selected:
