@@ -29,7 +29,7 @@ from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.memory.chunking import apply_chunking
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, release_memory, visit_when_called
-from wan.memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 from wan.utils.errors import InputError
 
@@ -118,20 +118,23 @@ def _variants(case, device):
         random_weights.write_checkpoint(folder, case.task)
         with random_weights.weights_from(random_weights.random):
             model = WanModel.from_pretrained(folder, dtype=dtype)
-    pieces, embeddings = transformer_pieces(model), transformer_embeddings(model)
+    groups, embeddings = model.layer_groups(), model.embedding_layers()
     for embedding in embeddings:
         visit_when_called(embedding, device)  # does nothing where the whole model is on the device
     resident = Component([model], device)
-    streamed = Component([model], device, [*pieces, *embeddings], Streamer(pieces, device))
-    moved = sum(weight.nbytes for module in [*pieces, *embeddings] for weight in module.parameters())
+    streamed = Component([model], device, [*groups, *embeddings], Streamer(groups, device))
+    moved = sum(weight.nbytes for module in [*groups, *embeddings] for weight in module.parameters())
     if device.type == "cpu":
         moved = 0
     inputs = pass_inputs(case.latent_shape, case.tokens, device, dtype)
 
     def variant(name, component, chunk, streamed_bytes=0):
         def time_pass():
-            apply_chunking(model, chunk)
-            return _timed(component, model, inputs, device)
+            undo = apply_chunking(model, chunk)
+            try:
+                return _timed(component, model, inputs, device)
+            finally:
+                undo()
 
         return Row(name, streamed_bytes=streamed_bytes), time_pass
 

@@ -30,7 +30,12 @@ def plain(config):
 
 @pytest.mark.parametrize(
     "memory",
-    [{"vae_cpu": True}, {"t5_stream": True}, {"dit_stream": 0.0}, {"dit_stream": 0.0001, "stream_ring": 3}],
+    [
+        {"vae_cpu": True},
+        {"t5_stream": True},
+        {"dit_stream": 0.0},
+        {"dit_stream": 0.0001, "stream_buffers": 3},
+    ],
     ids=str,
 )
 def test_placement_changes_no_bit(config, plain, memory):
