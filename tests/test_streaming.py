@@ -705,12 +705,16 @@ def test_equals_resident_on_cuda(monkeypatch, buffers, share, pinned):
     expected = forward(copy.deepcopy(network).to("cuda"))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+
+    def requested():  # of what is allocated: the allocator may give more than was asked for
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+    before = requested()
     with Streamer(
         network, "cuda", buffers=buffers, resident_bytes=share * sum(map(size, network))
     ) as streamer:
-        assert 0 <= torch.cuda.memory_allocated() - before - streamer.device_bytes < 512 * 20
+        assert requested() - before == streamer.device_bytes
         out = forward(network)
     assert torch.equal(out, expected)
     del out
-    assert torch.cuda.memory_allocated() == before
+    assert requested() == before
