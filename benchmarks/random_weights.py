@@ -20,17 +20,23 @@ from wan.configs import WAN_CONFIGS
 from wan.tiny import train_tokenizer
 
 LOADERS = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 VACE_STEP = {30: 2, 40: 5}  # of the published models, by their layers: one VACE block for so many blocks
 
 
 def write_checkpoint(directory, task, layers=None):
     """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer.
 
+    Files of weights are there, and empty.
+
     layers: of the DiT, instead of the task's.
     """
     config = WAN_CONFIGS[task]
     directory = Path(directory)
     (directory / "config.json").write_text(json.dumps(dit_config(task, layers)))
+    names = [config.t5_checkpoint, config.vae_checkpoint, config.get("clip_checkpoint"), WEIGHTS]
+    for name in filter(None, names):
+        (directory / name).touch()
     train_tokenizer(512).save_pretrained(directory / config.t5_tokenizer)
 
 

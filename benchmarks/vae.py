@@ -241,7 +241,7 @@ def main(argv=None):
     add("--size", type=parse_size, default=(256, 384), metavar="W*H", help="Video to compute (384*256).")
     add("--frames", type=int, default=5, help="Its frames, 4n+1 (5).")
     add("--tiles", type=vae_tiling_size, nargs="+", default=[192, 128], help="Our tiles (192 128).")
-    add("--blended", type=int, nargs="+", default=[192], help="diffusers' tiles (192).")
+    add("--blended", type=int, nargs="*", default=[192], help="diffusers' tiles (192).")
     add("--rounds", type=int, default=3, help="Times that each is run; the median counts (3).")
     add("--dim", type=int, default=96, help="Width of the VAE (96, the published one).")
     add("--directions", nargs="+", choices=list(HALVES), default=list(HALVES))

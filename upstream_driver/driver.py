@@ -112,6 +112,12 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
     return Result(tensors.get("video"), tensors.get("latents"), report)
 
 
+def kind_of(task) -> str:
+    """The name here of one of this project's tasks: pictures from text are videos of one frame."""
+    kind = task.split("-")[0]
+    return kind if kind in PIPELINES else "t2v"
+
+
 def read_configs(tree) -> dict:
     """Upstream's WAN_CONFIGS as JSON gives it: tuples are lists, types are their names."""
     code = (
