@@ -150,6 +150,7 @@ def test_memory(bench):
         "decode",
     ]
     assert bench.numbers["denoise"]["deviation"] == 0
+    assert bench.numbers["taken from the driver GiB"] > bench.numbers["text"]["live GiB"]
 
 
 def test_memory_notices_a_wrong_count(bench, monkeypatch):

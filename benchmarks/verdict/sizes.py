@@ -80,7 +80,8 @@ def _run(bench, task, size, layers, options):
 def _measure(bench, run, capacity=None):
     if bench.device.type == "cuda":
         return memory.measure(run, capacity)
-    with VirtualGPU(capacity), random_weights.weights_from(random_weights.untouched):
+    _, total = bench.backend.mem_get_info(bench.device)
+    with VirtualGPU(capacity or total), random_weights.weights_from(random_weights.untouched):
         return memory.report_on(run, bench.device)
 
 
