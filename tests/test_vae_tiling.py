@@ -24,6 +24,7 @@ from wan.memory.predict.vae import decode_bytes, decode_peak_bytes, encode_bytes
 from wan.memory.vae_tiling import apply_tiling, check_tile
 from wan.modules import vae_forward, vae_operations
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
+from wan.utils.accelerator import exact_arithmetic
 from wan.utils.errors import InputError
 from wan.utils.video import to_uint8
 
@@ -172,7 +173,7 @@ def test_with_tf32_tiles_differ_by_its_noise(direction, monkeypatch):
 def test_on_cuda():
     model = randomized(VAE(32)).cuda()
     z, video = noise(16, 3, 30, 40), noise(3, 9, 240, 320)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with exact_arithmetic():
         assert_same_video(vae_tiling.decode(model, z, SCALE, 64), vae_forward.decode(model, z, SCALE))
         whole = vae_forward.encode(model, video, SCALE)
         assert (vae_tiling.encode(model, video, SCALE, 64) - whole).abs().max() <= 1e-5

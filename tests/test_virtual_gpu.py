@@ -9,6 +9,9 @@ import torch.nn.functional as F
 
 from virtual_gpu import Record, VirtualGPU, VirtualTensor
 
+MIB = 2**20
+vgpu = torch.get_device_module("vgpu")
+
 
 def seeded(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=dtype)
@@ -118,25 +121,67 @@ def test_attention_counts_scores_where_no_fused_kernel_is_sure(dtype, scores):
         assert gpu.peak - before == before + scores
 
 
-def test_out_of_memory():
-    with VirtualGPU(capacity=4096) as gpu:
-        kept = torch.zeros(768, device="vgpu")
-        with pytest.raises(torch.OutOfMemoryError, match="1100 bytes") as caught:
-            torch.zeros(275, device="vgpu")
-        assert caught.value.requested == 1100
-        assert gpu.live == 3072
+@pytest.mark.parametrize("expandable_segments", [False, True])
+def test_out_of_memory(expandable_segments):
+    with VirtualGPU(capacity=4 * MIB, expandable_segments=expandable_segments) as gpu:
+        kept = [torch.zeros(2**18, device="vgpu") for _ in range(3)]  # 1 MiB each, two in a segment
+        assert (gpu.live, gpu.reserved) == (3 * MIB, 4 * MIB)
+        with pytest.raises(torch.OutOfMemoryError, match=f"{MIB + 4} bytes") as caught:
+            torch.zeros(2**18 + 1, device="vgpu")
+        assert caught.value.requested == MIB + 4
+        assert (gpu.live, gpu.reserved) == (3 * MIB, 4 * MIB)
+        del kept[:]
+        assert (gpu.live, gpu.reserved) == (0, 4 * MIB)
+        kept = torch.zeros(4 * 2**18, dtype=torch.uint8, device="vgpu")
+        assert (gpu.live, gpu.reserved, gpu.peak_reserved) == (MIB, 4 * MIB, 4 * MIB)
         del kept
-        kept = torch.zeros(1024, device="vgpu")
-        assert gpu.live == 4096 == kept.nbytes
+        gpu.empty_cache()
+        gpu.reset_peak()
+        assert gpu.reserved == gpu.peak_reserved == 0
 
 
 def test_out_of_memory_in_a_module_leaves_nothing_behind():
-    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
-    with VirtualGPU(capacity=20_000) as gpu:
+    layers = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 512))
+    with VirtualGPU(capacity=2 * MIB) as gpu:
         with pytest.raises(torch.OutOfMemoryError):
             layers.to("vgpu")
         layers.cpu()
         assert gpu.live == 0
+
+
+def test_blocks_are_those_of_the_current_stream():
+    with VirtualGPU() as gpu:
+        kept = torch.zeros(8, device="vgpu")
+        del kept
+        with vgpu.stream(vgpu.Stream()):
+            torch.zeros(8, device="vgpu")
+        assert gpu.reserved == 4 * MIB
+
+
+def test_what_another_stream_uses_waits_until_the_host_knows_that_it_is_done():
+    with VirtualGPU() as gpu:
+        side = vgpu.Stream()
+        shared = torch.zeros(20 * MIB, dtype=torch.uint8, device="vgpu")
+        side.wait_stream(vgpu.current_stream())
+        with vgpu.stream(side):
+            shared + 1
+        shared.record_stream(side)
+        del shared
+        assert gpu.live == 0 and gpu.reserved == 40 * MIB
+        kept = torch.zeros(20 * MIB, dtype=torch.uint8, device="vgpu")
+        assert gpu.reserved == 60 * MIB
+        del kept
+        side.synchronize()
+        kept = [torch.zeros(20 * MIB, dtype=torch.uint8, device="vgpu") for _ in range(2)]
+        assert gpu.live == 40 * MIB and gpu.reserved == 60 * MIB and kept
+
+
+def test_the_scores_of_attention_take_a_block():
+    q = torch.zeros(1, 1, 2048, 8)
+    with VirtualGPU() as gpu:
+        q = q.to("vgpu")
+        F.scaled_dot_product_attention(q, q, q)
+        assert gpu.reserved == 18 * MIB and gpu.live == q.nbytes  # 16 for them, 2 for the rest
 
 
 def test_a_module_moves_in_place_and_comes_back():
@@ -173,18 +218,70 @@ def test_a_parameter_takes_data_of_another_device(meta):
 
 
 def test_device_module():
-    with VirtualGPU(capacity=2**20) as gpu:
+    with VirtualGPU(capacity=4 * MIB) as gpu:
         x = torch.zeros(1000, device="vgpu")
         module = torch.get_device_module(torch.device("vgpu:0"))
         assert module is torch.get_device_module("vgpu")
         assert module.memory_allocated() == gpu.live == 4096
-        assert module.mem_get_info() == (2**20 - 4096, 2**20)
+        assert module.memory_reserved() == gpu.reserved == 2 * MIB
+        assert module.mem_get_info() == (2 * MIB, 4 * MIB)
         del x
         assert module.max_memory_allocated() == 4096
         module.reset_peak_memory_stats()
         module.synchronize()
+        assert (module.max_memory_allocated(), module.max_memory_reserved()) == (0, 2 * MIB)
         module.empty_cache()
-        assert module.max_memory_allocated() == 0
+        assert module.mem_get_info() == (4 * MIB, 4 * MIB) and module.max_memory_reserved() == 2 * MIB
+
+
+USES = {
+    "init": lambda: vgpu.init(),
+    "tensor": lambda: torch.zeros(1, device="vgpu"),
+    "copy": lambda: torch.zeros(1).to("vgpu"),
+    "module": lambda: torch.nn.Linear(1, 1).to("vgpu"),
+    "stream": lambda: vgpu.Stream(),
+    "current_stream": lambda: vgpu.current_stream(),
+    "default_stream": lambda: vgpu.default_stream(),
+    "event": lambda: vgpu.Event().record(),
+    "synchronize": lambda: vgpu.synchronize(),
+    "mem_get_info": lambda: vgpu.mem_get_info(),
+    "current_device": lambda: vgpu.current_device(),
+    "set_device": lambda: vgpu.set_device(0),
+    "fraction": lambda: vgpu.set_per_process_memory_fraction(0.5),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_statistics_are_refused_before_the_first_use(use):
+    with VirtualGPU():
+        vgpu.empty_cache()
+        torch.manual_seed(0)
+        vgpu.Event()
+        torch.zeros(1).pin_memory()
+        with torch.device("vgpu"), torch.autocast("vgpu", dtype=torch.bfloat16):
+            pass
+        assert vgpu.is_available() and vgpu.device_count() == 1
+        assert vgpu.memory_allocated() == vgpu.max_memory_reserved() == 0
+        assert not vgpu.is_initialized()
+        with pytest.raises(RuntimeError, match="Invalid device argument"):
+            vgpu.reset_peak_memory_stats()
+        USES[use]()
+        assert vgpu.is_initialized()
+        vgpu.reset_peak_memory_stats()
+    with VirtualGPU():
+        assert not vgpu.is_initialized()
+    assert not vgpu.is_initialized()
+
+
+def test_a_process_can_be_held_to_a_part():
+    with VirtualGPU(capacity=8 * MIB) as gpu:
+        vgpu.set_per_process_memory_fraction(0.25)
+        kept = torch.zeros(2 * MIB // 4, dtype=torch.uint8, device="vgpu")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(2 * MIB, dtype=torch.uint8, device="vgpu")
+        assert gpu.reserved == 2 * MIB and vgpu.mem_get_info() == (6 * MIB, 8 * MIB) and kept is not None
+    with VirtualGPU(), pytest.raises(ValueError, match="between 0 and 1"):
+        vgpu.set_per_process_memory_fraction(1.5)
 
 
 @pytest.mark.parametrize("device", ["vgpu", "meta", "cpu"])
@@ -332,9 +429,9 @@ def test_full_size_takes_no_memory_and_comes_home_as_zeros():
         assert target.copy_(out[:3])[0, 0] == 1  # there are no values to copy
         layer.cpu()
         assert layer.weight.shape == (100_000, 100_000) and type(layer.weight) is torch.nn.Parameter
-        with pytest.raises(torch.OutOfMemoryError):
-            gpu.capacity = gpu.live
-            torch.zeros(10**6, device="vgpu")
+        gpu.capacity = gpu.reserved
+        with pytest.raises(torch.OutOfMemoryError):  # `out` is there
+            torch.zeros(gpu.capacity, dtype=torch.uint8, device="vgpu")
 
 
 def test_small_values_from_the_host_stay_known_on_meta_tensors_until_they_meet_others():

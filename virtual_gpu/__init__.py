@@ -1,5 +1,8 @@
 """A GPU made of CPU memory, for tests and benchmarks; see virtual_gpu.device."""
 
-from .device import DEVICE, RaceError, Record, VirtualGPU, VirtualTensor
+from .backend import DEVICE
+from .device import Record, VirtualGPU
+from .streams import RaceError
+from .tensor import VirtualTensor
 
 __all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor"]

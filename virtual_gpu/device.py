@@ -20,7 +20,7 @@ copy) is not. Operators that PyTorch composes from others are counted step by st
 counts as a fused kernel for 16-bit types and with its score matrix for float32 and float64.
 
 Streams, events and pinned memory: see streams.py. It all rests on PyTorch's Python backend for the PrivateUse1
-dispatch key, which is experimental: it is made for tests and benchmarks, not for the package. Importing this file
+dispatch key, which is experimental: it is made for tests and benchmarks, not for the package. Importing the package
 registers the device type; there is nothing else to set up, and it works in every thread.
 """
 
@@ -30,15 +30,10 @@ import threading
 import weakref
 from typing import NamedTuple
 
-import torch
-from torch.utils._device import _device_constructors
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-from . import autocast
-from .streams import Event, RaceError, Timeline
-from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor, attention, copy_
-
-__all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor"]
+from .allocator import CachingAllocator
+from .host import host_side
+from .streams import Timeline
+from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor
 
 
 class Record(NamedTuple):
@@ -59,22 +54,34 @@ class Record(NamedTuple):
 class VirtualGPU:
     """Makes device ``vgpu:0`` usable inside its `with` block.
 
-    capacity: bytes, or None for no limit. An allocation beyond it raises torch.OutOfMemoryError, whose attribute
-        `requested` is the bytes asked for.
+    capacity: bytes that the allocator can reserve, or None for no limit. An allocation that needs more raises
+        torch.OutOfMemoryError, whose attribute `requested` is the bytes asked for.
+    expandable_segments: which of CUDA's ways to reserve; see allocator.py.
     meta: count without computing.
     pin_limit: bytes of host memory that can be pinned, or None for no limit; beyond it pinning raises RuntimeError.
     record_ops: note every operator in the record, not only memory, moves and events.
 
-    live, peak: bytes allocated now, and at most since the start or the last reset_peak(). pinned: bytes of pinned
-        host memory now. record: list of Record, in order.
+    live, peak: bytes allocated now, and at most since the start or the last reset_peak(). reserved, peak_reserved: the
+        same of what the allocator holds for them. pinned: bytes of pinned host memory now. record: list of Record, in
+        order. initialized: whether the device was used yet.
 
     A tensor that outlives the block stays usable and goes on counting in the ledger of the GPU that made it. Leaving
     the block without an exception waits for all streams and raises RaceError if that shows a race.
     """
 
-    def __init__(self, capacity=None, meta=False, *, pin_limit=None, record_ops=False):
-        self.capacity, self.meta, self.pin_limit, self.record_ops = capacity, meta, pin_limit, record_ops
-        self.live = self.peak = self.pinned = 0
+    def __init__(
+        self,
+        capacity: int | None = None,
+        meta: bool = False,
+        *,
+        expandable_segments: bool = False,
+        pin_limit: int | None = None,
+        record_ops: bool = False,
+    ):
+        self.meta, self.pin_limit, self.record_ops = meta, pin_limit, record_ops
+        self.allocator = CachingAllocator(capacity, expandable_segments)
+        self.initialized = False
+        self.pinned = 0
         self.timeline = Timeline(self)
         self._record = []
         self._numbers = itertools.count()
@@ -85,18 +92,49 @@ class VirtualGPU:
         self._patches = contextlib.ExitStack()
 
     def __enter__(self):
-        _active.append(self)
-        self._patches.enter_context(_host_side())
+        active.append(self)
+        self._patches.enter_context(host_side(current))
         return self
 
     def __exit__(self, exception_type, exception, traceback):
         self._patches.close()
-        _active.remove(self)
+        active.remove(self)
         if exception is None:
             self.timeline.synchronize()
 
+    def initialize(self):
+        self.initialized = True
+
+    @property
+    def capacity(self) -> int | None:
+        return self.allocator.capacity
+
+    @capacity.setter
+    def capacity(self, nbytes: int | None):
+        self.allocator.capacity = nbytes
+
+    @property
+    def live(self) -> int:
+        return self.allocator.allocated
+
+    @property
+    def peak(self) -> int:
+        return self.allocator.peak_allocated
+
+    @property
+    def reserved(self) -> int:
+        return self.allocator.reserved
+
+    @property
+    def peak_reserved(self) -> int:
+        return self.allocator.peak_reserved
+
     def reset_peak(self):
-        self.peak = self.live
+        self.allocator.reset_peak()
+
+    def empty_cache(self):
+        with self._lock:
+            self.allocator.empty_cache()
 
     @contextlib.contextmanager
     def label(self, text):
@@ -162,26 +200,28 @@ class VirtualGPU:
     def _know(self, storage, allocation):
         self._allocations[storage._cdata] = weakref.ref(allocation)
 
-    def _reserve(self, nbytes, requested):
+    def _allocate(self, nbytes, stream):
+        """A block for a stream; None for no bytes."""
+        self.initialized = True
         with self._lock:
-            if self.capacity is not None and self.live + nbytes > self.capacity:
-                error = torch.OutOfMemoryError(
-                    f"{DEVICE} is out of memory: {requested} bytes requested with {self.live} of {self.capacity} in use"
-                )
-                error.requested = requested
-                raise error
-            self.live += nbytes
-            self.peak = max(self.peak, self.live)
+            return self.allocator.alloc(nbytes, stream)
+
+    def _give_back(self, block, done=None):
+        if block is not None:
+            with self._lock:
+                self.allocator.free(block, done)
 
     def _release(self, allocation):
         with self._lock:
-            self.live -= allocation.nbytes
             for storage in (allocation.storage, allocation.former):
                 if storage is not None:
                     self._allocations.pop(storage._cdata, None)
-            if allocation.accesses:  # else it was refused
-                self.note("free", nbytes=allocation.nbytes, allocation=allocation.number)
-                self.timeline.freed(allocation.accesses, allocation.stream, allocation.streams)
+            if not allocation.accesses:
+                return  # it was refused
+            others = [stream for stream in allocation.streams if stream is not allocation.stream]
+            self._give_back(allocation.block, self.timeline.when_known(others) if others else None)
+            self.note("free", nbytes=allocation.nbytes, allocation=allocation.number)
+            self.timeline.freed(allocation.accesses, allocation.stream, allocation.streams)
 
     def _fresh(self, make, size, *args, **options):
         """A new tensor from a factory of torch, held as this GPU holds its tensors."""
@@ -192,192 +232,10 @@ class VirtualGPU:
         return VirtualTensor(make(size, *args, **options), self)
 
 
-_active = []  # the GPUs whose blocks are open, innermost last
+active = []  # the GPUs whose blocks are open, innermost last
 
 
-def _current():
-    if not _active:
-        raise RuntimeError(f"no virtual GPU is there: use {DEVICE} inside `with VirtualGPU():`")
-    return _active[-1]
-
-
-# The device type
-
-
-class _DeviceModule:
-    """What torch.get_device_module("vgpu") gives: the functions of torch.cuda that device-generic code uses."""
-
-    @staticmethod
-    def is_available():
-        return bool(_active)
-
-    @staticmethod
-    def is_initialized():
-        return True
-
-    @staticmethod
-    def _is_in_bad_fork():
-        return False
-
-    @staticmethod
-    def device_count():
-        return 1
-
-    @staticmethod
-    def current_device():
-        return 0
-
-    @staticmethod
-    def set_device(device):
-        pass
-
-    @staticmethod
-    def manual_seed_all(seed):
-        pass
-
-    @staticmethod
-    def get_amp_supported_dtype():
-        return [torch.bfloat16, torch.float16]
-
-    @staticmethod
-    def empty_cache():
-        pass
-
-    @staticmethod
-    def synchronize(device=None):
-        _current().timeline.synchronize()
-
-    @staticmethod
-    def Stream(device=None, priority=0):
-        return _current().timeline.new_stream()
-
-    @staticmethod
-    def Event(enable_timing=False, blocking=False, interprocess=False):
-        return Event(_current())
-
-    @staticmethod
-    def current_stream(device=None):
-        return _current().timeline.current
-
-    @staticmethod
-    def default_stream(device=None):
-        return _current().timeline.default
-
-    @staticmethod
-    @contextlib.contextmanager
-    def stream(stream):
-        """Submit this thread's work to that stream inside; None changes nothing."""
-        timeline = _current().timeline
-        before = timeline.current
-        timeline.here.stream = stream or before
-        try:
-            yield
-        finally:
-            timeline.here.stream = before
-
-    @staticmethod
-    def memory_allocated(device=None):
-        return _current().live
-
-    @staticmethod
-    def max_memory_allocated(device=None):
-        return _current().peak
-
-    memory_reserved = memory_allocated
-    max_memory_reserved = max_memory_allocated
-
-    @staticmethod
-    def reset_peak_memory_stats(device=None):
-        _current().reset_peak()
-
-    @staticmethod
-    def mem_get_info(device=None):
-        """Free and total bytes; without a capacity the total is 2**63 - 1."""
-        gpu = _current()
-        capacity = 2**63 - 1 if gpu.capacity is None else gpu.capacity
-        return capacity - gpu.live, capacity
-
-
-_setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_DeviceModule)
-DEVICE = VirtualGPU.device = torch.device(DEVICE_TYPE, 0)
-_library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
-autocast.register(_library, DEVICE_TYPE)
-
-
-def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-    return _current()._fresh(torch.empty_strided, size, stride, dtype=dtype)
-
-
-def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    memory_format = memory_format or torch.contiguous_format
-    return _current()._fresh(torch.empty, size, dtype=dtype, memory_format=memory_format)
-
-
-def _copy_from(source, destination, non_blocking=False):
-    return copy_(destination, source, non_blocking)
-
-
-_library.impl("empty_strided", _empty_strided, "PrivateUse1")
-_library.impl("empty.memory_format", _empty, "PrivateUse1")
-_library.impl("_copy_from", _copy_from, "PrivateUse1")
-_library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
-
-
-# The host
-
-
-@contextlib.contextmanager
-def _host_side():
-    """What must change on the host while a virtual GPU is there.
-
-    Parameters move to the device and back in place, as with CUDA, and memory can be pinned.
-    """
-    swap_was = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    patches = {(torch.Tensor, "data"): property(_get_data, _set_data)}
-    patches[torch.Tensor, "pin_memory"] = lambda tensor, device=None: _current().pin(tensor.clone())
-    patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: _current().is_pinned(tensor)
-    _device_constructors()  # `with torch.device(...)` finds the factories by identity, as they are when first listed
-    for name in ("empty", "empty_like", "zeros"):
-        patches[torch, name] = _pinning(getattr(torch, name))
-    before = {key: getattr(*key) for key in patches}
-    for key, value in patches.items():
-        setattr(*key, value)
-    try:
-        yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swap_was)
-        for key, value in before.items():
-            setattr(*key, value)
-
-
-def _pinning(factory):
-    def make(*args, pin_memory=False, **kwargs):
-        if not pin_memory:
-            return factory(*args, **kwargs)
-        gpu = _current()
-        if gpu.meta:
-            kwargs["device"] = "meta"
-        return gpu.pin(factory(*args, **kwargs))
-
-    return make
-
-
-_plain_data = torch.Tensor.data
-
-
-def _get_data(tensor):
-    return _plain_data.__get__(tensor)
-
-
-def _set_data(tensor, value):
-    if not (isinstance(tensor, VirtualTensor) or isinstance(value, VirtualTensor)):
-        _plain_data.__set__(tensor, value)
-        return
-    value = value.detach()
-    if isinstance(tensor, torch.nn.Parameter):
-        value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, value)
-    # What else was set on the tensor stays on it.
-    for name in vars(value).keys() - {"held", "allocation", "signature"}:
-        setattr(tensor, name, getattr(value, name))
+def current():
+    if not active:
+        raise RuntimeError(f"no virtual GPU is there: use {DEVICE_TYPE} inside `with VirtualGPU():`")
+    return active[-1]

@@ -97,6 +97,7 @@ class Event:
     @_exclusive
     def record(self, stream=None):
         stream = stream or self.gpu.timeline.current
+        self.gpu.initialize()
         self.clock = dict(stream.clock)
         self.gpu.note("record_event", name=self.name, stream=stream)
 
@@ -196,6 +197,11 @@ class Timeline:
                 continue
             if tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
                 self.fault = f"memory of {owner} was freed while nothing orders it after {Access(*access)}"
+
+    def when_known(self, streams):
+        """A function that tells whether the host knows by now that all work that these streams have is done."""
+        ticks = {stream: stream.clock[stream] for stream in streams}
+        return lambda: all(tick <= self.host.get(stream, 0) for stream, tick in ticks.items())
 
     @_exclusive
     def reads_host(self, name, source):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 aten = torch.ops.aten
 DEVICE_TYPE = "vgpu"
-ROUNDING = 512  # bytes; the granularity of CUDA's caching allocator
 KNOWN = 4096  # elements; on a GPU that holds meta tensors, those up to this size can keep their values
 
 
@@ -16,9 +15,9 @@ class Allocation:
     __slots__ = (
         "__weakref__",
         "accesses",
+        "block",
         "former",
         "gpu",
-        "nbytes",
         "number",
         "storage",
         "stream",
@@ -32,17 +31,21 @@ class Allocation:
         self.stream = gpu.timeline.current
         self.streams = ()  # those that record_stream named
         self.accesses = ()  # none while it may be refused
-        self.nbytes = 0
+        self.block = None
         requested = storage.nbytes()
         self.resize(requested)
         self.number = next(gpu._numbers)
         self.accesses = [gpu.timeline.birth(requested)]
         gpu.note("alloc", nbytes=self.nbytes, allocation=self.number)
 
+    @property
+    def nbytes(self):
+        return 0 if self.block is None else self.block.used
+
     def resize(self, requested):
-        rounded = -(-requested // ROUNDING) * ROUNDING
-        self.gpu._reserve(rounded - self.nbytes, requested)
-        self.nbytes = rounded
+        block, self.block = self.block, self.gpu._allocate(requested, self.stream)
+        if block is not None:
+            self.gpu._give_back(block)
 
     def __del__(self):
         self.gpu._release(self)
@@ -394,8 +397,7 @@ def attention(
     out = VirtualTensor(out, gpu)
     if not fused:
         scores = query.shape[:-1].numel() * key.shape[-2] * query.element_size()
-        gpu._reserve(scores, scores)
-        gpu._reserve(-scores, 0)
+        gpu._give_back(gpu._allocate(scores, gpu.timeline.current))
     return out
 
 

@@ -1,0 +1,65 @@
+"""What changes on the host while a virtual GPU is there."""
+
+import contextlib
+
+import torch
+from torch.utils._device import _device_constructors
+
+from .tensor import VirtualTensor
+
+
+@contextlib.contextmanager
+def host_side(current):
+    """Inside, parameters move to the device and back in place, as with CUDA, and memory can be pinned.
+
+    current: gives the virtual GPU whose block is innermost.
+    """
+    swap_was = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    patches = {(torch.Tensor, "data"): property(_get_data, _set_data)}
+    patches[torch.Tensor, "pin_memory"] = lambda tensor, device=None: current().pin(tensor.clone())
+    patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: current().is_pinned(tensor)
+    _device_constructors()  # `with torch.device(...)` finds the factories by identity, as they are when first listed
+    for name in ("empty", "empty_like", "zeros"):
+        patches[torch, name] = _pinning(getattr(torch, name), current)
+    before = {key: getattr(*key) for key in patches}
+    for key, value in patches.items():
+        setattr(*key, value)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swap_was)
+        for key, value in before.items():
+            setattr(*key, value)
+
+
+def _pinning(factory, current):
+    def make(*args, pin_memory=False, **kwargs):
+        if not pin_memory:
+            return factory(*args, **kwargs)
+        gpu = current()
+        if gpu.meta:
+            kwargs["device"] = "meta"
+        return gpu.pin(factory(*args, **kwargs))
+
+    return make
+
+
+_plain_data = torch.Tensor.data
+
+
+def _get_data(tensor):
+    return _plain_data.__get__(tensor)
+
+
+def _set_data(tensor, value):
+    if not (isinstance(tensor, VirtualTensor) or isinstance(value, VirtualTensor)):
+        _plain_data.__set__(tensor, value)
+        return
+    value = value.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, value)
+    # What else was set on the tensor stays on it.
+    for name in vars(value).keys() - {"held", "allocation", "signature"}:
+        setattr(tensor, name, getattr(value, name))
