@@ -471,7 +471,7 @@ def test_a_layer_that_is_not_known_is_refused(part):
 
 @pytest.mark.parametrize("value", [1, 16, 48, 100, 271, -64, -1, 64.0, "272", "always", None])
 def test_bad_tiles(value):
-    with pytest.raises(InputError, match=r"^--vae_tile .*multiple of 16 pixels from 64 on.*$"):
+    with pytest.raises(InputError, match=r"^vae_tile\b.*multiple of 16 pixels from 64 on.*$"):
         check_tile(value)
     with pytest.raises(InputError):
         apply_tiling(vae(), value)

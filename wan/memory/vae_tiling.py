@@ -47,8 +47,9 @@ def check_tile(value):
         return value
     if not isinstance(value, int) or value < SMALLEST_TILE or value % TILE_STEP:
         raise InputError(
-            f"--vae_tile {value}: give auto, 0 for whole frames, or a multiple of {TILE_STEP} pixels from "
-            f"{SMALLEST_TILE} on, such as 272"
+            f"give auto, 0 for whole frames, or a multiple of {TILE_STEP} pixels from {SMALLEST_TILE} on, such as 272",
+            "vae_tile",
+            value,
         )
     return value
 
