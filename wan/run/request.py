@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
@@ -15,8 +19,14 @@ from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 
 SOURCES = "inputs"
+KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+# Fields that are the path of one file.
+PATHS = (
+    *("save_file", "save_latents", "decode_latents", "resume"),
+    *("image", "first_frame", "last_frame", "src_video", "src_mask"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,26 @@ class Request:
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
     )
-    save_latents: str | None = option(None, "Save the latents, too, before they are decoded.", metavar="FILE")
+    overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
+    save_latents: str | None = option(
+        None, "Save the latents, too, before they are decoded.", group=KEEPING, metavar="FILE"
+    )
     decode_latents: str | None = option(
-        None, "Only decode latents that were saved, and save the video.", metavar="FILE"
+        None, "Only decode latents that were saved, and save the video.", group=KEEPING, metavar="FILE"
+    )
+    save_every: float = option(
+        5.0,
+        "Minutes between two writings of the run's state, from which --resume goes on (default 5).",
+        at_least=0,
+        group=KEEPING,
+        metavar="MINUTES",
+    )
+    resume: str | None = option(
+        None,
+        "Go on from the state of a run that stopped. It knows all other settings; memory options, --device, "
+        "--ckpt_dir and those of files may be given anew.",
+        group=KEEPING,
+        metavar="STATE",
     )
     ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
@@ -110,6 +137,25 @@ class Request:
     def references(self) -> list[str] | None:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as JSON's values, its paths absolute; `from_json` takes them."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in PATHS:
+            if values[name] is not None:
+                values[name] = os.path.abspath(values[name])
+        if self.ckpt_dir is not None and Path(self.ckpt_dir).is_dir():
+            values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
+        if self.references:
+            values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
+        folder = self.memory.offload_folder
+        memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
+        return values | {"memory": memory}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Request:
+        """The request that `to_json` gave the values of."""
+        return cls(**dict(values) | {"memory": MemoryOptions(**values["memory"])})
 
     def _fill_in(self) -> None:
         task = self.facts

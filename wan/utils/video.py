@@ -13,12 +13,14 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
 from .files import check_target, replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
+COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -46,7 +48,7 @@ def to_uint8(video):
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
-def save_video(video, path, fps=16):
+def save_video(video, path, fps=16, comment=None):
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
@@ -55,6 +57,7 @@ def save_video(video, path, fps=16):
             multiples of 16 that the models make is the same thing.
         path: the target, ending in one of VIDEO_SUFFIXES.
         fps: frames per second.
+        comment: text without line breaks for the file's metadata.
 
     Raises:
         ValueError: another shape.
@@ -65,7 +68,13 @@ def save_video(video, path, fps=16):
     _, frame_num, height, width = video.shape
     with replacing(path) as temporary:
         encoder = imageio_ffmpeg.write_frames(
-            str(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1
+            str(temporary),
+            (width, height),
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=1,
+            output_params=["-metadata", f"comment={comment}"] if comment else [],
         )
         try:
             encoder.send(None)
@@ -89,14 +98,44 @@ def _count_frames(path):
         return 0
 
 
-def save_image(image, path):
-    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix."""
+def save_image(image, path, comment=None):
+    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix.
+
+    A comment becomes part of the metadata of a .png.
+    """
     if image.ndim == 4:
         image = image.squeeze(1)
     if image.dtype != torch.uint8:
         image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
     with replacing(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+        if comment and temporary.suffix.lower() == ".png":
+            metadata = PngInfo()
+            metadata.add_text(COMMENT, comment)
+            picture.save(temporary, pnginfo=metadata)
+        else:
+            picture.save(temporary)
+
+
+def read_comment(path, field):
+    """The comment in the metadata of a picture or video, or None.
+
+    Raises InputError, naming `field` and the file, if it cannot be read.
+    """
+    _check_file(path, field)
+    try:
+        with Image.open(path) as file:
+            return file.info.get(COMMENT)
+    except UnidentifiedImageError:
+        pass
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError("not a readable image", field, path) from error
+    try:
+        with av.open(os.fspath(path)) as container:
+            tags = {name.lower(): value for name, value in container.metadata.items()}
+            return tags.get(COMMENT.lower())
+    except av.FFmpegError as error:
+        raise InputError(f"not a readable video ({error.strerror})", field, path) from error
 
 
 def open_image(path, field):
