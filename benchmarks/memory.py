@@ -21,29 +21,23 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-import wan
 from benchmarks import random_weights
 from upstream_driver import driver
 from virtual_gpu import VirtualGPU, least_capacity
-from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
-from wan.memory.options import MemoryOptions, add_memory_arguments, memory_options
+from wan.configs import SIZE_CONFIGS
+from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
+from wan.tasks import TASKS
 from wan.utils.accelerator import configure_allocator, initialise
 from wan.utils.errors import InputError
+from wan.utils.flags import add_flags, boolean
 
 GIB = 2**30
-PIPELINES = {
-    "t2v": wan.WanT2V,
-    "t2i": wan.WanT2V,
-    "i2v": wan.WanI2V,
-    "flf2v": wan.WanFLF2V,
-    "vace": wan.WanVace,
-}
 PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
 REFERENCES = 1
 STEPS = 3  # from the third on, a solver remembers as much as it ever will
@@ -51,17 +45,17 @@ STEPS = 3  # from the third on, a solver remembers as much as it ever will
 
 @dataclass(frozen=True)
 class Run:
-    """What to run. `memory` are the pipeline's memory options."""
+    """What to run. `memory` are the pipeline's memory options; `layers` of the DiT, None for the task's."""
 
     task: str
     size: tuple[int, int]  # width, height
     frame_num: int = 81
-    offload_model: bool = True
     memory: MemoryOptions = MemoryOptions()
+    layers: int | None = None
 
     @property
-    def kind(self):
-        return self.task.split("-")[0]
+    def facts(self):
+        return TASKS[self.task]
 
 
 @dataclass
@@ -92,7 +86,7 @@ def count(
     """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
     options = {"expandable_segments": expandable_segments, "record_requests": find_least}
     with VirtualGPU(capacity, True, **options) as gpu, random_weights.weights_from(random_weights.untouched):
-        report = _report(run, gpu.device)
+        report = report_on(run, gpu.device)
     if find_least and report.out_of_memory is None:
         report.least_capacity = least_capacity(gpu.allocator.trace, expandable_segments)
     return report
@@ -106,8 +100,8 @@ def measure(run: Run, capacity: int | None = None, expandable_segments: bool = T
     if capacity is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total), device)
-    with random_weights.weights_from(random_weights.random):
-        return _report(run, device)
+    with random_weights.weights_from(random_weights.untouched):
+        return report_on(run, device)
 
 
 def count_upstream(
@@ -122,20 +116,21 @@ def count_upstream(
         InputError: the tree does not know an option.
     """
     defaults = vars(MemoryOptions())
-    call = {"frame_num": run.frame_num, "sampling_steps": STEPS, "offload_model": run.offload_model}
-    if run.kind == "i2v":
-        call |= {"img": run.size}
-    elif run.kind == "flf2v":
-        call |= {"first_frame": run.size, "last_frame": run.size}
+    call = {"frame_num": run.frame_num, "sampling_steps": STEPS, "offload_model": run.memory.offload_model}
+    if run.facts.area_only:
+        names = ["img" if name == "image" else name for name in run.facts.inputs]
+        call |= dict.fromkeys(names, run.size) | {"max_area": run.size[0] * run.size[1]}
     else:
         call |= {"size": run.size}
-    if run.kind in ("i2v", "flf2v"):
-        call |= {"max_area": run.size[0] * run.size[1]}
     try:
         report = driver.run(
             tree,
-            "t2v" if run.kind == "t2i" else run.kind,
-            init={name: value for name, value in vars(run.memory).items() if value != defaults[name]},
+            driver.kind_of(run.task),
+            init={
+                name: value
+                for name, value in vars(run.memory).items()
+                if value != defaults[name] and name != "offload_model"
+            },
             call=call,
             device="vgpu",
             dtype="bfloat16",
@@ -155,16 +150,17 @@ def count_upstream(
     return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"])
 
 
-def _report(run, device):
+def report_on(run, device):
     """Runs it, on weights from wherever the caller has them made."""
     backend, report, pipeline = torch.get_device_module(device), Report(), None
     initialise(device)
     backend.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as directory:
-        random_weights.write_checkpoint(directory, run.task)
+        random_weights.write_checkpoint(directory, run.task, run.layers)
         try:
-            config = WAN_CONFIGS[run.task]
-            pipeline = PIPELINES[run.kind](config, directory, device=device, **vars(run.memory))
+            make, config = run.facts.pipeline_class, run.facts.config
+            pipeline = make(config, directory, device=device, on_event=_ignored, **vars(run.memory))
+            pipeline.load()
             report.peak_bytes = backend.max_memory_allocated(device)
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
@@ -172,13 +168,17 @@ def _report(run, device):
             _skip_calls(pipeline.model, 2 * (STEPS - 1))  # with and without the prompt
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
-            stage = pipeline.stages.current if pipeline else "load"
+            stage = (pipeline and pipeline.stages.current) or "load"
             report.out_of_memory = {"stage": stage, "requested": _requested(error)}
     for stage in pipeline.stages.history if pipeline else ():
-        report.stages[stage.name] = max(stage.allocated, report.stages.get(stage.name, 0))
-        report.reserved[stage.name] = max(stage.reserved, report.reserved.get(stage.name, 0))
+        report.stages[stage.stage] = max(stage.allocated, report.stages.get(stage.stage, 0))
+        report.reserved[stage.stage] = max(stage.reserved, report.reserved.get(stage.stage, 0))
     report.peak_bytes = max(report.peak_bytes, *report.stages.values(), backend.max_memory_allocated(device))
     return report
+
+
+def _ignored(event):
+    pass
 
 
 def _no_text(texts, device):
@@ -200,24 +200,22 @@ def _skip_calls(model, calls):
 def _generate(pipeline, run, source_device):
     """generate() of the task; sources are made on `source_device`."""
     width, height = run.size
-    sampling = {
-        "frame_num": run.frame_num,
-        "sampling_steps": STEPS,
-        "offload_model": run.offload_model,
-        "seed": 0,
-    }
-    if run.kind in ("i2v", "flf2v"):
-        images = [Image.new("RGB", run.size) for _ in range(1 if run.kind == "i2v" else 2)]
-        return pipeline.generate(PROMPT, *images, max_area=width * height, **sampling)
-    sources = ()
-    if run.kind == "vace":
+    arguments = {"size": run.size}
+    if run.facts.area_only:
+        names = ["img" if name == "image" else name for name in run.facts.inputs]
+        arguments = {name: Image.new("RGB", run.size) for name in names} | {"max_area": width * height}
+    elif run.facts.inputs:
 
         def zeros(*shape):
             return torch.zeros(*shape, height, width, device=source_device)
 
         references = [zeros(3, 1) for _ in range(REFERENCES)]
-        sources = [zeros(3, run.frame_num)], [zeros(1, run.frame_num)], [references]
-    return pipeline.generate(PROMPT, *sources, size=run.size, **sampling)
+        arguments |= {
+            "input_frames": [zeros(3, run.frame_num)],
+            "input_masks": [zeros(1, run.frame_num)],
+            "input_ref_images": [references],
+        }
+    return pipeline.generate(PROMPT, **arguments, frame_num=run.frame_num, sampling_steps=STEPS, seed=0)
 
 
 def _requested(error):
@@ -235,7 +233,7 @@ def main(argv=None):
         with contextlib.redirect_stdout(sys.stderr):
             report, counted = _run(args)
     except InputError as error:
-        print(f"benchmarks.memory: {error}", file=sys.stderr)
+        print(f"benchmarks.memory: {error.told('--')}", file=sys.stderr)
         return 2
     print(report.json() if args.json else _table(args, report, counted))
     return 0
@@ -246,10 +244,9 @@ def parse_arguments(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", default="t2v-1.3B", choices=list(WAN_CONFIGS))
+    add("--task", default="t2v-1.3B", choices=list(TASKS))
     add("--size", default="832*480", choices=list(SIZE_CONFIGS))
     add("--frame_num", type=int, help="default 81, 1 for t2i")
-    add("--offload_model", type=_boolean, choices=[True, False], default=None, help="default True")
     add(
         "--capacity",
         type=float,
@@ -266,23 +263,24 @@ def parse_arguments(argv=None):
     )
     add(
         "--expandable_segments",
-        type=_boolean,
-        choices=[True, False],
+        type=boolean,
         default=True,
+        metavar="BOOL",
         help="how CUDA's allocator reserves memory (default True, as generate.py has it where the platform can)",
     )
     add("--least_capacity", action="store_true", help="also find the least memory that the virtual GPU needs")
     add("--compare", action="store_true", help="with --device cuda: how far the virtual GPU is from it")
     add("--json", action="store_true", help="print one JSON object")
-    add_memory_arguments(parser)
+    add_flags(parser, MemoryOptions)
+    add_low_vram(parser)
+    set_low_vram(parser, argv)
     args = parser.parse_args(argv)
-    args.memory = memory_options(args)
-    if args.offload_model is None:
-        args.offload_model = True
-    if args.size not in SUPPORTED_SIZES[args.task]:
-        raise InputError(f"--size {args.size}: {args.task} supports {', '.join(SUPPORTED_SIZES[args.task])}")
+    args.memory = MemoryOptions(**{field.name: getattr(args, field.name) for field in fields(MemoryOptions)})
+    task = TASKS[args.task]
+    if args.size not in task.sizes:
+        raise InputError(f"{args.task} supports {', '.join(task.sizes)}", "size", args.size)
     if args.frame_num is None:
-        args.frame_num = 1 if args.task.startswith("t2i") else 81
+        args.frame_num = task.frame_num
     if args.capacity is not None and not args.capacity > 0:
         raise InputError(f"--capacity {args.capacity}: give the device's memory in GiB")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -298,13 +296,9 @@ def parse_arguments(argv=None):
     return args
 
 
-def _boolean(text):
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
 def _run(args):
     """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
-    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.offload_model, args.memory)
+    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
     if args.tree is not None:

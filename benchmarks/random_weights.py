@@ -20,31 +20,41 @@ from wan.configs import WAN_CONFIGS
 from wan.tiny import train_tokenizer
 
 LOADERS = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 VACE_STEP = {30: 2, 40: 5}  # of the published models, by their layers: one VACE block for so many blocks
 
 
-def write_checkpoint(directory, task):
-    """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer."""
+def write_checkpoint(directory, task, layers=None):
+    """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer.
+
+    Files of weights are there, and empty.
+
+    layers: of the DiT, instead of the task's.
+    """
     config = WAN_CONFIGS[task]
     directory = Path(directory)
-    (directory / "config.json").write_text(json.dumps(dit_config(task)))
+    (directory / "config.json").write_text(json.dumps(dit_config(task, layers)))
+    names = [config.t5_checkpoint, config.vae_checkpoint, config.get("clip_checkpoint"), WEIGHTS]
+    for name in filter(None, names):
+        (directory / name).touch()
     train_tokenizer(512).save_pretrained(directory / config.t5_tokenizer)
 
 
-def dit_config(task):
-    """The contents of the config.json of a task's DiT, as published."""
+def dit_config(task, layers=None):
+    """The contents of the config.json of a task's DiT, as published, or with fewer `layers`."""
     config = WAN_CONFIGS[task]
+    depth = {"num_layers": layers} if layers else {}
     if "dit_config" in config:
-        return config.dit_config
+        return config.dit_config | depth
     kind = task.split("-")[0]
     sizes = {key: config[key] for key in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")}
     sizes["model_type"] = "t2v" if kind == "t2i" else kind
     if kind in ("i2v", "flf2v"):
         sizes["in_dim"] = 36
     if kind == "vace":
-        sizes["vace_layers"] = list(range(0, config.num_layers, VACE_STEP[config.num_layers]))
+        sizes["vace_layers"] = list(range(0, layers or config.num_layers, VACE_STEP[config.num_layers]))
         sizes["vace_in_dim"] = 96
-    return sizes
+    return sizes | depth
 
 
 @contextlib.contextmanager
@@ -72,8 +82,8 @@ def weights_from(make):
 
 
 def untouched(shape, dtype):
-    """Zeros on the CPU that take no memory as long as nobody writes to them."""
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    """Zeros on the CPU that take no memory as long as nobody writes to them; reading takes none on Linux."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.memory.chunking import apply_chunking
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, release_memory, visit_when_called
-from wan.memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 from wan.utils.errors import InputError
 
@@ -47,6 +47,7 @@ class Case:
     size: str
     frame_num: int
     chunk: int  # tokens, where a variant chunks
+    layers: int | None = None  # of the DiT, None for the task's
 
     @property
     def latent_shape(self):
@@ -115,23 +116,26 @@ def _variants(case, device):
     """Our variants of a case as pairs: a Row, and what times a pass, see `_timed`."""
     dtype = WAN_CONFIGS[case.task].param_dtype
     with tempfile.TemporaryDirectory() as folder:
-        random_weights.write_checkpoint(folder, case.task)
+        random_weights.write_checkpoint(folder, case.task, case.layers)
         with random_weights.weights_from(random_weights.random):
             model = WanModel.from_pretrained(folder, dtype=dtype)
-    pieces, embeddings = transformer_pieces(model), transformer_embeddings(model)
+    groups, embeddings = model.layer_groups(), model.embedding_layers()
     for embedding in embeddings:
         visit_when_called(embedding, device)  # does nothing where the whole model is on the device
     resident = Component([model], device)
-    streamed = Component([model], device, [*pieces, *embeddings], Streamer(pieces, device))
-    moved = sum(weight.nbytes for module in [*pieces, *embeddings] for weight in module.parameters())
+    streamed = Component([model], device, [*groups, *embeddings], Streamer(groups, device))
+    moved = sum(weight.nbytes for module in [*groups, *embeddings] for weight in module.parameters())
     if device.type == "cpu":
         moved = 0
     inputs = pass_inputs(case.latent_shape, case.tokens, device, dtype)
 
     def variant(name, component, chunk, streamed_bytes=0):
         def time_pass():
-            apply_chunking(model, chunk)
-            return _timed(component, model, inputs, device)
+            undo = apply_chunking(model, chunk)
+            try:
+                return _timed(component, model, inputs, device)
+            finally:
+                undo()
 
         return Row(name, streamed_bytes=streamed_bytes), time_pass
 
@@ -177,7 +181,7 @@ def _upstream(case, device, tree):
     """What times a pass of upstream's model, as `_timed` does, in a process of its own: see upstream_speed.py."""
     job = {
         "tree": str(Path(tree).resolve()),
-        "config": random_weights.dit_config(case.task),
+        "config": random_weights.dit_config(case.task, case.layers),
         "latent_shape": case.latent_shape,
         "tokens": case.tokens,
         "device": str(device),
@@ -231,6 +235,7 @@ def main(argv=None):
         for case in args.cases:
             rows = measure(case, device, args.rounds, args.tree)
             title = f"{case.task}, {case.size}, {case.frame_num} frames ({case.tokens} tokens)"
+            title += f", {case.layers} layers" if case.layers else ""
             print(f"\n{title}\n\n{table(rows)}", flush=True)
     except InputError as error:
         print(f"benchmarks.speed: {error}", file=sys.stderr)
@@ -245,6 +250,11 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
     add("--task", choices=list(CASES), help=f"default t2v-1.3B and t2v-14B on cuda, {TOY} on cpu")
+    add(
+        "--layers",
+        type=int,
+        help="time a DiT of so many layers, where the whole takes too long or too much memory",
+    )
     add("--rounds", type=int, default=3, help="default 3")
     add("--tree", metavar="PATH", help="also time the model of this checkout of upstream")
     args = parser.parse_args(argv)
@@ -257,7 +267,10 @@ def parse_arguments(argv=None):
     if args.tree is not None and not (Path(args.tree) / "wan" / "text2video.py").is_file():
         raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
     tasks = ["t2v-1.3B", "t2v-14B"] if on_cuda else [TOY]
-    args.cases = [CASES[task] for task in ([args.task] if args.task else tasks)]
+    if args.layers is not None and args.layers < 1:
+        raise InputError(f"--layers {args.layers}: give 1 or more")
+    cases = [CASES[task] for task in ([args.task] if args.task else tasks)]
+    args.cases = [replace(case, layers=args.layers) for case in cases]
     return args
 
 

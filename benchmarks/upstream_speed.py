@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "upstream"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "upstream_driver"))
 import driver  # noqa: E402
 import stand_ins  # noqa: E402
 
 
-def load_model_class(tree, device):
-    """Upstream's WanModel, with PyTorch's attention where there is no flash-attn."""
-    if device.type == "cpu":
-        return driver.load_tree(tree).modules.model.WanModel
+def load_model_class(tree, kind):
+    """Upstream's WanModel for a kind of device, with PyTorch's attention where there is no flash-attn."""
+    if kind != "cuda":
+        return driver.load_tree(tree, kind).modules.model.WanModel
     stand_ins.install()
     sys.path.insert(0, tree)
     sys.dont_write_bytecode = True
@@ -35,29 +36,35 @@ def load_model_class(tree, device):
 
 def time_pass(model_class, job, device):
     """(seconds, peak bytes) of one pass as upstream's pipeline makes it: fp32 weights, cast as they are used."""
-    dtype, on_gpu = getattr(torch, job["dtype"]), device.type == "cuda"
+    dtype = getattr(torch, job["dtype"])
+    backend = None if device.type == "cpu" else torch.get_device_module(device)
     with device:
         model = model_class(**job["config"]).eval().requires_grad_(False)
         latent = torch.randn(job["latent_shape"])
         context = torch.randn(512, 4096, dtype=dtype)
         t = torch.tensor([999])
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.cuda.synchronize(device)
+        if backend:
+            backend.reset_peak_memory_stats(device)
+            backend.synchronize(device)
         start = time.perf_counter()
         model([latent], t=t, context=[context], seq_len=job["tokens"])
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        if backend:
+            backend.synchronize(device)
         seconds = time.perf_counter() - start
-    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else 0
+    return seconds, backend.max_memory_allocated(device) if backend else 0
 
 
 def main():
     job, out = json.loads(sys.argv[1]), sys.stdout
-    device = torch.device(job["device"])
-    with contextlib.redirect_stdout(sys.stderr):
-        model_class = load_model_class(job["tree"], device)
+    kind = job["device"].partition(":")[0]
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        model_class = load_model_class(job["tree"], kind)
+        device = torch.device(job["device"])  # the virtual GPU is one from here on
+        if kind == "vgpu":
+            from virtual_gpu import VirtualGPU
+
+            stack.enter_context(VirtualGPU())
         for _ in sys.stdin:
             try:
                 answer = time_pass(model_class, job, device)

@@ -2,19 +2,23 @@
 
     python -m benchmarks.vae
     python -m benchmarks.vae --size 832*480 --tiles 416 272 --blended 416 --picture docs/vae_tiling_difference.png
+    python -m benchmarks.vae --tree PATH      # beside upstream's checkout, too
 
-Whole frames, this project's tiles and diffusers' AutoencoderKLWan, whole and with its tiling, all with the same
-random weights at the published width, on the same machine, one after the other in each of several rounds. Peaks are
-counted on the virtual GPU, weights of the working half included, or measured where there is CUDA, which then also
-computes. `--count` counts peaks of a larger video, too, without computing it.
+Whole frames, this project's tiles, upstream's VAE and diffusers' AutoencoderKLWan, whole and with its tiling, all with
+the same random weights at the published width, on the same machine, one after the other in each of several rounds.
+Times are also given as multiples of the first row's in the same round, of which the median counts. Peaks are counted
+on the virtual GPU, weights of the working half included, or measured where there is CUDA, which then also computes.
+`--count` counts peaks of a larger video, too, without computing it.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -23,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from virtual_gpu import VirtualGPU
 from wan.memory import vae_tiling
+from wan.memory.tile_geometry import STRIDE
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.modules.vae_forward import encoded_frames
 from wan.utils.files import replacing
@@ -54,6 +59,17 @@ def as_diffusers(model, dim):
     return other.eval().requires_grad_(False)
 
 
+def from_tree(tree, model, dim):
+    """The VAE of upstream's checkout `tree` with the weights of ours. Its file imports nothing else of the checkout."""
+    spec = importlib.util.spec_from_file_location("upstream_vae", Path(tree) / "wan/modules/vae.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.device("meta"):
+        other = module.WanVAE_(dim=dim, z_dim=len(MEAN), temperal_downsample=[False, True, True])
+    other.load_state_dict(model.state_dict(), strict=True, assign=True)
+    return other.eval().requires_grad_(False)
+
+
 @dataclass
 class Coder:
     """One way to decode and encode: `run` is a function of direction and sample, `model` what it computes with."""
@@ -75,7 +91,7 @@ def theirs(model, tile, direction, sample):
     """diffusers' VAE with tiles of `tile` pixels, or whole frames for 0, given and giving what ours does."""
     model.disable_tiling()
     if tile:
-        stride = tile - tile // OVERLAP // vae_tiling.STRIDE * vae_tiling.STRIDE
+        stride = tile - tile // OVERLAP // STRIDE * STRIDE
         model.enable_tiling(tile, tile, stride, stride)
     device = next(getattr(model, HALVES[direction][0]).parameters()).device
     mean, std = (statistic.view(1, -1, 1, 1, 1).to(device) for statistic in (MEAN, STD))
@@ -85,10 +101,22 @@ def theirs(model, tile, direction, sample):
     return ((model.encode(sample).latent_dist.mode() - mean) / std)[0]
 
 
-def coders(model, other, tiles, blended):
+@torch.no_grad()
+def upstreams(model, direction, sample):
+    """Upstream's VAE, given and giving what ours does."""
+    device = next(getattr(model, HALVES[direction][0]).parameters()).device
+    result = getattr(model, direction)(sample.to(device)[None], [MEAN.to(device), 1 / STD.to(device)])[0]
+    return result.clamp_(-1, 1) if direction == "decode" else result
+
+
+def coders(model, tree, tiles, blended, dim):
+    """The Coders, ours first, with the weights of `model`; upstream's only if its checkout `tree` is given."""
+    other = as_diffusers(model, dim)
+    upstream = [from_tree(tree, model, dim)] if tree else []
     return [
         Coder("whole frames", model, partial(ours, model, 0)),
         *(Coder(f"tiles of {tile}", model, partial(ours, model, tile)) for tile in tiles),
+        *(Coder("upstream, whole frames", vae, partial(upstreams, vae)) for vae in upstream),
         Coder("diffusers, whole frames", other, partial(theirs, other, 0)),
         *(
             Coder(f"diffusers, blended tiles of {tile}", other, partial(theirs, other, tile))
@@ -100,7 +128,7 @@ def coders(model, other, tiles, blended):
 def samples(direction, frames, height, width):
     """A seeded input: latents of normal spread, or a clip in [-1, 1] that moves."""
     if direction == "decode":
-        shape = (len(MEAN), encoded_frames(frames), height // vae_tiling.STRIDE, width // vae_tiling.STRIDE)
+        shape = (len(MEAN), encoded_frames(frames), height // STRIDE, width // STRIDE)
         return torch.randn(shape, generator=torch.Generator().manual_seed(1))
     axes = (torch.linspace(0, 6, n) for n in (frames, height, width))
     t, y, x = torch.meshgrid(*axes, indexing="ij")
@@ -135,25 +163,23 @@ def compute(direction, all_coders, sample, rounds, device):
                 torch.cuda.empty_cache()
 
 
-def count(direction, dim, tiles, blended, shape):
-    """Peak bytes of the coders by name, for a video of shape (frames, height, width)."""
+def count(direction, make_coders, dim, shape):
+    """Peak bytes of make_coders(model) by name, for a video of shape (frames, height, width)."""
     sample = torch.zeros(samples(direction, *(min(n, 8) for n in shape)).shape[0], 1, 1, 1)
     frames, height, width = shape
     if direction == "decode":
         frames, height, width = (
             encoded_frames(frames),
-            height // vae_tiling.STRIDE,
-            width // vae_tiling.STRIDE,
+            height // STRIDE,
+            width // STRIDE,
         )
     sample = sample.expand(-1, frames, height, width)
-    peaks = {}
     with torch.device("meta"):
-        names = [coder.name for coder in coders(None, None, tiles, blended)]
+        names = [coder.name for coder in make_coders(VAE(dim))]
+    peaks = {}
     for i, name in enumerate(names):
         with torch.device("meta"):
-            model = VAE(dim).requires_grad_(False)
-        other = as_diffusers(model, dim)
-        coder = coders(model, other, tiles, blended)[i]
+            coder = make_coders(VAE(dim).requires_grad_(False))[i]
         with VirtualGPU(meta=True) as gpu:
             place(direction, coder.model, "vgpu")
             coder.run(direction, sample)
@@ -163,15 +189,21 @@ def count(direction, dim, tiles, blended, shape):
 
 def table(direction, all_coders, counted, clock):
     """Lines of a markdown table; differences are those from the first coder."""
-    whole = all_coders[0].result
-    heads = ["", clock, "peak GiB", "largest difference", "mean difference"]
+    first, whole = all_coders[0], all_coders[0].result
+    heads = ["", clock, "times", "peak GiB", "largest difference", "mean difference"]
     heads += ["8-bit values that differ", "by at most"] if direction == "decode" else []
     heads += [f"peak GiB at {shape}" for shape in counted]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for coder in all_coders:
         difference = (coder.result - whole).abs()
-        cells = [coder.name, f"{statistics.median(coder.seconds):.1f}", f"{coder.peak / GIB:.2f}"]
+        times = statistics.median(own / ours for own, ours in zip(coder.seconds, first.seconds))
+        cells = [
+            coder.name,
+            f"{statistics.median(coder.seconds):.1f}",
+            f"{times:.2f}",
+            f"{coder.peak / GIB:.2f}",
+        ]
         cells += [f"{difference.max():.1e}", f"{difference.mean():.1e}"]
         if direction == "decode":
             steps = (to_uint8(coder.result).int() - to_uint8(whole).int()).abs()
@@ -209,29 +241,30 @@ def main(argv=None):
     add("--size", type=parse_size, default=(256, 384), metavar="W*H", help="Video to compute (384*256).")
     add("--frames", type=int, default=5, help="Its frames, 4n+1 (5).")
     add("--tiles", type=vae_tiling_size, nargs="+", default=[192, 128], help="Our tiles (192 128).")
-    add("--blended", type=int, nargs="+", default=[192], help="diffusers' tiles (192).")
+    add("--blended", type=int, nargs="*", default=[192], help="diffusers' tiles (192).")
     add("--rounds", type=int, default=3, help="Times that each is run; the median counts (3).")
     add("--dim", type=int, default=96, help="Width of the VAE (96, the published one).")
     add("--directions", nargs="+", choices=list(HALVES), default=list(HALVES))
     add("--count", type=parse_size, nargs="*", default=[], metavar="W*H", help="Count peaks of these, too.")
     add("--count_frames", type=int, default=81, help="Frames of the videos that --count counts (81).")
+    add("--tree", metavar="PATH", help="Upstream's checkout, to run its VAE beside the others.")
     add("--picture", metavar="PNG", help="Save difference maps of decoding here.")
     args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = randomized(VAE(args.dim))
-    other = as_diffusers(model, args.dim)
+    make_coders = partial(coders, tree=args.tree, tiles=args.tiles, blended=args.blended, dim=args.dim)
     shape = (args.frames, *args.size)
     for direction in args.directions:
-        all_coders = coders(model, other, args.tiles, args.blended)
+        all_coders = make_coders(model)
         compute(direction, all_coders, samples(direction, *shape), args.rounds, device)
         if device.type == "cpu":
-            peaks = count(direction, args.dim, args.tiles, args.blended, shape)
+            peaks = count(direction, make_coders, args.dim, shape)
             for coder in all_coders:
                 coder.peak = peaks[coder.name]
         counted = {
             f"{width}x{height}, {args.count_frames} frames": count(
-                direction, args.dim, args.tiles, args.blended, (args.count_frames, height, width)
+                direction, make_coders, args.dim, (args.count_frames, height, width)
             )
             for height, width in args.count
         }

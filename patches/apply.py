@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Put this folder's patches into a Wan2.1 tree, or take them out again.
+"""Put this folder's patches into a Wan2.1 tree, bring them up to date, or take them out again.
 
     python apply.py TREE [--check] [--reverse] [--only NAME]
 
-TREE is an upstream checkout, clone or unpacked download. A file that is byte for byte a known version (BASE, or
-BASE with some of the patches; line endings LF or CRLF) is edited directly, with or without git. A file with other
-changes is merged three-way, if the git repository of TREE has BASE's version of it. If one file can be neither
-edited nor merged, or one cannot be written, no file changes.
+TREE is the folder that holds Wan2.1's wan/: a clone, an unpacked download, or site-packages. Lines of the patches, of
+this version or an earlier one (listed in `history`), are recognised and taken out first. What is left of a file is
+edited directly, with or without git, if it is byte for byte as at BASE (line endings LF or CRLF); with other changes
+it is merged three-way, if the git repository of TREE has BASE's version of it. If one file can be neither edited nor
+merged, or one cannot be written, no file changes.
 
 Exit code: 0 done, or nothing to do; 2 refused, with one line that says why; 130 interrupted. After 2 and 130 the
 tree is as it was.
@@ -31,6 +32,8 @@ from typing import NamedTuple
 HERE = os.path.dirname(os.path.abspath(__file__))
 ABSENT = "0" * 40  # id of a file that does not exist, as in git's index lines
 NEW, OLD = ".wan-patch-new", ".wan-patch-old"  # endings of temporary files, beside the file that they replace
+# Versions before BASE whose lines are BASE's, line for line, wherever a patch inserts.
+ALSO_FITS = {"wan/image2video.py": ["6882c53f347bf4b48216a2355a9a42290e631a33"]}  # 2025-05-16 to 2025-12-02
 FILE_HEADER = re.compile(
     rb"diff --git a/(?P<path>\S+) b/(?P=path)\n"
     rb"(?P<new>new file mode 100644\n)?"
@@ -39,6 +42,7 @@ FILE_HEADER = re.compile(
 )
 HUNK_HEADER = re.compile(rb"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@\n")
 LINE = re.compile(rb"[^\n]*\n|[^\n]+")
+REPLACED = re.compile(rb"^(\S+) ([0-9a-f]{40})$", flags=re.MULTILINE)  # in a patch's head
 
 
 class Refused(Exception):
@@ -48,8 +52,8 @@ class Refused(Exception):
 class Tangled(Refused):
     def __init__(self, paths):
         super().__init__(
-            f"nothing was changed: other changes are right where the patches insert, in {', '.join(paths)}; undo those "
-            "changes or patch by hand"
+            f"nothing was changed: other changes are right where the patches insert, in {paths}; undo those changes or "
+            "patch by hand"
         )
 
 
@@ -61,24 +65,6 @@ class Edit(NamedTuple):
     after: str
     hunks: list  # (number of the line to insert after, list of lines), top to bottom
 
-    def insert(self, lines):
-        """`lines` with the edit; inserted lines take the line ending of the file's first line."""
-        ending = line_ending(lines)
-        result, done = [], 0
-        for place, added in self.hunks:
-            result += lines[done:place] + [line[:-1] + ending for line in added]
-            done = place
-        return result + lines[done:]
-
-    def remove(self, lines):
-        """The inverse of `insert`."""
-        result, done = [], 0
-        for place, added in self.hunks:
-            end = done + place - len(result)
-            result += lines[done:end]
-            done = end + len(added)
-        return result + lines[done:]
-
 
 class Change(NamedTuple):
     """A file's content before and after; None where it does not exist."""
@@ -88,12 +74,34 @@ class Change(NamedTuple):
     new: bytes | None
 
 
-def line_ending(lines):
-    return b"\r\n" if lines and lines[0].endswith(b"\r\n") else b"\n"
+def insert(lines, hunks):
+    """`lines` with the hunks in them."""
+    result, done = [], 0
+    for place, added in hunks:
+        result += lines[done:place] + added
+        done = place
+    return result + lines[done:]
 
 
-def line_count(content):
-    return content.count(b"\n")
+def compose(edits):
+    """Edits that follow each other, as the hunks of one."""
+    count = max((place for edit in edits for place, _ in edit.hunks), default=0)
+    lines = list(range(1, 1 + count))  # of the first one's `before`, by their numbers
+    for edit in edits:
+        lines = insert(lines, edit.hunks)
+    hunks, place = [], 0
+    for line in lines:
+        if isinstance(line, int):
+            place = line
+        elif hunks and hunks[-1][0] == place:
+            hunks[-1][1].append(line)
+        else:
+            hunks.append((place, [line]))
+    return hunks
+
+
+def line_ending(content):
+    return b"\r\n" if content.split(b"\n", 1)[0].endswith(b"\r") else b"\n"
 
 
 def blob_id(content):
@@ -102,6 +110,40 @@ def blob_id(content):
         return ABSENT
     content = content.replace(b"\r\n", b"\n")
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def fingerprint(lines):
+    """Recognises a run of lines, whatever their endings: "COUNT:DIGEST"."""
+    text = b"\n".join(line.rstrip(b"\r\n") for line in lines)
+    return f"{len(lines)}:{hashlib.sha1(text).hexdigest()[:12]}"
+
+
+def fingerprints(hunks):
+    """The fingerprints of their lines, top to bottom."""
+    return tuple(fingerprint(lines) for _, lines in hunks)
+
+
+def line_count(run):
+    return int(run.split(":")[0])
+
+
+def find(lines, run, start=0):
+    """Where the run of lines with this fingerprint begins, from `start` on; None if it is not there."""
+    count = line_count(run)
+    starts = range(start, len(lines) - count + 1)
+    return next((place for place in starts if fingerprint(lines[place : place + count]) == run), None)
+
+
+def take_out(lines, runs):
+    """`lines` without the runs that have these fingerprints, top to bottom; None if one is not there."""
+    left, done = [], 0
+    for run in runs:
+        place = find(lines, run, done)
+        if place is None:
+            return None
+        left += lines[done:place]
+        done = place + line_count(run)
+    return left + lines[done:]
 
 
 def read(file):
@@ -146,30 +188,54 @@ def parse_patch(name, text):
     return edits
 
 
+class Series(NamedTuple):
+    """The patches of a folder.
+
+    base: commit of upstream.
+    names: of the patches, in order.
+    chains: {path: its edits in that order}.
+    replaced: {name: [(path, blob id)]}, files whose work the patch does in their place, as at BASE.
+    """
+
+    base: str
+    names: list
+    chains: dict
+    replaced: dict
+
+    def known(self, path):
+        """What is inserted into the file, as (level, fingerprints): by each patch with those below it, the levels from
+        1 on, and by each alone, 0."""
+        chain = self.chains.get(path, [])
+        stacked = [(level, fingerprints(compose(chain[:level]))) for level in range(1, len(chain) + 1)]
+        return stacked + [(0, fingerprints(edit.hunks)) for edit in chain]
+
+
 def load_series(folder):
-    """BASE's commit, the patch names in order, and for each path its edits in that order."""
+    """The folder's Series; Refused if a patch is damaged."""
     with open(os.path.join(folder, "BASE")) as stream:
         base = stream.read().strip()
     with open(os.path.join(folder, "series")) as stream:
         names = stream.read().split()
-    chains = {}
+    chains, replaced = {}, {}
     for name in names:
-        for path, edit in parse_patch(name, read(os.path.join(folder, name)) or b""):
+        text = read(os.path.join(folder, name)) or b""
+        head = text.replace(b"\r\n", b"\n").split(b"\ndiff --git ", 1)[0]
+        replaced[name] = [(path.decode(), id_.decode()) for path, id_ in REPLACED.findall(head)]
+        for path, edit in parse_patch(name, text):
             chain = chains.setdefault(path, [])
             if chain and chain[-1].after != edit.before:
                 raise Refused(f"{name} does not fit on {chain[-1].patch}; fetch the patches folder again")
             chain.append(edit)
-    return base, names, chains
+    return Series(base, names, chains, replaced)
 
 
-def move(content, chain, level, target):
-    """`content` with `level` edits of the chain, brought to `target` edits; None where the file does not exist."""
-    lines = LINE.findall(content or b"")
-    for edit in chain[level:target]:
-        lines = edit.insert(lines)
-    for edit in reversed(chain[target:level]):
-        lines = edit.remove(lines)
-    return None if target == 0 and chain[0].before == ABSENT else b"".join(lines)
+def load_history(folder):
+    """{path: what earlier versions of the patches inserted, as Series.known() has it, the levels None}."""
+    history = {}
+    for line in (read(os.path.join(folder, "history")) or b"").decode().splitlines():
+        path, kind, *runs = line.split()
+        history.setdefault(path, []).append((0 if kind == "alone" else None, tuple(runs)))
+    return history
 
 
 def git(*arguments):
@@ -191,39 +257,49 @@ def merge(mine, old, new):
 
 
 class TreeFile:
-    """A file of the tree that the series edits.
+    """A file of the tree that the series edits, or an earlier version of it.
 
-    `level` is the number of the chain's edits that the file already has. It is None if the file has other changes and
-    they get in the way of telling, or BASE's version is not at hand to tell (then `versions` is None too).
+    own: its content without the patches' lines; None if it does not exist then.
+    level: how many edits of the chain it has; None for those of an earlier version.
+    problem: None, "missing", "foreign" (there, where a patch creates one), "tangled" (with pieces of what the patches
+        insert), or "unknown" (other than BASE's, whose version is not at hand to merge).
     """
 
-    def __init__(self, tree, path, chain):
-        self.path, self.chain = path, chain
+    def __init__(self, tree, path, series, history):
+        self.path, self.chain = path, series.chains.get(path, [])
         self.file = os.path.realpath(os.path.join(tree, *path.split("/")))
-        self.content = read(self.file)
-        self.ids = [chain[0].before] + [edit.after for edit in chain]
-        self.level = None
-        self.versions = None  # contents of the known versions, for a file that has to be merged with them
-        found = blob_id(self.content)
-        if found in self.ids:
-            self.level = self.ids.index(found)
-        elif self.content is not None:
-            base = git("-C", tree, "cat-file", "blob", self.ids[0])
-            if base is not None:
-                ending = line_ending(LINE.findall(self.content))
-                base = base.replace(b"\r\n", b"\n").replace(b"\n", ending)
-                self.versions = [move(base, chain, 0, level) for level in range(len(self.ids))]
-                levels = range(len(self.ids))
-                self.level = next(
-                    (level for level in levels if self._moves(level, 0) and self._moves(level, -1)), None
-                )
+        self.content = self.own = read(self.file)
+        self.level, self.problem, self.base = 0, None, None
+        before = self.chain[0].before if self.chain else ABSENT
+        fitting = [before, *ALSO_FITS.get(path, [])]
+        if blob_id(self.content) not in fitting:
+            if self.content is None:
+                self.problem = "missing"
+                return
+            self._recognise(series.known(path) + history.get(path, []))
+            if before == ABSENT and self.level != 0:
+                self.own = self.own or None  # nothing but the patches' lines was in it
+        self.fits = not self.chain or blob_id(self.own) in fitting
+        if not self.fits and self.problem is None:
+            if before != ABSENT:
+                self.base = git("-C", tree, "cat-file", "blob", before)
+                self.problem = "unknown" if self.base is None else None
+            else:
+                self.problem = "foreign"
 
-    def _moves(self, here, there):
-        """Whether merging takes the file from one level to the other: every line comes or goes, none was there."""
-        here, there = self.versions[here], self.versions[there]
-        merged = merge(self.content, here, there)
-        expected = line_count(self.content) + line_count(there) - line_count(here)
-        return merged is not None and line_count(merged) == expected
+    def _recognise(self, known):
+        """Sets `own` and `level` by the version whose lines are there, of several the one with the most."""
+        lines = LINE.findall(self.content)
+        for level, runs in sorted(known, key=lambda item: -sum(map(line_count, item[1]))):
+            left = None if level == 0 else take_out(lines, runs)
+            if left is not None:
+                self.level, lines = level, left
+                break
+        self.own = b"".join(lines)
+        # of several lines, since one alone may be upstream's as well
+        rest = {run for _, runs in known for run in runs if line_count(run) > 1}
+        if any(find(lines, run) is not None for run in rest):
+            self.problem = "tangled"
 
     def levels(self, patches):
         """The levels below and with the edits that these patches make to the file; None if they make none."""
@@ -232,39 +308,76 @@ class TreeFile:
 
     def at(self, target):
         """The content with `target` edits."""
-        if self.versions is None:
-            content = move(self.content, self.chain, self.level, target)
-            if blob_id(content) != self.ids[target]:
+        if target == self.level:
+            return self.content
+        edits = self.chain[:target]
+        if not edits:
+            return self.own
+        ending = line_ending(self.own or b"")
+        hunks = [(place, [line[:-1] + ending for line in lines]) for place, lines in compose(edits)]
+        if self.fits:
+            content = b"".join(insert(LINE.findall(self.own or b""), hunks))
+            if blob_id(self.own) == edits[0].before and blob_id(content) != edits[-1].after:
                 raise Refused(f"the patches to {self.path} are damaged; fetch the patches folder again")
             return content
-        content = merge(self.content, self.versions[self.level], self.versions[target])
-        if content is None:
-            raise Tangled([self.path])
+        base = self.base.replace(b"\r\n", b"\n").replace(b"\n", ending)
+        content = merge(self.own, base, b"".join(insert(LINE.findall(base), hunks)))
+        if (
+            content is None
+            or b"".join(take_out(LINE.findall(content), fingerprints(hunks)) or []) != self.own
+        ):
+            raise Tangled(self.path)
         return content
 
 
-def look_at(tree, base, chains):
-    """The files that the series edits; Refused if TREE is no upstream tree or a file can't be brought to a level."""
+def look_at(tree, series, merging):
+    """The files of TREE to edit, and lines about those left out; Refused if one is not as needed.
+
+    merging: whether files with other changes need BASE's version; to take all lines out they don't.
+    """
     if not os.path.isdir(tree):
-        raise Refused(f"{tree} is not a folder; give the one that holds Wan2.1's generate.py")
-    files = [TreeFile(tree, path, chain) for path, chain in chains.items()]
-    missing = [file.path for file in files if file.level is None and file.content is None]
-    if missing:
-        raise Refused(f"{tree} is not a Wan2.1 tree: it has no {', '.join(missing)}")
-    unknown = [file.path for file in files if file.level is None and file.versions is None]
-    if unknown:
+        raise Refused(f"{tree} is not a folder; give the one that holds Wan2.1's wan")
+    history = load_history(HERE)
+    files = [TreeFile(tree, path, series, history) for path in {**series.chains, **history}]
+    if not any(file.content and file.level != 0 for file in files):
+        for file in files:
+            if file.level != 0:  # an empty file alone is no sign of the patches
+                file.problem = "foreign"
+
+    def paths(problem):
+        return ", ".join(file.path for file in files if file.problem == problem)
+
+    report = []
+    for file in list(files):  # an installed package has no program, and documents may be of any day
+        document = file.path.endswith(".md") and file.problem == "unknown" and merging
+        if "/" not in file.path and (file.problem == "missing" or document):
+            files.remove(file)
+            report.append(f"{file.path}: {'not as at BASE' if document else 'not there'}, left out")
+    if paths("missing"):
         raise Refused(
-            f"nothing was changed: not as in Wan2.1 at {base[:12]}: {', '.join(unknown)}; to be merged with other "
-            f"changes TREE must be a git clone that has that commit (git fetch origin {base})"
+            f"{tree} is not a Wan2.1 tree: it has no {paths('missing')}; give the folder that holds Wan2.1's wan"
         )
-    tangled = [file.path for file in files if file.level is None]
-    if tangled:
-        raise Tangled(tangled)
-    return files
+    if paths("foreign"):
+        raise Refused(
+            f"nothing was changed: the patches create {paths('foreign')}, but what is there is not from these patches "
+            "or was edited; move it away first"
+        )
+    if paths("tangled"):
+        raise Tangled(paths("tangled"))
+    if paths("unknown") and merging:
+        raise Refused(
+            f"nothing was changed: not as in Wan2.1 at {series.base[:12]}: {paths('unknown')}; to be merged with other "
+            f"changes TREE must be a git clone that has that commit (git fetch origin {series.base})"
+        )
+    return files, report
 
 
 def check_order(files, names, only, reverse):
     """Patches stack: Refused if one below `only` is missing or, to take it out, one above it is still there."""
+    if any(file.level is None for file in files):
+        raise Refused(
+            "nothing was changed: the tree has an earlier version of the patches; run without --only first"
+        )
     place = names.index(only)
     for name in names[place + 1 :] if reverse else names[:place]:
         present = [file.level >= file.levels([name])[1] for file in files if file.levels([name])]
@@ -347,29 +460,41 @@ def write(tree, changes):
 
 def run(tree, only=None, reverse=False, check=False):
     """Apply this folder's series to a tree, or take it out. Returns what to tell; raises Refused or OSError."""
-    base, names, chains = load_series(HERE)
+    series = load_series(HERE)
+    names = series.names
     if only is not None and only + ".patch" in names:
         only += ".patch"
     if only is not None and only not in names:
         raise Refused(f"there is no patch {only} here; there are: {', '.join(names)}")
-    files = look_at(tree, base, chains)
+    files, report = look_at(tree, series, merging=not reverse or only is not None)
     if only is not None:
         check_order(files, names, only, reverse)
     selected = names if only is None else [only]
 
-    report, changes = [], []
+    changes = []
     for file in files:
-        levels = file.levels(selected)
-        if levels is None:
+        if only is None:
+            target = 0 if reverse else len(file.chain)
+        elif file.levels([only]) is None:
             continue
-        target = min(file.level, levels[0]) if reverse else max(file.level, levels[1])
-        if target == file.level:
-            report.append(f"{file.path}: {'not there' if reverse else 'already there'}")
+        else:
+            below, above = file.levels([only])
+            target = min(file.level, below) if reverse else max(file.level, above)
+        content = file.at(target)
+        if content == file.content:
+            if file.chain:
+                report.append(f"{file.path}: {'not there' if reverse else 'already there'}")
             continue
-        changes.append(Change(file.file, file.content, file.at(target)))
+        changes.append(Change(file.file, file.content, content))
         check_writable(changes[-1])
-        verb = ("would be " if check else "") + ("taken out" if reverse else "put in")
-        report.append(f"{file.path}: {verb}{', merged with other changes' if file.versions else ''}")
+        verb = "brought up to date" if file.level is None else "put in"
+        verb = ("would be " if check else "") + ("taken out" if reverse or content is None else verb)
+        report.append(f"{file.path}: {verb}{'' if file.fits else ', merged with other changes'}")
+    if not reverse:
+        for name in selected:
+            for path, expected in series.replaced[name]:
+                if blob_id(read(os.path.join(tree, *path.split("/")))) != expected:
+                    report.append(f"warning: {path} is not as at BASE; {name} computes as if it were")
     if not check:
         write(tree, changes)
         clean(tree, [file.file for file in files])
@@ -379,7 +504,7 @@ def run(tree, only=None, reverse=False, check=False):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Put the patches of this folder into a Wan2.1 tree.")
-    parser.add_argument("tree", metavar="TREE", help="folder that holds Wan2.1's generate.py")
+    parser.add_argument("tree", metavar="TREE", help="folder that holds Wan2.1's wan")
     parser.add_argument("--check", action="store_true", help="say what would be done, change nothing")
     parser.add_argument("--reverse", action="store_true", help="take the patches out")
     parser.add_argument("--only", metavar="NAME", help="one patch of the series instead of all")

@@ -8,14 +8,18 @@ TREE is a clone of upstream at BASE with the patches before NAME put in and comm
 NAME's not committed. The header of NAME, all lines above its first diff, stays; a new patch starts as such a header.
 A file of this project that NAME is to create is new in TREE too; its content there does not matter if a refresh
 without arguments follows.
+
+The first also brings `history` up to date, by which apply.py recognises what earlier versions of the patches inserted:
+all versions that this project's git has, and those that `history` has already.
 """
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 
-from apply import ABSENT, HERE, blob_id, load_series, parse_patch, read
+from apply import ABSENT, HERE, Refused, blob_id, git, load_history, load_series, parse_patch, read
 
 ROOT = os.path.dirname(HERE)
 DIFF = "diff -U0 --full-index --no-renames --no-color --no-ext-diff --src-prefix=a/ --dst-prefix=b/"
@@ -59,13 +63,48 @@ def refresh(name, change):
         stream.write(text)
 
 
+def earlier_series():
+    """The Series of each commit that changed the patches, as far as this project's git has them."""
+    commits = (git("-C", HERE, "log", "--format=%H", "--", "*.patch", "series") or b"").decode().split()
+    for commit in commits:
+        with tempfile.TemporaryDirectory() as folder:
+            listed = git("-C", HERE, "show", f"{commit}:./series") or b""
+            for name in ["BASE", "series", *listed.decode().split()]:
+                with open(os.path.join(folder, name), "wb") as stream:
+                    stream.write(git("-C", HERE, "show", f"{commit}:./{name}") or b"")
+            try:
+                yield load_series(folder)
+            except Refused as error:
+                print(f"{commit}: {error}", file=sys.stderr)
+
+
+def rows(known):
+    """Lines of `history`: PATH, stacked or alone, and the fingerprints of the inserted runs, top to bottom."""
+    return {
+        " ".join([path, "alone" if level == 0 else "stacked", *runs])
+        for path, items in known.items()
+        for level, runs in items
+    }
+
+
+def refresh_history():
+    current, *earlier = (
+        rows({path: series.known(path) for path in series.chains})
+        for series in [load_series(HERE), *earlier_series()]
+    )
+    lines = rows(load_history(HERE)).union(*earlier) - current
+    with open(os.path.join(HERE, "history"), "w", newline="\n") as stream:
+        stream.writelines(line + "\n" for line in sorted(lines))
+
+
 def main():
     if sys.argv[1:]:
         tree, name = sys.argv[1:]
         refresh(name, lambda text: from_tree(tree, text))
     else:
-        for name in load_series(HERE)[1]:
+        for name in load_series(HERE).names:
             refresh(name, with_own_files)
+        refresh_history()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,31 @@
-"""One thread for each test process, and a list of the differences that tests measured at the end of the run."""
+"""One thread for each test process, one test at a time on the card, and a list of the differences that tests measured."""
+
+import gc
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)  # the processes share the cores
+
+
+@pytest.fixture(autouse=True)
+def alone_on_the_card(request):
+    """Tests marked gpu have it for themselves, whatever process they run in, and leave it as it was."""
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        yield
+        return
+    with FileLock(Path(tempfile.gettempdir()) / "wan-gpu-tests.lock"):
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        gc.collect()
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture

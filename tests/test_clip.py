@@ -122,7 +122,7 @@ def test_on_another_device(folder):
 def test_pieces_are_visited_in_their_order(folder):
     encoder = load(folder)
     visits = []
-    for i, piece in enumerate(encoder.pieces):
+    for i, piece in enumerate(encoder.layer_groups()):
         piece.register_forward_pre_hook(lambda module, args, i=i: visits.append(i))
     encoder.visual(videos()[:1])
     assert visits == [0, 1]

@@ -20,7 +20,7 @@ from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import WanVAE
-from wan.utils.solvers import make_solver
+from wan.sampling import Solver
 
 LIMIT = 1e-4
 WIDTH, HEIGHT = 96, 64
@@ -107,7 +107,7 @@ def test_vae(frames, measured):
 
 def their_scheduler(solver, steps, shift):
     """Upstream's table of times in diffusers' solver; its pipelines call set_timesteps, which must keep it."""
-    scheduler = make_solver(solver, steps, shift, "cpu")
+    scheduler = Solver(solver, steps, shift, "cpu")._scheduler
     scheduler.set_timesteps = lambda count, device: None
     return scheduler
 

@@ -320,6 +320,23 @@ def test_an_interrupt_leaves_no_file(monkeypatch):
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize("message", ["GET was unable to find an engine to execute this computation", "odd"])
+def test_lack_of_memory_is_one_line_whatever_its_name(monkeypatch, message, capsys):
+    def fail(*_, **__):
+        raise RuntimeError(message + "\nand more")
+
+    monkeypatch.setattr(wan.WanT2V, "_denoise", fail)
+    arguments = ["--task", "t2v-tiny", *FEW, "--save_file", "a.mp4"]
+    if message == "odd":  # a fault of the program shows itself
+        with pytest.raises(RuntimeError, match="odd"):
+            run(*arguments)
+        return
+    assert run(*arguments) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == f"generate.py: out of memory, try --low_vram ({message})"
+    )
+
+
 def test_a_failed_prompt_extension_is_told_and_survived(monkeypatch, caplog):
     monkeypatch.delenv("DASH_API_KEY", raising=False)
     extension = ["--use_prompt_extend", "--prompt_extend_method", "dashscope"]

@@ -1,59 +1,65 @@
-"""On a CUDA device: placement changes no bit, and the virtual GPU counts what the allocator counts."""
+"""On a CUDA device: every check of the verdict passes, and a pipeline leaves nothing behind.
+
+A check runs in a process of its own, so that no other's memory, workspaces or limits come into what it measures.
+"""
+
+import gc
+import os
 
 import pytest
 import torch
 
 import wan
-from benchmarks.memory import Run, count, measure
+from benchmarks.verdict import runner
+from benchmarks.verdict.checks import CHECKS
 from wan import tiny
 from wan.configs import WAN_CONFIGS
-from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.memory.options import LOW_VRAM
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+LIMIT = 1800  # seconds, of a check
 GENERATE = {"size": (128, 96), "frame_num": 9, "sampling_steps": 2, "seed": 0}
 
 
-@pytest.fixture(scope="module")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_check(check, tmp_path):
+    result = runner.run(check, LIMIT, tmp_path, tree=os.environ.get("WAN_UPSTREAM"))
+    if result.status == "skipped":
+        pytest.skip(result.faults[0])
+    assert result.status == "pass", "\n".join([*result.faults, *result.log])
+
+
+@pytest.fixture
 def config():
     config = WAN_CONFIGS["t2v-tiny"].copy()
     config.param_dtype = config.t5_dtype = torch.bfloat16
     return config
 
 
-@pytest.fixture(scope="module")
-def plain(config):
-    return wan.WanT2V(config, tiny.checkpoint("t2v-tiny")).generate("a red ball", **GENERATE)
+def test_placement_changes_no_bit_in_bf16(config):
+    def video(**memory):
+        pipeline = wan.WanT2V(config, tiny.checkpoint("t2v-tiny"), **memory)
+        return [pipeline.generate("a red ball", **GENERATE) for _ in range(2)]
 
-
-@pytest.mark.parametrize(
-    "memory",
-    [{"vae_cpu": True}, {"t5_stream": True}, {"dit_stream": 0.0}, {"dit_stream": 0.0001, "stream_ring": 3}],
-    ids=str,
-)
-def test_placement_changes_no_bit(config, plain, memory):
-    pipeline = wan.WanT2V(config, tiny.checkpoint("t2v-tiny"), **memory)
-    for _ in range(2):
-        assert torch.equal(pipeline.generate("a red ball", **GENERATE), plain)
+    plain = video()
+    assert torch.equal(*plain)
+    for memory in (
+        {"vae_cpu": True},
+        {"t5_stream": True},
+        {"dit_stream": 0.0},
+        {"dit_stream": 0.0001, "stream_buffers": 3},
+    ):
+        assert all(torch.equal(result, plain[0]) for result in video(**memory)), memory
 
 
 def test_nothing_stays_on_the_device(config):
+    torch._C._cuda_clearCublasWorkspaces()  # which count as tensors
     before = torch.cuda.memory_allocated()
     pipeline = wan.WanT2V(config, tiny.checkpoint("t2v-tiny"), **LOW_VRAM)
     pipeline.generate("a red ball", **GENERATE)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     assert torch.cuda.memory_allocated() == before
-
-
-@pytest.mark.parametrize("memory", [{"vae_cpu": True}, LOW_VRAM], ids=["vae_cpu", "low_vram"])
-def test_the_virtual_gpu_counts_within_five_percent(memory):
-    run = Run("t2v-1.3B", (832, 480), memory=MemoryOptions(**memory))
-    measured, counted = measure(run), count(run)
-    for stage, peak in measured.stages.items():
-        assert counted.stages[stage] == pytest.approx(peak, rel=0.05), stage
-
-
-def test_low_vram_fits_what_it_counts():
-    run = Run("t2v-1.3B", (832, 480), memory=MemoryOptions(**LOW_VRAM))
-    assert measure(run, capacity=int(1.6 * 2**30)).out_of_memory is None

@@ -17,7 +17,7 @@ import torch
 from benchmarks import memory
 from benchmarks.memory import GIB, Run, count
 from wan.configs import SIZE_CONFIGS
-from wan.memory import vae_tiling
+from wan.memory import tile_geometry
 from wan.memory.options import LOW_VRAM, MemoryOptions
 from wan.modules import forward
 
@@ -27,7 +27,7 @@ STAGES = ["text", "image", "encode", "denoise", "decode"]
 
 @pytest.fixture
 def shortcuts(monkeypatch):
-    run_block, all_tiles = forward._Layers.run, vae_tiling._grid
+    run_block, all_tiles = forward._Layers.run, tile_geometry.grid
 
     def some_blocks(layers, *args):
         layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
@@ -41,7 +41,7 @@ def shortcuts(monkeypatch):
         return [tiles[(rows - 1) // 2 * columns + (columns - 1) // 2]]
 
     monkeypatch.setattr(forward._Layers, "run", some_blocks)
-    monkeypatch.setattr(vae_tiling, "_grid", largest_tile)
+    monkeypatch.setattr(tile_geometry, "grid", largest_tile)
 
 
 def run_of(task, size, frame_num=81, **options):

@@ -1,10 +1,12 @@
 """patches/apply.py on small trees of the test's own, with a series of three small patches.
 
-The series has what a series can have: a file edited by two patches, insertions at the top and the end, new files in a
-new folder (one of them empty), and a patch that edits a file which another one made.
+The series has what a series can have: a file edited by two patches, insertions at the top and the end, a document, new
+files in a new folder (one of them empty), a patch that edits a file which another one made, and one that computes in
+place of a file that it does not edit. There is a later version of the series, too, with other lines and other files.
 """
 
 import ast
+import contextlib
 import errno
 import importlib.util
 import os
@@ -39,35 +41,52 @@ def with_lines(lines, *insertions):
     return result
 
 
-GENERATE, PIPELINE, VAE = numbered("generate"), numbered("pipeline"), numbered("vä")
+GENERATE, PIPELINE, VAE, GUIDE = (numbered(word) for word in ("generate", "pipeline", "vä", "guide"))
 BASE_TREE = {
     "generate.py": text(GENERATE),
     "wan/pipeline.py": text(PIPELINE),
     "wan/vae.py": text(VAE),
+    "wan/model.py": b"model\n",
+    "GUIDE.md": text(GUIDE),
     "README.md": b"read me\r\nmixed ends\n",
 }
 GENERATE_1 = with_lines(GENERATE, (5, "    one = 1", ""), (15, "# ünï"))
-GENERATE_2 = with_lines(GENERATE_1, (7, "    two = 2"))  # right below the first patch's insertion
-EXPECTED = [
-    BASE_TREE,
-    {**BASE_TREE, "generate.py": text(GENERATE_1), "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top")))},
-    {
-        **BASE_TREE,
-        "generate.py": text(GENERATE_2),
-        "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"))),
-        "wan/memory/__init__.py": b"",
-        "wan/memory/tiles.py": b"one\n",
-    },
-    {
-        **BASE_TREE,
-        "generate.py": text(GENERATE_2),
-        "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"))),
-        "wan/memory/__init__.py": b"",
-        "wan/memory/tiles.py": b"one\ntwo\n",
-        "wan/vae.py": text(with_lines(VAE, (20, "end"))),
-    },
-]
+GENERATE_2 = with_lines(
+    GENERATE_1, (7, "    two = 2", "    also = 2")
+)  # right below the first patch's insertion
+ONE = {
+    **BASE_TREE,
+    "generate.py": text(GENERATE_1),
+    "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"))),
+    "GUIDE.md": text(with_lines(GUIDE, (20, "more"))),
+}
+TWO = {
+    **ONE,
+    "generate.py": text(GENERATE_2),
+    "wan/memory/__init__.py": b"",
+    "wan/memory/tiles.py": b"one\n",
+}
+THREE = {
+    **TWO,
+    "wan/memory/tiles.py": b"one\ntwo\n",
+    "wan/vae.py": text(with_lines(VAE, (20, "end"))),
+}
+EXPECTED = [BASE_TREE, ONE, TWO, THREE]
 PATCHED = EXPECTED[-1]
+
+# The later version: a line less here, one more there, one file renamed, one no longer edited.
+LATER_ONE = {
+    **BASE_TREE,
+    "generate.py": text(with_lines(GENERATE, (5, "    one = 1"), (15, "# ünï"))),
+    "wan/pipeline.py": text(with_lines(PIPELINE, (0, "top"), (3, "    more"))),
+}
+LATER_TWO = {**LATER_ONE, "wan/memory/__init__.py": b"filled\n", "wan/memory/crops.py": b"one\n"}
+LATER_THREE = {
+    **LATER_TWO,
+    "generate.py": text(with_lines(GENERATE, (2, "zero"), (5, "    one = 1", "    two = 3"), (15, "# ünï"))),
+    "wan/vae.py": text(with_lines(VAE, (20, "end"))),
+}
+LATER = [BASE_TREE, LATER_ONE, LATER_TWO, LATER_THREE]
 
 
 def put(tree, content):
@@ -115,26 +134,55 @@ def commit_all(tree):
     git(tree, "commit", "-q", "-m", "state")
 
 
+MODEL_ID = "12fae23f5d7540583715d79f44deb044bda2e21c"
+
+
+def write_series(clone, patches, work, expected):
+    """Patches in the folder `patches` that bring `clone`, copied to `work`, from one expected content to the next."""
+    patches.mkdir()
+    for name in ("apply.py", "refresh.py"):
+        shutil.copy(PATCHES / name, patches)
+    (patches / "BASE").write_text(git(clone, "rev-parse", "HEAD"))
+    (patches / "series").write_text("".join(name + "\n" for name in NAMES))
+    for name in NAMES:
+        (patches / name).write_text(f"{name}\n\nWhat: a test\n\n")
+    with (patches / NAMES[2]).open("a") as stream:
+        stream.write(f"Replaces: this\nwan/model.py {MODEL_ID}\n\n")
+    shutil.copytree(clone, work)
+    for name, content in zip(NAMES, expected[1:]):
+        put(work, content)
+        done = python(patches / "refresh.py", work, name)
+        assert done.returncode == 0, done.stderr
+        commit_all(work)
+
+
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
     """(a clone at BASE, a patches folder for it), the patches written by patches/refresh.py."""
     folder = tmp_path_factory.mktemp("kit")
-    clone, patches, work = folder / "clone", folder / "patches", folder / "work"
-    clone.mkdir(), patches.mkdir()
-    for name in ("apply.py", "refresh.py"):
-        shutil.copy(PATCHES / name, patches)
+    clone = folder / "clone"
+    clone.mkdir()
     git(clone, "init", "-q")
     put(clone, BASE_TREE)
     commit_all(clone)
-    (patches / "BASE").write_text(git(clone, "rev-parse", "HEAD"))
-    (patches / "series").write_text("".join(name + "\n" for name in NAMES))
-    shutil.copytree(clone, work)
-    for name, expected in zip(NAMES, EXPECTED[1:]):
-        (patches / name).write_text(f"{name}\n\nWhat: a test\n\n")
-        put(work, expected)
-        assert python(patches / "refresh.py", work, name).returncode == 0
-        commit_all(work)
-    return clone, patches
+    write_series(clone, folder / "patches", folder / "work", EXPECTED)
+    return clone, folder / "patches"
+
+
+@pytest.fixture(scope="session")
+def later(kit, tmp_path_factory):
+    """A patches folder with the later version of the series."""
+    folder = tmp_path_factory.mktemp("later")
+    write_series(kit[0], folder / "patches", folder / "work", LATER)
+    code = (
+        "import refresh, sys\n"
+        "series = refresh.load_series(sys.argv[1])\n"
+        "print(*refresh.rows({path: series.known(path) for path in series.chains}), sep='\\n')"
+    )
+    command = [sys.executable, "-B", "-c", code, kit[1]]
+    done = subprocess.run(command, check=True, capture_output=True, cwd=folder / "patches")
+    (folder / "patches" / "history").write_bytes(done.stdout)
+    return folder / "patches"
 
 
 @pytest.fixture
@@ -143,25 +191,38 @@ def tree(kit, tmp_path):
     return Path(shutil.copytree(kit[0], tmp_path / "Wan2.1 tree"))
 
 
-@pytest.fixture
-def apply_module(kit):
-    spec = importlib.util.spec_from_file_location("patches_apply", kit[1] / "apply.py")
+def load_apply(patches):
+    spec = importlib.util.spec_from_file_location("patches_apply", patches / "apply.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
-def apply(apply_module, capsys):
+def apply_module(kit):
+    return load_apply(kit[1])
+
+
+def runner(module, capsys):
     """apply(tree, *flags) runs the program and returns (exit code, what it printed)."""
 
     def apply(tree, *flags):
-        code = apply_module.main([str(tree), *flags])
+        code = module.main([str(tree), *flags])
         out, err = capsys.readouterr()
         assert (code == 0) == (err == ""), "only a refusal writes to stderr"
         return code, out or err
 
     return apply
+
+
+@pytest.fixture
+def apply(apply_module, capsys):
+    return runner(apply_module, capsys)
+
+
+@pytest.fixture
+def apply_later(later, capsys):
+    return runner(load_apply(later), capsys)
 
 
 def refused(result, *words):
@@ -289,16 +350,185 @@ def test_edited_without_base_in_git_is_refused(apply, tree):
     edit(tree, *ABOVE)
     edit(tree, "wan/vae.py", b"line 3\n", b"line 3!\n")
     before = state(tree)
-    for flags in [], ["--check"], ["--reverse"], ["--only", "0001-one.patch"]:
+    for flags in [], ["--check"], ["--only", "0001-one.patch"]:
         refused(apply(tree, *flags), "nothing was changed", "generate.py, wan/vae.py", "git fetch origin")
+    assert apply(tree, "--reverse")[1].endswith("nothing to do\n"), "the patches are not there"
     assert state(tree) == before
 
 
-def test_foreign_file_where_a_patch_puts_one(apply, tree):
-    put(tree, {"wan/memory/tiles.py": b"mine\n"})
+@pytest.mark.parametrize(
+    "mine",
+    [
+        {"wan/memory/tiles.py": b"mine\n"},
+        {"wan/memory/tiles.py": b""},
+        {"wan/memory/__init__.py": b"", "wan/memory/mine.py": b"mine\n"},  # a package of the same name
+    ],
+)
+def test_foreign_file_where_a_patch_puts_one(apply, tree, mine):
+    put(tree, mine)
     before = state(tree)
-    refused(apply(tree), "wan/memory/tiles.py")
+    for flags in [], ["--reverse"]:
+        refused(apply(tree, *flags), min(mine), "not from these patches", "move it away")
     assert state(tree) == before
+
+
+def test_own_file_beside_those_of_the_patches(apply, tree):
+    put(tree, {"wan/memory/mine.py": b"mine\n"})
+    assert apply(tree)[0] == 0
+    assert files(tree) == {**PATCHED, "wan/memory/mine.py": b"mine\n"}
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == {**BASE_TREE, "wan/memory/mine.py": b"mine\n"}
+
+
+def test_installed_package_has_no_program_and_no_documents(apply, tree):
+    shutil.rmtree(tree / ".git")
+    for name in "generate.py", "GUIDE.md", "README.md":
+        (tree / name).unlink()
+    before = files(tree)
+    code, said = apply(tree)
+    assert code == 0 and "generate.py: not there, left out" in said
+    assert files(tree) == {path: PATCHED[path] for path in PATCHED if "/" in path}
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == before
+    refused(apply(tree / "wan"), "not a Wan2.1 tree", "the folder that holds Wan2.1's wan")
+
+
+def test_another_document_is_left_out_and_another_program_is_not(apply, tree):
+    shutil.rmtree(tree / ".git")
+    put(tree, {"GUIDE.md": b"of another day\n"})
+    code, said = apply(tree)
+    assert code == 0 and "GUIDE.md: not as at BASE, left out" in said
+    assert files(tree) == {**PATCHED, "GUIDE.md": b"of another day\n"}
+    assert apply(tree, "--reverse")[0] == 0
+    put(tree, {"generate.py": b"of another day\n"})
+    refused(apply(tree), "generate.py")
+
+
+@pytest.mark.parametrize("flags", [[], ["--only", NAMES[0]]])
+def test_known_version_before_base(apply_module, apply, tree, monkeypatch, flags):
+    """Its lines stand where BASE's do: it needs no git."""
+    shutil.rmtree(tree / ".git")
+    edit(tree, "wan/pipeline.py", b"pipeline line 9\n", b"pipeline line nine\n")
+    before = files(tree)
+    refused(apply(tree, *flags), "wan/pipeline.py", "git fetch")
+    id_ = apply_module.blob_id(before["wan/pipeline.py"])
+    monkeypatch.setattr(apply_module, "ALSO_FITS", {"wan/pipeline.py": [id_]})
+    assert apply(tree, *flags)[0] == 0
+    assert files(tree)["wan/pipeline.py"] == b"top\n" + before["wan/pipeline.py"]
+    assert apply(tree, *flags)[1].endswith("nothing to do\n")
+    assert apply(tree, "--reverse")[0] == 0
+    assert files(tree) == before
+
+
+def test_warns_where_a_patch_computes_in_place_of_another_version(apply, tree):
+    assert "warning" not in apply(tree)[1]
+    assert "warning" not in apply(tree, "--reverse")[1]
+    edit(tree, "wan/model.py", b"model\n", b"another model\n")
+    assert "warning" not in apply(tree, "--only", NAMES[0])[1]
+    assert f"warning: wan/model.py is not as at BASE; {NAMES[2]} " in apply(tree)[1]
+    assert "warning" not in apply(tree, "--reverse")[1]
+
+
+# A tree with an earlier version of the patches
+
+
+@pytest.fixture(params=range(1, 4), ids=lambda level: f"level {level}")
+def earlier(request, apply, tree):
+    """A tree with the first patches of the earlier version."""
+    for name in NAMES[: request.param]:
+        assert apply(tree, "--only", name)[0] == 0
+    return tree
+
+
+@pytest.mark.parametrize("with_git", [True, False])
+def test_earlier_version_is_replaced(earlier, apply_later, with_git):
+    if not with_git:
+        shutil.rmtree(earlier / ".git")
+    before = state(earlier)
+    code, said = apply_later(earlier, "--check")
+    assert code == 0 and "wan/pipeline.py: would be brought up to date" in said
+    assert state(earlier) == before
+    code, said = apply_later(earlier)
+    assert code == 0 and "wan/pipeline.py: brought up to date" in said
+    assert files(earlier) == LATER[-1]
+    assert apply_later(earlier)[1].endswith("nothing to do\n")
+    assert apply_later(earlier, "--reverse")[0] == 0
+    assert files(earlier) == BASE_TREE
+
+
+def test_earlier_version_is_taken_out(earlier, apply_later):
+    assert apply_later(earlier, "--reverse")[0] == 0
+    assert files(earlier) == BASE_TREE
+
+
+def test_one_patch_on_an_earlier_version_is_refused(earlier, apply_later):
+    before = state(earlier)
+    for flags in ["--only", NAMES[0]], ["--reverse", "--only", NAMES[2]]:
+        refused(apply_later(earlier, *flags), "earlier version", "without --only")
+    assert state(earlier) == before
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_earlier_version_with_other_changes(earlier, apply_later, ending):
+    edit(earlier, *ABOVE)
+    (earlier / "generate.py").write_bytes((earlier / "generate.py").read_bytes().replace(b"\n", ending))
+    own = BASE_TREE["generate.py"].replace(*ABOVE[1:]).replace(b"\n", ending)
+    assert "generate.py: brought up to date, merged" in apply_later(earlier)[1]
+    merged = LATER[-1]["generate.py"].replace(*ABOVE[1:]).replace(b"\n", ending)
+    assert files(earlier) == {**LATER[-1], "generate.py": merged}
+    shutil.rmtree(earlier / ".git")  # to take lines out no git is needed
+    assert apply_later(earlier, "--reverse")[0] == 0
+    assert files(earlier) == {**BASE_TREE, "generate.py": own}
+
+
+def test_own_lines_inside_those_of_an_earlier_version_are_refused(apply, apply_later, tree):
+    assert apply(tree)[0] == 0
+    edit(tree, "generate.py", b"    one = 1\n", b"    one = 1\n    mine = 3\n")
+    before = state(tree)
+    for flags in [], ["--reverse"]:
+        refused(apply_later(tree, *flags), "generate.py", "other changes")
+    assert state(tree) == before
+
+
+def test_update_that_stopped_half_way_is_completed(apply, apply_later, tree):
+    assert apply(tree)[0] == 0
+    put(tree, {path: LATER[-1][path] for path in ("wan/pipeline.py", "wan/memory/crops.py")})
+    assert apply_later(tree)[0] == 0
+    assert files(tree) == LATER[-1]
+
+
+@contextlib.contextmanager
+def maintainers_modules(monkeypatch):
+    """(apply, refresh) of the project's patches folder."""
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(PATCHES)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        modules = importlib.import_module("apply"), importlib.import_module("refresh")
+        yield modules
+        for module in modules:
+            del sys.modules[module.__name__]
+
+
+def test_every_earlier_version_of_the_projects_patches_is_recognised(tmp_path, monkeypatch):
+    """As far as its git has them, on files of numbered lines."""
+    with maintainers_modules(monkeypatch) as (apply, refresh):
+        series = apply.load_series(PATCHES)
+        history = apply.load_history(PATCHES)
+        earlier = list(refresh.earlier_series())
+        if not earlier:
+            pytest.skip("needs the project's git")
+        for one in earlier:
+            for path, chain in one.chains.items():
+                created = chain[0].before == apply.ABSENT
+                own = b"" if created else text(numbered("line", 1000))
+                for level in range(1, 1 + len(chain)):
+                    lines = apply.insert(own.splitlines(keepends=True), apply.compose(chain[:level]))
+                    put(tmp_path, {path: b"".join(lines)})
+                    file = apply.TreeFile(tmp_path, path, series, history)
+                    assert file.own == (own or None), (
+                        f"{path}: python patches/refresh.py brings history up to date"
+                    )
+                    assert file.problem != "tangled"
 
 
 @pytest.mark.parametrize("flags, content", [([], PATCHED), (["--reverse"], BASE_TREE)])
@@ -340,7 +570,7 @@ def test_read_only(apply, tree, name):
 def test_not_an_upstream_tree(apply, tree, tmp_path):
     refused(apply(tmp_path / "nowhere"), "nowhere is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(apply(tmp_path / "empty"), "not a Wan2.1 tree", "generate.py")
+    refused(apply(tmp_path / "empty"), "not a Wan2.1 tree", "wan/pipeline.py")
     assert list((tmp_path / "empty").iterdir()) == []
     (tree / "wan/pipeline.py").unlink()
     before = state(tree)
@@ -564,3 +794,15 @@ def test_refresh_takes_the_projects_own_files(tmp_path):
 
 def test_runs_on_python_3_8():
     ast.parse((PATCHES / "apply.py").read_text(), feature_version=(3, 8))
+
+
+def test_needs_no_module_that_windows_lacks(kit, tree):
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource', 'termios']))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = python("-c", code, kit[1] / "apply.py", tree)
+    assert done.returncode == 0, done.stderr
+    assert files(tree) == PATCHED

@@ -49,7 +49,7 @@ def test_header_says_what_why_effect(name):
     header, _ = diffs(name)
     assert len(header.splitlines()[0]) <= 80 and header.splitlines()[1] == ""
     paragraphs = dict(part.split(": ", 1) for part in header.strip().split("\n\n")[1:])
-    assert list(paragraphs) == ["What", "Why", "Effect"]
+    assert list(paragraphs) in (["What", "Why", "Effect"], ["What", "Why", "Effect", "Replaces"])
     assert all(len(text) > 80 for text in paragraphs.values())
 
 

@@ -4,6 +4,7 @@ The pipeline is a stand-in, its modules named as the checkpoints name them; test
 """
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -230,9 +231,9 @@ def test_pieces_follow_the_forward_pass_in_use(monkeypatch, chunk):
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"t5_cpu": True, "t5_stream": True}, "--t5_stream and --t5_cpu"),
-        ({"dit_chunk": 10}, "--dit_chunk 10"),
-        ({"dit_stream": -1.0}, "--dit_stream -1.0"),
+        ({"t5_cpu": True, "t5_stream": True}, "t5_stream and t5_cpu"),
+        ({"dit_chunk": 10}, "dit_chunk 10"),
+        ({"dit_stream": -1.0}, "dit_stream -1.0"),
     ],
 )
 def test_bad_options(options, named):
@@ -243,6 +244,51 @@ def test_bad_options(options, named):
     pipeline.t5_cpu = options.pop("t5_cpu", False)
     with pytest.raises(InputError, match=named):
         save_memory(pipeline, **options)
+
+
+def state(*modules):
+    """What `vars` says of every module below the given ones, hooks and replaced methods among it."""
+    return {
+        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        for root in modules
+        for name, module in {f"{id(root)}.{n}": m for n, m in root.named_modules()}.items()
+    }
+
+
+OPTIONS = {"t5_stream": True, "dit_stream": 0.0, "dit_chunk": 64}
+
+
+@pytest.mark.parametrize("order", itertools.permutations(OPTIONS), ids="-".join)
+def test_options_come_and_go_in_any_order(gpu, order):
+    pipeline = make_pipeline()
+    text, image, dit = pipeline.text_encoder.model, pipeline.clip.model, pipeline.model
+
+    def run():
+        calls = text(IDS.to("vgpu")), image.visual(PIXELS.to("vgpu")), dit(**dit_inputs("vgpu"))[0]
+        return [result.cpu() for result in calls]
+
+    before = state(text, image, dit)
+    expected = [text(IDS), image.visual(PIXELS), dit(**dit_inputs("cpu"))[0]]
+    for undoing in itertools.permutations(OPTIONS):
+        undo = {option: save_memory(pipeline, **{option: OPTIONS[option]}) for option in order}
+        assert all(map(torch.equal, run(), expected))
+        for option in order:
+            with pytest.raises(RuntimeError, match=option):
+                save_memory(pipeline, **{option: OPTIONS[option]})
+        for option in undoing:
+            undo[option]()
+            undo[option]()
+        assert gpu.live == 0 and state(text, image, dit) == before
+
+
+def test_what_is_refused_changes_nothing(gpu):
+    pipeline = make_pipeline()
+    undo = save_memory(pipeline, dit_chunk=64)
+    before = state(pipeline.text_encoder.model, pipeline.clip.model, pipeline.model)
+    with pytest.raises(RuntimeError, match="dit_chunk"):
+        save_memory(pipeline, t5_stream=True, dit_chunk=64, dit_stream=0.0)
+    assert state(pipeline.text_encoder.model, pipeline.clip.model, pipeline.model) == before
+    undo()
 
 
 def test_several_gpus(monkeypatch):

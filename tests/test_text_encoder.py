@@ -153,11 +153,11 @@ def test_the_table_may_stay_on_the_cpu(folder, dtype):
 def test_pieces_are_visited_in_their_order_and_hold_every_block(folder):
     encoder = load(folder)
     visits = []
-    for i, piece in enumerate(encoder.pieces):
+    for i, piece in enumerate(encoder.layer_groups()):
         piece.register_forward_pre_hook(lambda module, args, i=i: visits.append(i))
     encoder("a red ball", "cpu")
     assert visits == list(range(2 * SIZES["num_layers"]))
-    of_pieces = [id(p) for piece in encoder.pieces for p in piece.parameters()]
+    of_pieces = [id(p) for piece in encoder.layer_groups() for p in piece.parameters()]
     of_blocks = [id(p) for p in encoder.model.block.parameters()]
     assert sorted(of_pieces) == sorted(of_blocks)
 

@@ -10,7 +10,8 @@ record_goldens.py uses the other functions inside such a process.
 What is replaced, all of it from outside:
 
 - missing libraries, by the stand-ins of stand_ins.py;
-- `cuda:N`, by the CPU or by the virtual GPU (`vgpu`); noise is drawn on the CPU for both;
+- `cuda:N`, by the CPU or by the virtual GPU (`vgpu`); noise is drawn on the CPU for both. With `--device cuda` it is
+  what it says;
 - flash attention, by scaled-dot-product attention over the valid keys, in the type of the values;
 - `torch.cuda.amp.autocast`, by the autocast of the device in use for bfloat16 and float16; float32 turns it off;
 - the sizes of T5, the VAE and CLIP, by those of the checkpoint, which upstream has built in;
@@ -50,8 +51,8 @@ class Result:
     """What a run of upstream gave.
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
-    report: {"peak_bytes", "stages": {name: peak bytes}, "out_of_memory": None or {"stage", "requested"},
-        "live_bytes"} on the virtual GPU, else {}.
+    report: {"peak_bytes", "stages": {name: peak bytes}, "peak_reserved", "reserved": {name: peak bytes},
+        "out_of_memory": None or {"stage", "requested"}, "live_bytes"} on the virtual GPU and on CUDA, else {}.
     """
 
     video: torch.Tensor | None = None
@@ -72,7 +73,7 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
             black ones.
         inputs: VACE: {"frames": [3, F, H, W], "mask": [1, F, H, W], "ref_0": [3, 1, H, W], ...}; None for a blank
             video that is all to be made.
-        device: cpu or vgpu.
+        device: cpu, vgpu or cuda.
         dtype: of the DiT's autocast and of T5: float32 (CLIP's too) or bfloat16 (CLIP's is float16).
         config: upstream's config to start from, a key of its WAN_CONFIGS.
         capacity, expandable_segments, granularity: of the virtual GPU; None: its defaults.
@@ -115,6 +116,12 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
     return Result(tensors.get("video"), tensors.get("latents"), report)
 
 
+def kind_of(task) -> str:
+    """The name here of one of this project's tasks: pictures from text are videos of one frame."""
+    kind = task.split("-")[0]
+    return kind if kind in PIPELINES else "t2v"
+
+
 def read_configs(tree) -> dict:
     """Upstream's WAN_CONFIGS as JSON gives it: tuples are lists, types are their names."""
     code = (
@@ -132,7 +139,7 @@ def read_configs(tree) -> dict:
 def load_tree(tree, device="cpu", meta=False):
     """Imports upstream's package, once per process, and returns it.
 
-    device: cpu or vgpu, what its cuda:N becomes.
+    device: cpu or vgpu, what its cuda:N becomes; or cuda, which leaves it.
     """
     sys.path.insert(0, str(Path(__file__).parent))
     import stand_ins
@@ -141,9 +148,10 @@ def load_tree(tree, device="cpu", meta=False):
     if device == "vgpu":
         sys.path.append(str(REPOSITORY))  # behind upstream's tree, whose package has the name of ours
         import virtual_gpu  # noqa: F401  registers the device type
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.empty_cache = torch.vgpu.empty_cache if device == "vgpu" else lambda: None
+    if device != "cuda":
+        torch.cuda.current_device = lambda: 0
+        torch.cuda.synchronize = lambda device=None: None
+        torch.cuda.empty_cache = torch.vgpu.empty_cache if device == "vgpu" else lambda: None
     torch.cuda.amp.autocast = partial(_Autocast, device)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
@@ -152,11 +160,13 @@ def load_tree(tree, device="cpu", meta=False):
 
     if Path(wan.__file__).parents[1].resolve() != Path(tree).resolve():
         raise RuntimeError(f"{tree}: not a tree of upstream, its package came from {wan.__file__}")
+    wan.modules.model.flash_attention = wan.modules.clip.flash_attention = attention
+    if device == "cuda":
+        return wan
     facade = _Torch(device, meta)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "wan" and getattr(module, "torch", None) is torch:
             module.torch = facade
-    wan.modules.model.flash_attention = wan.modules.clip.flash_attention = attention
     wan.first_last_frame2video.torch = _FirstLastTorch(device, meta)
     return wan
 
@@ -358,7 +368,7 @@ class _Tokenizer:
 
 
 class Watch:
-    """Notes what a pipeline decodes and, on the virtual GPU, the peak of each stage.
+    """Notes what a pipeline decodes and, on a GPU, the peak of each stage.
 
     A stage begins when its model is called or moved to the device, and lasts until the next begins.
     """
@@ -479,7 +489,7 @@ def main():
     parser.add_argument("--task", required=True, choices=PIPELINES)
     parser.add_argument("--checkpoint")
     parser.add_argument("--config")
-    parser.add_argument("--device", choices=("cpu", "vgpu"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "vgpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--capacity", type=int)
     parser.add_argument("--granularity", type=int)
@@ -502,6 +512,8 @@ def main():
         fit_sizes(wan, args.checkpoint, config)
     with ExitStack() as stack:
         gpu = stack.enter_context(_virtual_gpu(args)) if args.device == "vgpu" else None
+        if args.device == "cuda":
+            gpu = _CudaMemory()
         watch = Watch(gpu)
         out_of_memory = video = None
         try:
@@ -510,7 +522,7 @@ def main():
             watch.begin("text")
             video = generate(wan, pipeline, args.task, args.call, inputs).cpu()
         except torch.OutOfMemoryError as error:
-            out_of_memory = {"stage": watch.stage, "requested": error.requested}
+            out_of_memory = {"stage": watch.stage, "requested": getattr(error, "requested", None)}
         report = watch.report(out_of_memory)
     tensors = {}
     if video is not None and not args.meta:
@@ -518,6 +530,25 @@ def main():
     save_file(tensors, args.out)
     args.out.with_suffix(".json").write_text(json.dumps(report))
     print(json.dumps(report))
+
+
+class _CudaMemory:
+    """What Watch asks of a virtual GPU, of the CUDA device."""
+
+    def __init__(self):
+        torch.cuda.init()
+        self.reset_peak()
+
+    @property
+    def peak(self):
+        return torch.cuda.max_memory_allocated()
+
+    @property
+    def live(self):
+        return torch.cuda.memory_allocated()
+
+    def reset_peak(self):
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _virtual_gpu(args):

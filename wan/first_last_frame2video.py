@@ -29,7 +29,7 @@ class WanFLF2V(WanI2V):
         guide_scale=5.5,
         n_prompt="",
         seed=-1,
-        offload_model=True,
+        offload_model=None,
         *,
         on_latents=None,
     ):

@@ -48,7 +48,7 @@ class WanI2V(WanPipeline):
         guide_scale=5.0,
         n_prompt="",
         seed=-1,
-        offload_model=True,
+        offload_model=None,
         *,
         on_latents=None,
     ):

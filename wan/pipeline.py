@@ -14,8 +14,9 @@ import torch
 from .memory.chunking import apply_chunking
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
-from .memory.streaming import Streamer, transformer_embeddings, transformer_pieces
+from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
+from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
@@ -88,6 +89,8 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
+        if self.device.type == "cuda":
+            load_flash_attn()  # a broken one is told now
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
@@ -170,8 +173,8 @@ class WanPipeline:
         encoder = self.text_encoder
         if not self.options.t5_stream:
             return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        streamer = Streamer(encoder.pieces, self.device, ring=self.options.stream_buffers)
-        apart = [encoder.model.embed_tokens, *encoder.pieces]
+        streamer = Streamer(encoder.layer_groups(), self.device, buffers=self.options.stream_buffers)
+        apart = [encoder.model.embed_tokens, *encoder.layer_groups()]
         return Component([encoder.model], self.device, apart, streamer)
 
     @cached_property
@@ -179,21 +182,22 @@ class WanPipeline:
         # Streamed with the text encoder: on cards that need the one, the other is too much as well.
         if not self.options.t5_stream:
             return Component([self.clip.model], self.device)
-        streamer = Streamer(self.clip.pieces, self.device, ring=self.options.stream_buffers)
-        return Component([self.clip.model], self.device, self.clip.pieces, streamer)
+        groups = self.clip.layer_groups()
+        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
+        return Component([self.clip.model], self.device, groups, streamer)
 
     @cached_property
     def _dit(self) -> Component:
         if self.options.dit_stream is None:
             return Component([self.model], self.device)
-        pieces, embeddings = transformer_pieces(self.model), transformer_embeddings(self.model)
+        groups, embeddings = self.model.layer_groups(), self.model.embedding_layers()
         for embedding in embeddings:
             visit_when_called(embedding, self.device)
         resident_bytes = int(self.options.dit_stream * 2**30)
         streamer = Streamer(
-            pieces, self.device, ring=self.options.stream_buffers, resident_bytes=resident_bytes
+            groups, self.device, buffers=self.options.stream_buffers, resident_bytes=resident_bytes
         )
-        return Component([self.model], self.device, [*pieces, *embeddings], streamer)
+        return Component([self.model], self.device, [*groups, *embeddings], streamer)
 
     # Steps
 
@@ -204,25 +208,30 @@ class WanPipeline:
         """
         raise NotImplementedError
 
+    def _stay(self, offload_model: bool | None) -> bool:
+        """Whether components stay on the device, by generate()'s argument or, if that is None, by the option."""
+        return not (self.options.offload_model if offload_model is None else offload_model)
+
     def _encode_prompts(
-        self, prompt: str, negative_prompt: str, offload_model: bool
+        self, prompt: str, negative_prompt: str, offload_model: bool | None
     ) -> list[list[torch.Tensor]]:
         """Both prompts to embeddings: two lists with one [L, text_dim] on the device each."""
         self.load()
+        stay = self._stay(offload_model)
         with self.stages("text"), torch.no_grad():
-            if offload_model:  # whatever an earlier run left on the device makes room
+            if not stay:  # whatever an earlier run left on the device makes room
                 self._dit.leave()
                 if self.uses_clip:
                     self._image.leave()
-            with self._text.on_device(stay=not offload_model):
+            with self._text.on_device(stay):
                 return [
                     [embedding.to(self.device) for embedding in self.text_encoder([text], self._text.device)]
                     for text in (prompt, negative_prompt or self.sample_neg_prompt)
                 ]
 
-    def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool) -> torch.Tensor:
+    def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
-        with self.stages("image"), torch.no_grad(), self._image.on_device(stay=not offload_model):
+        with self.stages("image"), torch.no_grad(), self._image.on_device(self._stay(offload_model)):
             return self.clip.visual([video.to(self.device) for video in videos])
 
     def _denoise(
@@ -236,7 +245,7 @@ class WanPipeline:
         sample_solver: str,
         sampling_steps: int,
         guide_scale: float,
-        offload_model: bool,
+        offload_model: bool | None,
     ) -> torch.Tensor:
         """Draws noise and walks from it to a latent video.
 
@@ -254,9 +263,9 @@ class WanPipeline:
             return self.model([latent], t=t, **inputs)[0]
 
         guided_flow = guided(partial(flow, **cond), partial(flow, **uncond), guide_scale)
-        noise = self._noise(shape, generator)
-        with self.stages("denoise"), self._dit.on_device(stay=not offload_model):
-            return denoise(guided_flow, solver, noise, self.stages.steps)
+        with self.stages("denoise"), self._dit.on_device(self._stay(offload_model)):
+            # Not by a name here, which would keep the noise on the device to the end.
+            return denoise(guided_flow, solver, self._noise(shape, generator), self.stages.steps)
 
     def _decode(
         self, latent: torch.Tensor, on_latents: Callable[[torch.Tensor], None] | None = None

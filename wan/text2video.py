@@ -21,7 +21,7 @@ class WanT2V(WanPipeline):
         guide_scale=5.0,
         n_prompt="",
         seed=-1,
-        offload_model=True,
+        offload_model=None,
         *,
         on_latents=None,
     ):
@@ -36,7 +36,7 @@ class WanT2V(WanPipeline):
             guide_scale: strength of classifier-free guidance.
             n_prompt: what to avoid; empty for the config's.
             seed: of the noise; negative for a random one.
-            offload_model: send each component home when it is done.
+            offload_model: send each component home when it is done; default: as the option says, which is True.
             on_latents: called with the finished latents [16, F, H / 8, W / 8] before they are decoded.
 
         Returns:

@@ -1,31 +1,65 @@
 """Tokens through the DiT's layers in chunks.
 
-The forward pass itself, whole or in chunks, is modules/forward.py; this sets it up on a built model.
+The forward pass itself, whole or in chunks, is modules/forward.py; this makes a built model use it.
 """
 
-import functools
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
 
 from ..modules.forward import dit_forward
 from ..utils.errors import InputError
+from .methods import Undo, layer_methods
 
-SMALLEST_CHUNK = 64  # tokens; below it, matrix products round otherwise than whole ones
+SMALLEST_CHUNK = 64  # tokens; chunks are cut in blocks of 32, and each leaves at least one
 
 
-def check_chunk(tokens):
+def check_chunk(tokens: int) -> None:
     """Raises InputError unless `tokens` is 0 (whole) or a usable chunk."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or (tokens != 0 and tokens < SMALLEST_CHUNK):
-        raise InputError(f"--dit_chunk {tokens}: give 0 for all tokens, or a number from {SMALLEST_CHUNK}")
+        raise InputError(f"give 0 for all tokens, or a number from {SMALLEST_CHUNK}", "dit_chunk", tokens)
 
 
-def apply_chunking(model, tokens):
-    """Makes a DiT work through its layers `tokens` tokens at a time, 0 for all.
+def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.float32) -> Undo:
+    """Makes a DiT work through its layers `tokens` tokens at a time.
 
-    A model whose class does not use modules/forward.py, but names its modules as checkpoints do, gets that forward
-    pass with the call signature of its own.
+    A model of another tree, which names its modules as checkpoints do, gets the forward pass of modules/forward.py
+    with its own attention and call signature.
 
-    Raises InputError for a number of tokens that cannot work.
+    Args:
+        tokens: 0 for all, which leaves the model as it is.
+        dtype: the compute type of a model of another tree, those of this one know theirs.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        InputError: a number of tokens that cannot work.
+        RuntimeError: applied already.
     """
     check_chunk(tokens)
-    if not hasattr(model, "chunk"):
-        model.forward = functools.partial(dit_forward, model)
-    model.chunk = tokens
+    if not tokens:
+        return lambda: None
+    signature = inspect.signature(type(model).forward)
+    if "chunk" in signature.parameters:
+        return layer_methods(model, "dit_chunk", forward=lambda forward: partial(forward, chunk=tokens))
+    attention = sys.modules[type(model.blocks[0].self_attn).__module__].flash_attention
+
+    def chunked(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        call = signature.bind(model, *args, **kwargs).arguments
+        inputs = {name: call[name] for name in ("x", "t", "context", "seq_len")}
+        if "vace_context" in call:
+            inputs |= {name: call[name] for name in ("vace_context", "vace_context_scale") if name in call}
+        else:
+            inputs["y"] = call.get("y")
+            if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
+                inputs["image"] = model.img_emb(call["clip_fea"])
+        return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens)
+
+    return layer_methods(model, "dit_chunk", innermost=True, forward=lambda _: chunked)

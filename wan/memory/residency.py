@@ -4,11 +4,18 @@ Weights never change, so a visit is a copy to the device, and going home is drop
 were at home all along take their places again.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+
+from .methods import Undo, layer_methods
+from .streaming import Streamer
 
 
 class Component:
@@ -22,19 +29,27 @@ class Component:
         apart: modules inside them whose parameters stay home.
         streamer: a Streamer that brings the parameters of some of `apart` in turn while the rest is there.
         release: give the allocator's unused memory back to the device after a visit, so that other users of it
-            find it; short and frequent visits had better not.
+            find it. That takes time: leave it where visits are short and frequent.
     """
 
-    def __init__(self, modules, device, apart=(), streamer=None, release=True):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        device: torch.device | str,
+        apart: Iterable[nn.Module] = (),
+        streamer: Streamer | None = None,
+        release: bool = True,
+    ):
         self.modules = list(modules)
         self.device = torch.device(device)
         self._apart = {id(inner) for module in apart for inner in module.modules()}
         self._streamer = streamer
         self._release = release
-        self._home = []  # (a module's parameters or buffers, name in them, what is at home)
+        # (a module's parameters or buffers, name in them, what is at home)
+        self._home: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self._here = False
 
-    def arrive(self):
+    def arrive(self) -> None:
         """Brings everything to the device. All or nothing, also if the device has no room."""
         if self._here:
             return
@@ -53,7 +68,7 @@ class Component:
             self.leave()
             raise
 
-    def leave(self):
+    def leave(self) -> None:
         """Sends everything home."""
         if not self._here:
             return
@@ -67,7 +82,7 @@ class Component:
             release_memory(self.device)
 
     @contextlib.contextmanager
-    def on_device(self, stay=False):
+    def on_device(self, stay: bool = False) -> Iterator[None]:
         """Inside, the component is on the device; outside, it is home, unless `stay` keeps it there.
 
         An exception sends it home whatever `stay` says.
@@ -81,17 +96,17 @@ class Component:
         if not stay:
             self.leave()
 
-    def around(self, function):
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, with the component on the device while it runs."""
 
         @functools.wraps(function)
-        def visiting(*args, **kwargs):
+        def visiting(*args: Any, **kwargs: Any) -> Any:
             with self.on_device():
                 return function(*args, **kwargs)
 
         return visiting
 
-    def _tensors(self):
+    def _tensors(self) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
         for root in self.modules:
             for module in root.modules():
                 if id(module) in self._apart:
@@ -102,19 +117,27 @@ class Component:
                             yield entries, name, tensor
 
 
-def visit_by_halves(vae, device):
-    """Makes a VAE bring to the device only the half that a call needs: the encoder to encode, the decoder to decode."""
+def visit_by_halves(vae: Any, device: torch.device | str) -> Undo:
+    """Makes a VAE bring to the device only the half that a call needs: the encoder to encode, the decoder to decode.
+
+    Returns what undoes it. Raises RuntimeError if it is applied already.
+    """
     model = vae.model
-    vae.encode = Component([model.encoder, model.conv1], device).around(vae.encode)
-    vae.decode = Component([model.conv2, model.decoder], device).around(vae.decode)
+    encoder = Component([model.encoder, model.conv1], device)
+    decoder = Component([model.conv2, model.decoder], device)
+    return layer_methods(vae, "visit_by_halves", encode=encoder.around, decode=decoder.around)
 
 
-def visit_when_called(module, device):
-    """Makes a module bring its parameters to the device for each call, and have them there for no longer."""
-    module.forward = Component([module], device, release=False).around(module.forward)
+def visit_when_called(module: nn.Module, device: torch.device | str) -> Undo:
+    """Makes a module bring its parameters to the device for each call, and have them there for no longer.
+
+    Returns what undoes it. Raises RuntimeError if it is applied already.
+    """
+    visit = Component([module], device, release=False)
+    return layer_methods(module, "visit_when_called", forward=visit.around)
 
 
-def release_memory(device):
+def release_memory(device: torch.device | str) -> None:
     """Returns the allocator's unused memory to the device, so that other users of it find it."""
     if torch.device(device).type != "cpu":
         torch.get_device_module(device).empty_cache()

@@ -1,21 +1,21 @@
 """Weights that live in CPU memory and visit the device in turn.
 
-A model is cut into pieces, modules whose order of use is known. As many as there is room for stay on the
+A model is cut into layer groups, modules whose order of use is known. As many as there is room for stay on the
 device; the others pass through a small ring of device buffers: while one computes, the next is copied.
 Nothing is copied back, for weights do not change.
 
-    with Streamer(transformer_pieces(model), "cuda"):
+    with Streamer(model.layer_groups(), "cuda"):
         model(...)
 
 Who orders what:
 
-- The main thread, which launches the kernels, never waits for the device. When it comes to a piece, it makes
-  the compute stream wait for the event of the piece's arrival; when it leaves the piece, it records the event
-  that releases the piece's buffer.
+- The main thread, which launches the kernels, never waits for the device. When it comes to a group, it makes
+  the compute stream wait for the event of the group's arrival; when it leaves the group, it records the event
+  that releases the group's buffer.
 - A worker thread moves the bytes: from the weights, which may be memory-mapped, to page-locked staging
   buffers of bounded size, and from there with asynchronous copies on a stream of their own, which waits for
   the release.
-- The main thread waits for the worker only where it comes to a piece whose copy is not yet enqueued.
+- The main thread waits for the worker only where it comes to a group whose copy is not yet enqueued.
 """
 
 from __future__ import annotations
@@ -42,40 +42,11 @@ PINNED_BYTES = 512 << 20  # at most, of all staging buffers; half of the availab
 log = logging.getLogger(__name__)
 
 
-def transformer_pieces(model: nn.Module) -> list[nn.Module]:
-    """The pieces of a DiT in visiting order: self attention, cross attention and FFN of every block.
-
-    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
-    block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head) and belongs on the
-    device, or is needed only before the blocks: see `transformer_embeddings`.
-    """
-    hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
-    pieces = [hints[0].before_proj] if hints else []
-    for i, block in enumerate(model.blocks):
-        for visited in [hints[i], block] if i in hints else [block]:
-            pieces += [visited.self_attn, visited.cross_attn, visited.ffn]
-        if i in hints:
-            pieces.append(hints[i].after_proj)
-    return pieces
-
-
-def transformer_embeddings(model: nn.Module) -> list[nn.Module]:
-    """What a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
-    names = ("time_embedding", "time_projection", "text_embedding", "img_emb")
-    return [getattr(model, name) for name in names if hasattr(model, name)]
-
-
-def check_ring(ring: int) -> None:
-    """Raises InputError unless `ring` is a usable number of device buffers."""
-    if not isinstance(ring, int) or ring < 2:
-        raise InputError(f"--stream_ring {ring}: must be a whole number of at least 2 buffers")
-
-
 class Streamer:
-    """Brings the weights of `pieces` to the device while attached; a context manager, usable repeatedly.
+    """Brings the weights of `groups` to the device while attached; a context manager, usable repeatedly.
 
-    A piece arrives when one of its modules that own parameters is called: before that, no more than the
-    shapes and dtypes of the parameters may be read. The order of `pieces` is taken to repeat without end.
+    A group arrives when one of its modules that own parameters is called: before that, no more than the
+    shapes and dtypes of the parameters may be read. The order of `groups` is taken to repeat without end.
     Calls in another order give the same results, only slower. Weights keep their dtype; the modules' buffers
     stay where they are.
 
@@ -83,39 +54,40 @@ class Streamer:
     nothing of them is left on the device.
 
     Args:
-        pieces: disjoint modules in the order of their visits, with weights in CPU memory: plain,
+        groups: disjoint modules in the order of their visits, with weights in CPU memory: plain,
             memory-mapped, or meta tensors where bytes are only counted.
         device: where to compute. On a CPU the streamer does nothing.
-        ring: number of device buffers, each as large as the largest streamed piece; all but one fetch ahead.
-        resident_bytes: device memory, beside the ring's, for pieces that stay, spread over the sequence.
+        buffers: number of device buffers, each as large as the largest streamed group; all but one fetch ahead.
+        resident_bytes: device memory, beside the buffers', for groups that stay, spread over the sequence.
 
     Raises:
-        InputError: `ring` is not a whole number of at least 2.
-        ValueError: pieces overlap, or weights are not in CPU memory.
+        InputError: `buffers` is not a whole number of at least 2.
+        ValueError: groups overlap, or weights are not in CPU memory.
     """
 
     def __init__(
         self,
-        pieces: Sequence[nn.Module],
+        groups: Sequence[nn.Module],
         device: torch.device | str,
         *,
-        ring: int = 2,
+        buffers: int = 2,
         resident_bytes: int = 0,
     ):
-        check_ring(ring)
+        if not isinstance(buffers, int) or buffers < 2:
+            raise InputError("must be a whole number of at least 2", "stream_buffers", buffers)
         self.device = torch.device(device)
-        self._pieces = [piece for piece in map(_Piece, pieces) if piece.weights]
-        owners = [owner for piece in self._pieces for owner in piece.owners]
+        self._groups = [group for group in map(_Group, groups) if group.weights]
+        owners = [owner for group in self._groups for owner in group.owners]
         if len(owners) > len(set(owners)):
-            raise ValueError("pieces to stream overlap")
-        stays = _spread([piece.size for piece in self._pieces], int(resident_bytes))
-        self._resident = [piece for piece, stay in zip(self._pieces, stays) if stay]
-        streamed = [piece for piece, stay in zip(self._pieces, stays) if not stay]
-        self._ring_size = min(ring, len(streamed))
-        self._slot_bytes = max((piece.size for piece in streamed), default=0)
-        for position, piece in enumerate(self._pieces):
-            following = self._pieces[position:] + self._pieces[:position]
-            piece.ahead = [other for other in following if other in streamed][: self._ring_size]
+            raise ValueError("groups to stream overlap")
+        stays = _spread([group.size for group in self._groups], int(resident_bytes))
+        self._resident = [group for group, stay in zip(self._groups, stays) if stay]
+        streamed = [group for group, stay in zip(self._groups, stays) if not stay]
+        self._ring_size = min(buffers, len(streamed))
+        self._slot_bytes = max((group.size for group in streamed), default=0)
+        for position, group in enumerate(self._groups):
+            following = self._groups[position:] + self._groups[:position]
+            group.ahead = [other for other in following if other in streamed][: self._ring_size]
         self._undo = ExitStack()
 
     @property
@@ -123,7 +95,7 @@ class Streamer:
         """Bytes that the streamer holds on the device while it is attached."""
         if self.device.type == "cpu":
             return 0
-        return self._ring_size * self._slot_bytes + sum(piece.size for piece in self._resident)
+        return self._ring_size * self._slot_bytes + sum(group.size for group in self._resident)
 
     def __enter__(self):
         self.attach()
@@ -138,77 +110,77 @@ class Streamer:
         Raises torch.OutOfMemoryError, with nothing attached, if the device has not enough memory.
         """
         self.detach()
-        if self.device.type == "cpu" or not self._pieces:
+        if self.device.type == "cpu" or not self._groups:
             return
         self._backend = torch.get_device_module(self.device)
         self._copy_stream = self._backend.Stream(self.device)
-        self._current: _Piece | None = None
-        self._slots: list[_Slot] = []  # the ring's, then one for every resident piece
+        self._current: _Group | None = None
+        self._slots: list[_Slot] = []  # the ring's, then one for every resident group
         self._stages: deque[_Stage] = deque()
         # Buffers are normal tensors even if the caller is in inference mode, for the worker thread is not.
         with ExitStack() as undo, torch.inference_mode(False):
             undo.callback(self._free)
             for _ in range(self._ring_size):
                 self._allocate_slot(self._slot_bytes)
-            for piece in self._resident:
-                self._allocate_slot(piece.size)
+            for group in self._resident:
+                self._allocate_slot(group.size)
             self._allocate_stages()
             self._worker = ThreadPoolExecutor(1, "streamer")
             undo.callback(self._worker.shutdown, cancel_futures=True)
             undo.callback(self._leave)
-            for piece in self._pieces:
-                for owner in piece.owners:
-                    undo.callback(owner.register_forward_pre_hook(partial(self._visit, piece)).remove)
-            self._fetch_ahead(self._pieces[0])
-            for piece, slot in zip(self._resident, self._slots[self._ring_size :]):
-                self._fetch(piece, slot)
+            for group in self._groups:
+                for owner in group.owners:
+                    undo.callback(owner.register_forward_pre_hook(partial(self._visit, group)).remove)
+            self._fetch_ahead(self._groups[0])
+            for group, slot in zip(self._resident, self._slots[self._ring_size :]):
+                self._fetch(group, slot)
             self._undo = undo.pop_all()
 
     def detach(self) -> None:
         """Undoes attach(); does nothing if not attached."""
         self._undo.close()
 
-    def _visit(self, piece: _Piece, *_: Any) -> None:
-        """Makes a piece the current one, before the call of a module of it."""
-        if piece is self._current:
+    def _visit(self, group: _Group, *_: Any) -> None:
+        """Makes a group the current one, before the call of a module of it."""
+        if group is self._current:
             return
         self._leave()
-        self._fetch_ahead(piece)
-        self._compute_stream().wait_event(piece.arrival.result())
-        self._current = piece
-        piece.place()
+        self._fetch_ahead(group)
+        self._compute_stream().wait_event(group.arrival.result())
+        self._current = group
+        group.place()
 
     def _leave(self) -> None:
-        """Ends the current piece's visit: all that reads its buffer has been launched."""
+        """Ends the current group's visit: all that reads its buffer has been launched."""
         if self._current is not None:
             self._current.restore()
             self._current.slot.released = self._compute_stream().record_event()
             self._current = None
 
-    def _fetch_ahead(self, piece: _Piece) -> None:
-        """Fills the ring with the streamed pieces from `piece` on. Those that are there already stay."""
+    def _fetch_ahead(self, group: _Group) -> None:
+        """Fills the ring with the streamed groups from `group` on. Those that are there already stay."""
         ring = self._slots[: self._ring_size]
-        for coming in piece.ahead:
+        for coming in group.ahead:
             if coming.slot is None:
-                self._fetch(coming, next(slot for slot in ring if slot.piece not in piece.ahead))
+                self._fetch(coming, next(slot for slot in ring if slot.group not in group.ahead))
 
-    def _fetch(self, piece: _Piece, slot: _Slot) -> None:
-        """Gives the slot to the piece, and the copy to the worker, who takes one after the other."""
-        if slot.piece is not None:
-            slot.piece.slot = None
-        slot.piece, piece.slot = piece, slot
-        piece.arrival = self._worker.submit(self._copy, piece, slot)
+    def _fetch(self, group: _Group, slot: _Slot) -> None:
+        """Gives the slot to the group, and the copy to the worker, who takes one after the other."""
+        if slot.group is not None:
+            slot.group.slot = None
+        slot.group, group.slot = group, slot
+        group.arrival = self._worker.submit(self._copy, group, slot)
 
-    def _copy(self, piece: _Piece, slot: _Slot) -> Any:
-        """On the worker thread: enqueues the copy of a piece to its slot; returns the event behind it."""
+    def _copy(self, group: _Group, slot: _Slot) -> Any:
+        """On the worker thread: enqueues the copy of a group to its slot; returns the event behind it."""
         with self._backend.stream(self._copy_stream):
             self._copy_stream.wait_event(slot.released)
-            for start in range(0, piece.size, self._stages[0].buffer.numel()):
+            for start in range(0, group.size, self._stages[0].buffer.numel()):
                 stage = self._stages[0]
                 self._stages.rotate(-1)
                 stage.copied.synchronize()
-                part = stage.buffer[: piece.size - start]
-                piece.read(start, part)
+                part = stage.buffer[: group.size - start]
+                group.read(start, part)
                 slot.buffer[start : start + part.numel()].copy_(part, non_blocking=True)
                 stage.copied.record(self._copy_stream)
             return self._copy_stream.record_event()
@@ -220,8 +192,8 @@ class Streamer:
 
     def _allocate_stages(self) -> None:
         """Allocates the staging buffers: page-locked while the system allows it, at least two in any case."""
-        home = self._pieces[0].weights[0].home.device
-        size = min(STAGE_BYTES, max(piece.size for piece in self._pieces))
+        home = self._groups[0].weights[0].home.device
+        size = min(STAGE_BYTES, max(group.size for group in self._groups))
         count = max(2, min(PINNED_BYTES, psutil.virtual_memory().available // 2) // STAGE_BYTES)
         pinned = home.type == "cpu"
         while len(self._stages) < count:
@@ -241,8 +213,8 @@ class Streamer:
         self._compute_stream().wait_event(self._copy_stream.record_event())
         for slot in self._slots:
             slot.buffer = None  # a traceback that still holds the slot must not hold its memory
-        for piece in self._pieces:
-            piece.slot = piece.arrival = None
+        for group in self._groups:
+            group.slot = group.arrival = None
         self._slots.clear()
         self._stages.clear()
 
@@ -252,7 +224,7 @@ class Streamer:
 
 @dataclass(eq=False)
 class _Weight:
-    """A parameter: the module that has it, under which name, and where in its piece's buffer it goes."""
+    """A parameter: the module that has it, under which name, and where in its group's buffer it goes."""
 
     owner: nn.Module
     name: str
@@ -260,12 +232,12 @@ class _Weight:
     offset: int  # bytes
 
 
-class _Piece:
+class _Group:
     """Modules that visit the device together, their weights laid out in one buffer.
 
     Attributes:
         size: bytes of the layout.
-        ahead: the streamed pieces that the ring should hold during the visit, in visiting order.
+        ahead: the streamed groups that the ring should hold during the visit, in visiting order.
         slot: where the weights are or will be, None while they are only at home.
         arrival: result of the copy to the slot, the event behind it.
     """
@@ -273,7 +245,7 @@ class _Piece:
     def __init__(self, module: nn.Module):
         self.weights: list[_Weight] = []
         self.size = 0
-        self.ahead: list[_Piece] = []
+        self.ahead: list[_Group] = []
         self.slot: _Slot | None = None
         self.arrival: Future | None = None
         for owner in module.modules():
@@ -311,11 +283,11 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Slot:
-    """A device buffer, the event behind the last use of what was in it, and the piece that it is given to."""
+    """A device buffer, the event behind the last use of what was in it, and the group that it is given to."""
 
     buffer: torch.Tensor | None
     released: Any
-    piece: _Piece | None = None
+    group: _Group | None = None
 
 
 @dataclass(eq=False)
@@ -327,7 +299,7 @@ class _Stage:
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[bool]:
-    """Which pieces stay on the device: what fits `room` bytes, spread as evenly as Bresenham draws a line."""
+    """Which groups stay on the device: what fits `room` bytes, spread as evenly as Bresenham draws a line."""
     total, credit, stays = sum(sizes), 0, []
     for size in sizes:
         credit += size * room

@@ -1,57 +1,190 @@
-"""Attention over whole sequences: flash-attn where it is installed, PyTorch's own otherwise."""
+"""Attention over whole sequences: flash-attn where it is installed and works, PyTorch's own otherwise.
 
-import importlib.util
+Which kernel computes depends on the device, the type and the width of the heads, never on the number of queries, as
+far as it is chosen here. A row's result is made of its own query and all keys in each of them.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-_HAS_FLASH_3 = importlib.util.find_spec("flash_attn_interface") is not None
-_HAS_FLASH_2 = importlib.util.find_spec("flash_attn") is not None
+log = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+SCORE_BYTES = 2**27  # of the scores that exist at a time where no fused kernel avoids them
+FUSED, IN_PIECES = "PyTorch's", "PyTorch's, by pieces of rows"
+_FLASH_ATTN = {3: "flash_attn_interface", 2: "flash_attn"}
 
 
-def flash_attention(q, k, v, q_lens=None, k_lens=None, softmax_scale=None, causal=False):
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_lens: torch.Tensor | None = None,
+    k_lens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    q_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool = False,
+    dtype: torch.dtype | None = None,
+    version: int | None = None,
+) -> torch.Tensor:
     """softmax(q k^T * scale) v for every head.
-
-    Half-precision CUDA tensors go to flash-attn 3 or 2 when importable (Dao, FlashAttention-2, 2023); everything
-    else to `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         q: [B, Lq, N, D].
         k: [B, Lk, N, D]; cast to v's type, as q is.
         v: [B, Lk, N, D].
-        q_lens: accepted for call compatibility; rows past a sample's length are computed and mean nothing.
+        q_lens: no effect; rows past a sample's length are computed and mean nothing.
         k_lens: [B] integers or None: how many keys of each sample count.
+        dropout_p: 0.
         softmax_scale: default D ** -0.5.
-        causal: mask keys after the query.
+        q_scale: the queries are multiplied by it.
+        causal: mask keys after the query; as many keys as queries.
+        window_size: (-1, -1).
+        deterministic: no effect; the forward pass always is.
+        dtype: what to compute fp32 input in, or None for fp32.
+        version: no effect; the newest flash-attn that runs on the device is used.
 
     Returns:
         [B, Lq, N, D] in q's type.
+
+    Raises:
+        ValueError: dropout, a window, or a causal mask over unlike lengths.
     """
+    if dropout_p:
+        raise ValueError(f"dropout_p {dropout_p}: attention without dropout only, leave it at 0")
+    if tuple(window_size) != (-1, -1):
+        raise ValueError(f"window_size {window_size}: attention over all keys only, leave it at (-1, -1)")
+    if causal and (q.size(1) != k.size(1) or k_lens is not None):
+        raise ValueError("causal: as many keys as queries only, without k_lens")
     out_dtype = q.dtype
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    kept = v.dtype if dtype is None or v.dtype in HALF else dtype
+    q, k, v = q.to(kept), k.to(kept), v.to(kept)
+    if q_scale is not None:
+        q = q * q_scale
+    kernel = kernel_of(q, k, v, causal)
+    _tell(kernel, q.device.type, q.dtype)
     if k_lens is None:
-        out = _attend(q, k, v, softmax_scale, causal)
+        out = _attend(kernel, q, k, v, softmax_scale, causal)
     else:
-        lengths = k_lens.tolist()
-        out = torch.cat(
-            [
-                _attend(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n], softmax_scale, causal)
-                for i, n in enumerate(lengths)
-            ]
-        )
+        parts = [
+            _attend(kernel, q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n], softmax_scale, causal)
+            for i, n in enumerate(k_lens.tolist())
+        ]
+        out = torch.cat(parts)
     return out.to(out_dtype)
 
 
-def _attend(q, k, v, scale, causal):
-    if q.device.type == "cuda" and v.dtype in (torch.float16, torch.bfloat16) and q.size(-1) <= 256:
-        if _HAS_FLASH_3:
-            import flash_attn_interface
+@functools.cache
+def load_flash_attn() -> dict[int, Callable]:
+    """The attention function of each version of flash-attn that is installed and can be imported.
 
-            out = flash_attn_interface.flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
-            return out[0] if isinstance(out, tuple) else out
-        if _HAS_FLASH_2:
-            import flash_attn
+    Imported at the first call. A version that is there but broken is told, once.
+    """
+    functions = {}
+    for version, name in _FLASH_ATTN.items():
+        try:
+            functions[version] = importlib.import_module(name).flash_attn_varlen_func
+        except Exception as error:  # whatever a binary that does not fit raises
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                continue
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            log.warning(f"flash-attn {version} cannot be imported, attention goes on without it ({reason})")
+    return functions
 
-            return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+def kernel_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> str:
+    """The kernel that flash_attention takes for tensors of one type, as choose_kernel names it."""
+    if q.device.type != "cuda":
+        return FUSED  # a CPU's is; where others' are not, they have no pieces to save
+    call = torch.backends.cuda.SDPAParams(*(x.transpose(1, 2) for x in (q, k, v)), None, 0.0, causal, False)
+    fused = torch.backends.cuda.can_use_flash_attention(call)
+    fused = fused or torch.backends.cuda.can_use_efficient_attention(call)
+    capability = torch.cuda.get_device_capability(q.device)
+    return choose_kernel(q.dtype, q.size(-1), capability, tuple(load_flash_attn()), fused)
+
+
+def choose_kernel(
+    dtype: torch.dtype, width: int, capability: tuple[int, int], flash_attn: tuple[int, ...], fused: bool
+) -> str:
+    """The kernel for a call on a CUDA device.
+
+    Args:
+        dtype: of queries, keys and values.
+        width: of a head.
+        capability: of the device.
+        flash_attn: versions that can be imported.
+        fused: whether PyTorch has a kernel for the call that holds no scores. In bf16 it has none below capability
+            8.0.
+
+    Returns:
+        "flash-attn 3", "flash-attn 2", FUSED or IN_PIECES.
+    """
+    if dtype in HALF and width <= 256:
+        if 3 in flash_attn and capability[0] == 9:
+            return "flash-attn 3"
+        if 2 in flash_attn and capability >= (8, 0):
+            return "flash-attn 2"
+    return FUSED if fused else IN_PIECES
+
+
+def attend_in_pieces(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, causal: bool = False
+) -> torch.Tensor:
+    """Attention that holds at most SCORE_BYTES of scores, or one row, at a time; each row's softmax is whole.
+
+    Half precision is computed in fp32, a few heads' at a time.
+
+    Args, returns:
+        [B, L, N, D].
+    """
+    rows, keys = q.size(1), k.size(1)
+    compute = torch.float32 if q.dtype in HALF else q.dtype
+    row_bytes = q.size(0) * keys * compute.itemsize
+    step = max(1, min(rows, SCORE_BYTES // row_bytes))
+    heads = max(1, SCORE_BYTES // (row_bytes * rows))
+    out = torch.empty(*q.shape[:-1], v.size(-1), dtype=q.dtype, device=q.device)
+    for h in range(0, q.size(2), heads):
+        group = slice(h, h + heads)
+        key, value = (x[:, :, group].transpose(1, 2).to(compute) for x in (k, v))
+        for start in range(0, rows, step):
+            piece = slice(start, start + step)
+            query = q[:, piece, group].transpose(1, 2).to(compute)
+            mask = None
+            if causal:
+                positions = torch.arange(keys, device=q.device)
+                mask = positions <= positions[piece, None]
+            result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            out[:, piece, group] = result.transpose(1, 2).to(out.dtype)
+    return out
+
+
+def _attend(
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool
+) -> torch.Tensor:
+    if kernel == IN_PIECES:
+        return attend_in_pieces(q, k, v, scale, causal)
+    if kernel == FUSED:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+    # The function for sequences of unlike lengths: the other splits the keys where there are few queries, so that
+    # chunks of them would be rounded otherwise.
+    function = load_flash_attn()[int(kernel[-1])]
+    batch, rows, keys = q.size(0), q.size(1), k.size(1)
+    ends = [torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (rows, keys)]
+    packed = (x.flatten(0, 1) for x in (q, k, v))
+    out = function(*packed, *ends, rows, keys, softmax_scale=scale, causal=causal)
+    out = out[0] if isinstance(out, tuple) else out
+    return out.unflatten(0, (batch, rows))
+
+
+@functools.cache
+def _tell(kernel: str, device: str, dtype: torch.dtype) -> None:
+    log.info(f"Attention in {str(dtype).removeprefix('torch.')} on {device}: {kernel}")

@@ -125,8 +125,7 @@ class CLIPModel:
         embeddings.class_embedding = _reshaped(embeddings.class_embedding, *shapes[0])
         positions.weight = _reshaped(positions.weight, *shapes[1])
 
-    @property
-    def pieces(self) -> list[nn.Module]:
+    def layer_groups(self) -> list[nn.Module]:
         """The blocks in the order of their visits."""
         return list(self.model.encoder.layers)
 

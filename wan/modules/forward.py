@@ -6,14 +6,22 @@ else is computed for one chunk of tokens at a time and added in place. A chunk a
 each row's arithmetic is the one of the whole pass.
 
 Precision is that of the published model: norms, modulation, time embedding, head and the residual stream in
-fp32, rotary embedding in fp64, linear and convolution layers and attention in the type their weights are kept in.
+fp32, rotary embedding in fp64, linear and convolution layers and attention in the compute type, which is handed
+in, as the attention is.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import nn
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
@@ -23,7 +31,7 @@ _FP32_OWNERS = (
 _FP32_PREFIXES = ("img_emb.proj.0.", "img_emb.proj.4.")
 
 
-def storage_dtype(name, compute_dtype):
+def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
     """The type in which the DiT parameter `name` can be kept without changing a bit of the output.
 
     The published weights are fp32. Linear and convolution layers cast theirs to the compute type at each use, so
@@ -33,28 +41,75 @@ def storage_dtype(name, compute_dtype):
     return torch.float32 if fp32 else compute_dtype
 
 
-def spans(length, chunk):
-    """Slices that cut `length` tokens into pieces of `chunk`; 0 means one piece."""
-    step = chunk or length
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def layer_groups(model: nn.Module) -> list[nn.Module]:
+    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: self attention, cross attention
+    and FFN of every block.
+
+    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
+    block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head), or is called once
+    a pass: see `embedding_layers`.
+    """
+    hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
+    groups = [hints[0].before_proj] if hints else []
+    for i, block in enumerate(model.blocks):
+        for visited in [hints[i], block] if i in hints else [block]:
+            groups += [visited.self_attn, visited.cross_attn, visited.ffn]
+        if i in hints:
+            groups.append(hints[i].after_proj)
+    return groups
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """What a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
+    names = ("time_embedding", "time_projection", "text_embedding", "img_emb")
+    return [getattr(model, name) for name in names if hasattr(model, name)]
+
+
+_ROWS = 32  # rows that kernels take at a time, or a multiple of it
+
+
+def spans(length: int, chunk: int) -> list[slice]:
+    """Slices that cut `length` tokens into pieces of at most `chunk`, which is 64 or more; 0 means one piece.
+
+    CPU kernels take rows in blocks, and one to three rows that are left over by another kernel, which rounds
+    otherwise. So a piece leaves none where the whole leaves none, and the last piece as many as the whole does.
+    """
+    if not chunk or chunk >= length:
+        return [slice(0, length)]
+    left, last = length % _ROWS, 0
+    if 0 < left < 4:
+        # PyTorch's attention takes 32 queries at a time, from 192 on 64 and from 768 on 256.
+        block = 256 if length >= 768 else 64 if length >= 192 else 32
+        last = left + (_ROWS if length % block < 4 else _ROWS // 2)
+    step = chunk // _ROWS * _ROWS
+    ends = [*range(step, length - last, step), length - last]
+    if last:
+        ends.append(length)
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
 def dit_forward(
-    model,
-    x,
-    t,
-    context,
-    seq_len,
-    clip_fea=None,
-    y=None,
-    vace_context=None,
-    vace_context_scale=1.0,
-    chunk=None,
-):
+    model: nn.Module,
+    x: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    context: Sequence[torch.Tensor],
+    seq_len: int,
+    *,
+    attention: Attention,
+    dtype: torch.dtype,
+    image: torch.Tensor | None = None,
+    y: Sequence[torch.Tensor] | None = None,
+    vace_context: Sequence[torch.Tensor] | None = None,
+    vace_context_scale: float = 1.0,
+    chunk: int = 0,
+) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
     Args:
-        chunk: tokens per chunk, 0 for all; default the model's own `chunk`.
+        attention: softmax(q k^T) v for every head, of q, k and v [1, L, heads, head_dim].
+        dtype: the compute type; linear and convolution layers are kept in it, or an autocast to it is on.
+        image: [B, 257 or 514, dim], what the model's `img_emb` makes of the image features.
+        chunk: tokens per chunk, 0 for all.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -62,21 +117,18 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
-    if model.model_type in ("i2v", "flf2v") and (clip_fea is None or y is None):
+    if model.model_type in ("i2v", "flf2v") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
-    chunk = model.chunk if chunk is None else chunk
     device = x[0].device
     with _full_precision(device):
         time = model.time_embedding(sinusoidal_embedding(model.freq_dim, t.to(device)))  # [B, dim]
         modulation = model.time_projection(time).unflatten(1, (6, -1))  # [B, 6, dim]
-    text = embed_text(model, context, device)  # [B, text_len, dim]
-    image = None if clip_fea is None or not hasattr(model, "img_emb") else model.img_emb(clip_fea)
+    text = embed_text(model, context, device, dtype)  # [B, text_len, dim]
 
     flows = []
     for i, latent in enumerate(x):
-        tokens, grid, dtype = embed_patches(
-            model.patch_embedding, latent if y is None else torch.cat([latent, y[i]])
-        )
+        latent = latent if y is None else torch.cat([latent, y[i]])
+        tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype)
         if tokens.size(1) > seq_len:
             raise ValueError(f"{tokens.size(1)} tokens do not fit seq_len {seq_len}")
         layers = _Layers(
@@ -84,13 +136,15 @@ def dit_forward(
             text[i : i + 1],
             None if image is None else image[i : i + 1],
             Rope(model.freqs.to(device), grid),
+            attention,
+            dtype,
             chunk,
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
-                layers.run(block, tokens, dtype if n == 0 else torch.float32)
+                layers.run(block, tokens, first=n == 0)
         else:
-            _run_with_hints(model, layers, tokens, dtype, vace_context[i], vace_context_scale)
+            _run_with_hints(model, layers, tokens, vace_context[i], vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
         flows.append(predict(model, tokens, time[i : i + 1], grid, chunk).to(dtype).float())
     return flows
@@ -99,35 +153,58 @@ def dit_forward(
 class _Layers:
     """Runs blocks over one sample's residual stream, in place."""
 
-    def __init__(self, modulation, text, image, rope, chunk):
+    def __init__(
+        self,
+        modulation: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None,
+        rope: Rope,
+        attention: Attention,
+        dtype: torch.dtype,
+        chunk: int,
+    ):
         self.modulation = modulation  # [1, 6, dim] fp32
         self.text = text  # [1, text_len, dim]
         self.image = image  # [1, 257 or 514, dim] or None
         self.rope = rope
+        self.attention = attention
+        self.dtype = dtype
         self.chunk = chunk
 
-    def run(self, block, x, dtype):
+    def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The layer in the compute type."""
+        return layer(x.to(self.dtype))
+
+    def run(self, block: nn.Module, x: torch.Tensor, *, first: bool) -> None:
         """One block on x: [1, L, dim] fp32, changed in place.
 
-        dtype: the type that the first norm gives its result in. The stream is fp32 from the start, but what
-        embeds the patches computes in the model's type, and the first block's norm follows it.
+        first: whether it is the first of its stack. The stream is fp32 from the start, but what embeds the patches
+        computes in the compute type, and the first block's norm gives its result in that type.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
             6, dim=1
         )
-        self._self_attention(block, x, shift, scale, gate, dtype)
+        self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
         self._cross_attention(block, x)
         for span in spans(x.size(1), self.chunk):
             hidden = block.norm2(x[:, span]).mul_(1 + ffn_scale).add_(ffn_shift)
-            x[:, span].add_(block.ffn(hidden.to(block.ffn[0].weight.dtype)) * ffn_gate)
+            x[:, span].add_(self.linear(block.ffn, hidden) * ffn_gate)
 
-    def _self_attention(self, block, x, shift, scale, gate, dtype):
+    def _self_attention(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        gate: torch.Tensor,
+        norm_dtype: torch.dtype,
+    ) -> None:
         attention, length = block.self_attn, x.size(1)
         keys = values = None
 
         def modulated(span):
-            hidden = block.norm1(x[:, span].to(dtype).float()).to(dtype).float()
-            return hidden.mul_(1 + scale).add_(shift).to(attention.q.weight.dtype)
+            hidden = block.norm1(x[:, span].to(norm_dtype).float()).to(norm_dtype).float()
+            return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
 
         for span in spans(length, self.chunk):
             hidden = modulated(span)
@@ -144,51 +221,52 @@ class _Layers:
         def attended(span):
             query = _heads(attention, attention.norm_q(attention.q(modulated(span)))).float()
             query = self.rope(query, span).to(values.dtype)
-            return _linear(attention.o, _attend(query, keys, values).flatten(2))
+            return self.linear(attention.o, self.attention(query, keys, values).flatten(2))
 
         for span in spans(length, self.chunk):
             x[:, span].add_(attended(span) * gate)
 
-    def _cross_attention(self, block, x):
+    def _cross_attention(self, block: nn.Module, x: torch.Tensor) -> None:
         attention = block.cross_attn
-        value = _heads(attention, _linear(attention.v, self.text))
-        key = _heads(attention, attention.norm_k(_linear(attention.k, self.text))).to(value.dtype)
+        value = _heads(attention, self.linear(attention.v, self.text))
+        key = _heads(attention, attention.norm_k(self.linear(attention.k, self.text))).to(value.dtype)
         if self.image is not None:
-            image_value = _heads(attention, _linear(attention.v_img, self.image))
-            image_key = _heads(attention, attention.norm_k_img(_linear(attention.k_img, self.image)))
+            image_value = _heads(attention, self.linear(attention.v_img, self.image))
+            image_key = _heads(attention, attention.norm_k_img(self.linear(attention.k_img, self.image)))
             image_key = image_key.to(value.dtype)
         for span in spans(x.size(1), self.chunk):
-            query = _heads(attention, attention.norm_q(_linear(attention.q, block.norm3(x[:, span]))))
+            query = _heads(attention, attention.norm_q(self.linear(attention.q, block.norm3(x[:, span]))))
             query = query.to(value.dtype)
-            out = _attend(query, key, value)
+            out = self.attention(query, key, value)
             if self.image is not None:
-                out = out.float() + _attend(query, image_key, image_value).float()
-            x[:, span].add_(_linear(attention.o, out.flatten(2)))
+                out = out.float() + self.attention(query, image_key, image_value).float()
+            x[:, span].add_(self.linear(attention.o, out.flatten(2)))
 
 
-def _run_with_hints(model, layers, x, dtype, source, strength):
+def _run_with_hints(
+    model: nn.Module, layers: _Layers, x: torch.Tensor, source: torch.Tensor, strength: float
+) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
-    stream, _, _ = embed_patches(model.vace_patch_embedding, source)
+    stream, _ = embed_patches(model.vace_patch_embedding, source, x.device, layers.dtype)
     before = model.vace_blocks[0].before_proj
     for span in spans(x.size(1), layers.chunk):
-        stream[:, span] = _linear(before, stream[:, span]) + x[:, span].to(dtype)
+        stream[:, span] = layers.linear(before, stream[:, span]) + x[:, span].to(layers.dtype)
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
-        norm_dtype = dtype if i == 0 else torch.float32
         if i in hinted:
-            layers.run(hinted[i], stream, norm_dtype)
-        layers.run(block, x, norm_dtype)
+            layers.run(hinted[i], stream, first=i == 0)
+        layers.run(block, x, first=i == 0)
         if i in hinted:
             for span in spans(x.size(1), layers.chunk):
-                x[:, span].add_(_linear(hinted[i].after_proj, stream[:, span]) * strength)
+                x[:, span].add_(layers.linear(hinted[i].after_proj, stream[:, span]) * strength)
 
 
-def embed_text(model, context, device):
+def embed_text(
+    model: nn.Module, context: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     """Prompt embeddings, list of [L, text_dim], zero-padded to text_len and projected: [B, text_len, dim]."""
-    first = model.text_embedding[0]
-    padded = torch.zeros(
-        len(context), model.text_len, first.in_features, dtype=first.weight.dtype, device=device
-    )
+    width = model.text_embedding[0].in_features
+    padded = torch.zeros(len(context), model.text_len, width, dtype=dtype, device=device)
     for row, embedding in zip(padded, context):
         if embedding.size(0) > model.text_len:
             raise ValueError(f"a prompt of {embedding.size(0)} tokens is longer than {model.text_len}")
@@ -196,22 +274,26 @@ def embed_text(model, context, device):
     return model.text_embedding(padded)
 
 
-def embed_patches(embedding, latent):
-    """[C, F, H, W] on any device to a residual stream [1, F' H' W', dim] fp32, its grid (F', H', W'), and its type."""
+def embed_patches(
+    embedding: nn.Module, latent: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """[C, F, H, W] on any device to a residual stream [1, F' H' W', dim] fp32, and its grid (F', H', W')."""
     step = embedding.kernel_size[0]
-    stream = dtype = None
+    stream = None
     frames = latent.size(1) // step
     for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
-        patch = embedding(latent[None, :, frame * step : (frame + 1) * step].to(embedding.weight))
+        patch = embedding(latent[None, :, frame * step : (frame + 1) * step].to(device, dtype))
         if stream is None:
-            grid, dtype = (frames, *patch.shape[3:]), patch.dtype
+            grid = (frames, *patch.shape[3:])
             area = math.prod(patch.shape[3:])
             stream = torch.empty(1, frames * area, patch.size(1), device=patch.device)
         stream[:, frame * area : (frame + 1) * area] = patch.flatten(2).transpose(1, 2)
-    return stream, grid, dtype
+    return stream, grid
 
 
-def predict(model, x, time, grid, chunk):
+def predict(
+    model: nn.Module, x: torch.Tensor, time: torch.Tensor, grid: tuple[int, int, int], chunk: int
+) -> torch.Tensor:
     """The head and the way back from tokens to a latent video: [1, L, dim] to [out_dim, F, H, W] fp32."""
     head = model.head
     with _full_precision(x.device):
@@ -226,13 +308,13 @@ def predict(model, x, time, grid, chunk):
 class Rope:
     """Rotary position embedding over frame, row and column, in fp64, for any span of the tokens."""
 
-    def __init__(self, freqs, grid):
+    def __init__(self, freqs: torch.Tensor, grid: tuple[int, int, int]):
         """freqs: [positions, head_dim / 2] complex128 as rope_frequencies gives; grid: (frames, rows, columns)."""
         half = freqs.size(1)
         self.tables = freqs.split([half - 2 * (half // 3), half // 3, half // 3], dim=1)
         self.grid = grid
 
-    def __call__(self, x, span):
+    def __call__(self, x: torch.Tensor, span: slice) -> torch.Tensor:
         """x: [1, n, heads, head_dim] fp32, the tokens of `span`. Turns it in place and returns it."""
         _, rows, columns = self.grid
         index = torch.arange(span.start, span.stop, device=x.device)
@@ -246,7 +328,7 @@ class Rope:
         return x
 
 
-def sinusoidal_embedding(dim, position):
+def sinusoidal_embedding(dim: int, position: torch.Tensor) -> torch.Tensor:
     """Timesteps [B] to [B, dim] fp32: cosines, then sines, of geometrically falling rates, in fp64."""
     half = dim // 2
     rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=position.device) / half)
@@ -254,23 +336,11 @@ def sinusoidal_embedding(dim, position):
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def _linear(layer, x):
-    """The layer in the type of its weight."""
-    return layer(x.to(layer.weight.dtype))
-
-
-def _heads(attention, x):
+def _heads(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(2, (attention.num_heads, -1))
 
 
-def _attend(query, key, value):
-    # Looked up at each call: whatever attention this tree's model module uses is used.
-    from . import model
-
-    return model.flash_attention(query, key, value)
-
-
-def _full_precision(device):
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Outside any autocast that is on, as the parts that compute in fp32 must be."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

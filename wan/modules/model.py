@@ -13,8 +13,8 @@ from torch import nn
 
 from ..utils.errors import InputError
 from ..weights.loading import load_weights
-from .attention import flash_attention  # noqa: F401 (forward.py looks it up here)
-from .forward import dit_forward, storage_dtype
+from .attention import flash_attention
+from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
@@ -120,22 +120,32 @@ class MLPProj(nn.Module):
         if first_last:
             self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
 
-    def forward(self, features):
-        """features: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32."""
+    def forward(self, features, dtype=torch.float32):
+        """features: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32.
+
+        dtype: the type that the linear layers compute in, and are kept in.
+        """
         x = features.float()
         if hasattr(self, "emb_pos"):
             x = x.reshape(-1, 2 * x.size(1), x.size(2)) + self.emb_pos
-        first, second = self.proj[1], self.proj[3]
-        x = first(self.proj[0](x).to(first.weight.dtype))
-        x = second(self.proj[2](x))
+        x = self.proj[1](self.proj[0](x).to(dtype))
+        x = self.proj[3](self.proj[2](x))
         return self.proj[4](x.float())
 
 
 class WanModel(nn.Module):
     """Predicts the flow of a noisy latent video. Constructor arguments are the keys of config.json.
 
+    `compute_dtype` is the type that linear and convolution layers and attention compute in. Those layers are kept in
+    it; the parameters that compute in fp32 are fp32 whatever it is, see `storage_dtype`.
+
     Raises InputError for an unknown model type or a width that its heads cannot share.
     """
+
+    compute_dtype = torch.float32
+    storage_dtype = staticmethod(storage_dtype)
+    layer_groups = layer_groups
+    embedding_layers = embedding_layers
 
     def __init__(
         self,
@@ -171,7 +181,6 @@ class WanModel(nn.Module):
         self.num_heads = num_heads
         self.num_layers = num_layers
         self.freqs = rope_frequencies(dim // num_heads)
-        self.chunk = 0  # tokens that go through a layer at a time, 0 for all
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -188,7 +197,7 @@ class WanModel(nn.Module):
         if image:
             self.img_emb = MLPProj(CLIP_WIDTH, dim, first_last=model_type == "flf2v")
 
-    def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
+    def forward(self, x, t, context, seq_len, clip_fea=None, y=None, *, chunk=0):
         """Predicts the flow of each sample.
 
         Args:
@@ -198,6 +207,7 @@ class WanModel(nn.Module):
             seq_len: upper bound of a sample's tokens. Nothing is padded to it.
             clip_fea: [B, 257, 1280] image features ([2 B, 257, 1280] for first and last frames), or None.
             y: list of [C', F, H, W] that join x along the channels, or None.
+            chunk: tokens that go through a layer at a time, 0 for all.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -205,7 +215,21 @@ class WanModel(nn.Module):
         Raises:
             ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
         """
-        return dit_forward(self, x, t, context, seq_len, clip_fea=clip_fea, y=y)
+        image = None
+        if clip_fea is not None and hasattr(self, "img_emb"):
+            image = self.img_emb(clip_fea, self.compute_dtype)
+        return dit_forward(
+            self,
+            x,
+            t,
+            context,
+            seq_len,
+            attention=flash_attention,
+            dtype=self.compute_dtype,
+            image=image,
+            y=y,
+            chunk=chunk,
+        )
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir, dtype=torch.float32, offload_folder=None):
@@ -221,10 +245,11 @@ class WanModel(nn.Module):
             InputError: missing or damaged files, or tensors that do not fit config.json.
         """
         model = cls.from_config(checkpoint_dir)
+        model.compute_dtype = dtype
         source = weights_path(checkpoint_dir)
 
         def kept(name):
-            return storage_dtype(name, dtype)
+            return cls.storage_dtype(name, dtype)
 
         load_weights(model, offload_folder.converted(source, kept) if offload_folder else source, dtype=kept)
         return model

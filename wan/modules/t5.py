@@ -100,8 +100,7 @@ class T5EncoderModel:
             else:
                 model.to(device)
 
-    @property
-    def pieces(self) -> list[nn.Module]:
+    def layer_groups(self) -> list[nn.Module]:
         """The layers in the order of their visits: self attention, FFN of the first block, of the second, ..."""
         return [layer for block in self.model.block for layer in block.layer]
 

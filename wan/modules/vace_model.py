@@ -4,6 +4,7 @@ reads the source material and gives hints to the first."""
 from torch import nn
 
 from ..utils.errors import InputError
+from .attention import flash_attention
 from .forward import dit_forward
 from .model import WanModel
 
@@ -27,11 +28,32 @@ class VaceWanModel(WanModel):
             vace_in_dim or in_dim, self.dim, kernel_size=self.patch_size, stride=self.patch_size
         )
 
-    def forward(self, x, t, vace_context, context, seq_len, vace_context_scale=1.0, clip_fea=None, y=None):
+    def forward(
+        self,
+        x,
+        t,
+        vace_context,
+        context,
+        seq_len,
+        vace_context_scale=1.0,
+        clip_fea=None,
+        y=None,
+        *,
+        chunk=0,
+    ):
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
         clip_fea and y are accepted for call compatibility and not used.
         """
         return dit_forward(
-            self, x, t, context, seq_len, vace_context=vace_context, vace_context_scale=vace_context_scale
+            self,
+            x,
+            t,
+            context,
+            seq_len,
+            attention=flash_attention,
+            dtype=self.compute_dtype,
+            vace_context=vace_context,
+            vace_context_scale=vace_context_scale,
+            chunk=chunk,
         )

@@ -1,6 +1,6 @@
 """The causal 3D VAE: its modules, named as the checkpoint names them, and the coder built on them.
 
-The passes are in vae_forward.py, written over these names.
+What they compute is in vae_operations.py and vae_forward.py, written over these names.
 """
 
 import torch
@@ -150,12 +150,10 @@ class WanVAE:
         load_weights(self.model, vae_pth, dtype=lambda name: dtype)
         self.model.to(device)
 
-    @torch.no_grad()
     def encode(self, videos):
         """Encodes each video, [3, F, H, W] in [-1, 1], to its latent mean, [z_dim, 1 + (F - 1) // 4, H / 8, W / 8]."""
         return [encode(self.model, video, self.scale) for video in videos]
 
-    @torch.no_grad()
     def decode(self, zs):
         """Decodes each latent, [z_dim, F, H, W], to a video, [3, 4 F - 3, 8 H, 8 W] fp32 in [-1, 1]."""
         return [decode(self.model, z, self.scale) for z in zs]

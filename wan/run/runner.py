@@ -63,9 +63,10 @@ def run(request: Request, on_event: Listener | None = None) -> Path:
     checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
     configure_allocator(device)
     hold_to_free(device)
-    options = {name: value for name, value in vars(request.memory).items() if name != "offload_model"}
     with exact_arithmetic() if request.exact else contextlib.nullcontext():
-        pipeline = task.pipeline_class(task.config, checkpoint, device=device, on_event=listener, **options)
+        pipeline = task.pipeline_class(
+            task.config, checkpoint, device=device, on_event=listener, **vars(request.memory)
+        )
         if request.decode_latents:
             latents, _ = load_latents(request.decode_latents, _identity(request, checkpoint))
             video = pipeline.decode(latents)
@@ -84,7 +85,6 @@ def run(request: Request, on_event: Listener | None = None) -> Path:
                 sampling_steps=request.sample_steps,
                 guide_scale=request.sample_guide_scale,
                 seed=request.base_seed,
-                offload_model=request.memory.offload_model,
                 on_latents=keep,
             )
             return _save(video, request, listener, pipeline)

@@ -113,24 +113,27 @@ def require_accelerator(device: torch.device, name: str | None) -> None:
         reason = f"PyTorch {torch.__version__} is built for the CPU alone; {INSTALL}"
     else:
         reason = f"{kind}: {why_missing(kind) or NO_FP64}"
-    raise InputError(f"--device: no accelerator to compute on ({reason}); with --device cpu it takes days")
+    raise InputError(f"no accelerator to compute on ({reason}); give cpu for days on the CPU", "device")
 
 
 def initialise(device: torch.device | str) -> None:
     """Makes a device ready, so that its memory statistics can be read before anything was computed.
 
     Raises:
-        InputError: it cannot be initialised; the message has the driver's reason.
+        InputError: it cannot be initialised, with the driver's reason, or cannot compute the model.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return
-    init = getattr(torch.get_device_module(device), "init", None)  # MPS has none
     try:
+        init = getattr(torch.get_device_module(device), "init", None)
         if init:
             init()
+        able = _has_fp64(device)
     except (RuntimeError, AssertionError) as error:
         raise _refused(str(device), _sentence(error)) from error
+    if not able:
+        raise _refused(str(device), f"{NO_FP64}; give another device, or cpu")
 
 
 def configure_allocator(device: torch.device | str) -> bool:
@@ -196,8 +199,10 @@ def exact_arithmetic() -> Iterator[None]:
     """Inside, results don't depend on kernels chosen for speed.
 
     fp32 stays fp32 in convolutions and products, algorithms are deterministic where such exist, none is chosen by
-    timing, and bf16 and fp16 products neither split their sum nor add in less than fp32. All is as before at the
-    end. cuBLAS reads its workspace's size at its first use in a process: enter before that.
+    timing, bf16 and fp16 products neither split their sum nor add in less than fp32, and cuDNN's attention stays out,
+    which is taken or not by the number of queries too. All is as before at the end.
+
+    cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
     cudnn, matmul, filling = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
     settings = [
@@ -214,6 +219,7 @@ def exact_arithmetic() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         for owner, name, value in settings:
             old = getattr(owner, name)
@@ -223,8 +229,10 @@ def exact_arithmetic() -> Iterator[None]:
             before.append((owner, name, old))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
@@ -248,7 +256,7 @@ def _has_fp64(device: torch.device) -> bool:
 
 
 def _refused(name: str, problem: str) -> InputError:
-    return InputError(f"--device {name}: {problem}")
+    return InputError(problem, "device", name)
 
 
 def _sentence(error: BaseException) -> str:

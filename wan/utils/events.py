@@ -25,11 +25,11 @@ class Step:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Device memory now, in bytes: in tensors, and taken from the driver for them."""
+    """Device memory now, in bytes: in tensors, and taken from the driver for them, None where that is not counted."""
 
     stage: str
     allocated: int
-    reserved: int
+    reserved: int | None
 
 
 @dataclass(frozen=True)

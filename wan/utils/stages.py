@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -31,23 +31,23 @@ class Stages:
         self.history: list[StageDone] = []
         self.current: str | None = None
         self._tell = listener
+        self._backend = None if self.device.type == "cpu" else torch.get_device_module(self.device)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Everything inside belongs to the stage `name`. Its memory is measured also if it fails."""
-        backend = self._backend()
-        if backend:
-            backend.reset_peak_memory_stats(self.device)
+        self._ask("reset_peak_memory_stats")
         self.current = name
         self._tell(StageStarted(name))
         start, failed = time.perf_counter(), True
         try:
             yield
-            if backend:
-                backend.synchronize(self.device)
+            self._ask("synchronize")
             self.current, failed = None, False
         finally:
-            done = StageDone(name, time.perf_counter() - start, *self._peaks(), failed)
+            seconds = time.perf_counter() - start
+            peaks = self._ask("max_memory_allocated"), self._ask("max_memory_reserved")
+            done = StageDone(name, seconds, *peaks, failed)
             self.history.append(done)
             self._tell(done)
 
@@ -57,22 +57,11 @@ class Stages:
         for done, item in enumerate(items, 1):
             yield item
             self._tell(Step(stage, done, total))
-            backend = self._backend()
-            if backend:
-                allocated = backend.memory_allocated(self.device)
-                self._tell(MemorySample(stage, allocated, _reserved(backend, "memory_reserved", self.device)))
+            allocated, reserved = self._ask("memory_allocated"), self._ask("memory_reserved")
+            if allocated is not None:
+                self._tell(MemorySample(stage, allocated, reserved))
 
-    def _backend(self) -> Any:
-        return None if self.device.type == "cpu" else torch.get_device_module(self.device)
-
-    def _peaks(self) -> tuple[int | None, int | None]:
-        backend = self._backend()
-        if not backend:
-            return None, None
-        reserved = _reserved(backend, "max_memory_reserved", self.device)
-        return backend.max_memory_allocated(self.device), reserved
-
-
-def _reserved(backend: Any, name: str, device: torch.device) -> int:
-    """A statistic that not every backend has."""
-    return getattr(backend, name)(device) if hasattr(backend, name) else 0
+    def _ask(self, function: str) -> int | None:
+        """What the backend's function of that name says of the device; None if it has none."""
+        ask = getattr(self._backend, function, None)
+        return ask(self.device) if ask else None

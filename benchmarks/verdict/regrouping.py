@@ -1,0 +1,113 @@
+"""Tiles of the VAE and chunks of the DiT against the whole: with the arithmetic that CUDA has by default, and exact.
+
+By default cuDNN convolves in TF32, and the DiT computes in bf16: tiles and chunks, which take other kernels, may then
+differ by that arithmetic's noise. How large that is, is measured: it is how far the whole is from the exact whole.
+"""
+
+import copy
+from functools import partial
+
+import torch
+
+from benchmarks.vae import MEAN, STD, place, randomized, samples
+from wan.memory import vae_tiling
+from wan.memory.chunking import apply_chunking
+from wan.modules.vae import VAE
+from wan.utils.accelerator import exact_arithmetic
+from wan.utils.video import to_uint8
+
+from . import placement
+
+EXACT_TILES = 1e-5  # of a range of 2
+EXACT_CHUNKS = 1e-5  # of the largest value
+NOISE = 2  # two roundings of one number differ by twice the noise of one
+FRAMES, SIZE, TILES = 9, (320, 448), (192, 128)
+REHEARSED_FRAMES, REHEARSED_SIZE, REHEARSED_TILES = 5, (96, 144), (64,)
+LATENT, CHUNKS = (16, 4, 60, 104), (2048, 1000)
+REHEARSED_LATENT, REHEARSED_CHUNKS = (16, 2, 16, 18), (64, 100)
+
+
+def tiles(bench):
+    """The VAE's output in tiles is the whole's within 1e-5 if TF32 is off, and within TF32's noise if it is on."""
+    bench.needs(4, 4)
+    frames, size, sides = FRAMES, SIZE, TILES
+    if bench.rehearse:
+        frames, size, sides = REHEARSED_FRAMES, REHEARSED_SIZE, REHEARSED_TILES
+    model = randomized(VAE(4 if bench.rehearse else 96))
+    for direction in ("decode", "encode"):
+        sample = samples(direction, frames, *size)
+        place(direction, model, bench.device)
+
+        def run(tile, direction=direction, sample=sample):
+            with torch.no_grad():
+                return getattr(vae_tiling, direction)(model, sample, [MEAN, 1 / STD], tile).cpu()
+
+        with exact_arithmetic():
+            exact, limit = run(0), EXACT_TILES
+            _tiled(bench, f"{direction}, exact", run, exact, sides, limit)
+        whole = run(0)
+        noise = float((whole - exact).abs().max())
+        bench.note(f"{direction}, noise of the default", noise)
+        _tiled(bench, f"{direction}, default", run, whole, sides, limit + NOISE * noise)
+        place(direction, model, "cpu")
+
+
+def _tiled(bench, what, run, whole, sides, limit):
+    found = {}
+    for side in sides:
+        tiled = run(side)
+        difference = float((tiled - whole).abs().max())
+        found[f"tiles of {side}"] = difference
+        bench.expect(
+            difference <= limit, f"{what}: tiles of {side} differ by {difference:.1e}, more than {limit:.1e}"
+        )
+        if what == "decode, exact":
+            steps = int((to_uint8(tiled).int() - to_uint8(whole).int()).abs().max())
+            bench.expect(steps <= 1, f"{what}: tiles of {side} are {steps} of 256 steps apart")
+    bench.note(what, found)
+    bench.expect(bool(whole.isfinite().all() and whole.std() > 0.01), f"{what}: the whole is no picture")
+
+
+def chunks(bench):
+    """The DiT's flow in chunks is the whole's: in fp32 within 1e-5 of the largest value, in bf16 within its noise."""
+    bench.needs(4, 4)
+    task = "t2v-tiny" if bench.rehearse else "t2v-1.3B"
+    shape, sizes = (REHEARSED_LATENT, REHEARSED_CHUNKS) if bench.rehearse else (LATENT, CHUNKS)
+    narrow = placement.build(task, torch.bfloat16)
+    wide = copy.deepcopy(narrow).float().to(bench.device)  # the same values
+    wide.compute_dtype = torch.float32
+    narrow.to(bench.device)
+
+    def run(model, dtype, chunk):
+        undo = apply_chunking(model, chunk)
+        try:
+            with torch.no_grad():
+                return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
+        finally:
+            undo()
+
+    in_fp32, in_bf16 = partial(run, wide, torch.float32), partial(run, narrow, torch.bfloat16)
+    with exact_arithmetic():
+        exact = in_fp32(0)
+        _chunked(bench, "fp32, exact", in_fp32, exact, sizes, EXACT_CHUNKS)
+        exact_bf16 = in_bf16(0)
+        noise = _difference(exact_bf16, exact)
+        _chunked(bench, "bf16, exact", in_bf16, exact_bf16, sizes, NOISE * noise)
+    bench.note("noise of bf16", noise)
+    _chunked(bench, "fp32, default", in_fp32, in_fp32(0), sizes, EXACT_CHUNKS)
+    _chunked(bench, "bf16, default", in_bf16, in_bf16(0), sizes, NOISE * noise)
+
+
+def _chunked(bench, what, run, whole, sizes, limit):
+    found = {}
+    for chunk in sizes:
+        difference = _difference(run(chunk), whole)
+        found[f"chunks of {chunk}"] = difference
+        otherwise = f"{what}: chunks of {chunk} differ by {difference:.1e}, more than {limit:.1e}"
+        bench.expect(difference <= limit, otherwise)
+    bench.note(what, found)
+    bench.expect(bool(whole.isfinite().all() and whole.std() > 0), f"{what}: the whole is no flow")
+
+
+def _difference(result, expected):
+    return float((result - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,124 @@
+"""Whole runs at full size: what they take of the device, beside what the virtual GPU counts; and under a cap."""
+
+import contextlib
+import threading
+
+import torch
+
+from benchmarks import memory, random_weights
+from virtual_gpu import VirtualGPU
+from wan.configs import SIZE_CONFIGS
+from wan.memory.options import LOW_VRAM, MemoryOptions
+
+from .checks import GIB
+
+WHOLE = {"t5_cpu": True, "vae_cpu": True, "vae_tile": 0}  # nothing streams, nothing is cut
+TOLERANCE = 0.05
+CONVOLUTIONS = ("encode", "decode")  # cuDNN's workspaces, which are not counted, come on top
+CONTEXT = 0.75 * GIB  # beside the run: CUDA's context and libraries
+MARGIN = 64 << 20  # beside what is counted, under a cap: small workspaces
+ROUNDING = 1.05  # the same, for the gaps between tensors
+INTERVAL = 0.02  # seconds between two looks at the driver's free memory
+REHEARSED = {"size": (128, 96), "frame_num": 9}
+
+
+def counted(bench, task, size, layers=None, whole=False):
+    """Bytes in tensors are those that the virtual GPU counts, stage by stage, within 5%."""
+    run = _run(bench, task, size, layers, MemoryOptions(**(WHOLE if whole else LOW_VRAM)))
+    count = memory.count(run)
+    bench.needs((count.peak_bytes * 1.3 + CONTEXT) / GIB, 8)
+    workspace = _workspace(bench)
+    with _least_free(bench) as least_free:
+        report = _measure(bench, run)
+    for stage, peak in report.stages.items():
+        live, expected = peak - workspace, count.stages.get(stage, 0)
+        deviation = live / expected - 1 if expected else float("inf")
+        numbers = {"live GiB": live / GIB, "counted": expected / GIB, "deviation": deviation}
+        numbers["reserved GiB"] = report.reserved[stage] / GIB
+        if stage in count.reserved:
+            numbers["reserved, counted"] = count.reserved[stage] / GIB
+        bench.note(stage, numbers)
+        most = float("inf") if stage in CONVOLUTIONS and bench.device.type == "cuda" else TOLERANCE
+        bench.expect(
+            -TOLERANCE <= deviation <= most,
+            f"{stage}: {live} bytes in tensors, {expected} counted ({deviation:+.1%})",
+        )
+    bench.expect(
+        set(report.stages) == set(count.stages), f"stages {list(report.stages)}, not {list(count.stages)}"
+    )
+    bench.note("cuBLAS workspace GiB", workspace / GIB)
+    bench.note("taken from the driver GiB", least_free.taken / GIB)
+    bench.expect(report.out_of_memory is None, f"out of memory: {report.out_of_memory}")
+
+
+def capped(bench, task, size, layers=None):
+    """With --low_vram the run goes through in what is counted, and not in half of it, or the cap was none."""
+    run = _run(bench, task, size, layers, MemoryOptions(**LOW_VRAM))
+    count = memory.count(run)
+    peak = max(count.peak_bytes, *count.reserved.values())
+    room = int(ROUNDING * peak) + _workspace(bench) + (0 if bench.rehearse else MARGIN)
+    bench.needs((room + CONTEXT) / GIB, 8)
+    report = _measure(bench, run, room)
+    bench.note("cap GiB", room / GIB)
+    bench.note("reserved GiB", max(report.reserved.values(), default=0) / GIB)
+    bench.expect(report.out_of_memory is None, f"out of memory in {room} bytes: {report.out_of_memory}")
+    beyond = [stage for stage, taken in report.reserved.items() if taken > room]
+    bench.expect(not beyond, f"took more than the cap of {room} bytes in: {', '.join(beyond)}")
+    halved = _measure(bench, run, room // 2)
+    bench.note("in half of it", "out of memory" if halved.out_of_memory else "goes through")
+    bench.expect(
+        halved.out_of_memory is not None, f"goes through in {room // 2} bytes, half of what it needs"
+    )
+
+
+def _run(bench, task, size, layers, options):
+    if bench.rehearse:
+        return memory.Run(f"{task.split('-')[0]}-tiny", **REHEARSED, memory=options, layers=layers)
+    return memory.Run(task, SIZE_CONFIGS[size], memory=options, layers=layers)
+
+
+def _measure(bench, run, capacity=None):
+    if bench.device.type == "cuda":
+        return memory.measure(run, capacity)
+    with VirtualGPU(capacity), random_weights.weights_from(random_weights.untouched):
+        return memory.report_on(run, bench.device)
+
+
+def _workspace(bench):
+    """Bytes that cuBLAS keeps for itself from its first products on, which count as memory in tensors."""
+    if bench.device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(bench.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = torch.nn.Linear(1024, 1024, device=bench.device, dtype=dtype).requires_grad_(False)
+        x = torch.ones(1024, 1024, device=bench.device, dtype=dtype)
+        layer(x).matmul(x)
+        del layer, x
+    torch.cuda.synchronize(bench.device)
+    return torch.cuda.memory_allocated(bench.device) - before
+
+
+@contextlib.contextmanager
+def _least_free(bench):
+    """Yields a watch whose `taken`, afterwards, is the most that left the driver's free memory meanwhile, in bytes."""
+    watch = _Watch(bench)
+    watch.thread.start()
+    try:
+        yield watch
+    finally:
+        watch.done.set()
+        watch.thread.join()
+
+
+class _Watch:
+    def __init__(self, bench):
+        self.bench, self.done, self.taken = bench, threading.Event(), 0
+        self.before = self._free()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def _free(self):
+        return self.bench.backend.mem_get_info(self.bench.device)[0]
+
+    def _look(self):
+        while not self.done.wait(INTERVAL):
+            self.taken = max(self.taken, self.before - self._free())

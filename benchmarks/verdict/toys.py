@@ -1,0 +1,47 @@
+"""Toy tasks through the command line, with and without --low_vram: the same file."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import generate
+
+
+def compare(bench, task):
+    """Every toy video fits one tile and one chunk, so that --low_vram only places weights: bit for bit the same."""
+    few = ["--frame_num", "5", "--sample_steps", "2"] if bench.rehearse else ["--sample_steps", "4"]
+    if task.startswith("t2i"):
+        few = few[-2:]
+    with bench.folder() as folder:
+        plain = _run(bench, folder / "plain", task, few)
+        saving = _run(bench, folder / "low_vram", task, [*few, "--low_vram"])
+        if plain is None or saving is None:
+            return
+        same = torch.equal(plain[0], saving[0]) and plain[1] == saving[1]
+        bench.note("largest difference", float((plain[0] - saving[0]).abs().max()))
+        bench.note("the same file", plain[1] == saving[1])
+        bench.expect(bool(plain[0].isfinite().all()), "the latents are not finite")
+        if not same:
+            again = _run(bench, folder / "again", task, few)
+            repeatable = again is not None and torch.equal(plain[0], again[0]) and plain[1] == again[1]
+            cause = (
+                "the same command without it repeats itself"
+                if repeatable
+                else "but neither does it repeat itself"
+            )
+            bench.expect(False, f"--low_vram changes the video; {cause}")
+
+
+def _run(bench, stem, task, options):
+    """The latents and the bytes of the file that the command line makes, or None if it fails."""
+    image = task.startswith("t2i")
+    video, latents = stem.with_suffix(".png" if image else ".mp4"), stem.with_suffix(".safetensors")
+    arguments = ["--task", task, "--base_seed", "5", *options]
+    arguments += ["--save_file", str(video), "--save_latents", str(latents)]
+    code = generate.main([*arguments, "--device", str(bench.device)])
+    bench.expect(code == 0, f"generate.py {' '.join(arguments)}: exit code {code}")
+    if code:
+        return None
+    (latent,) = load_file(latents).values()
+    return latent.float(), Path(video).read_bytes()
