@@ -1,4 +1,4 @@
-"""One thread for each test process, one test at a time on the card, and a list of the differences that tests measured."""
+"""One thread for each test process, one test at a time on the card, and a list of the measured differences."""
 
 import gc
 import tempfile

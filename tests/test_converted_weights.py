@@ -154,7 +154,7 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path, damage):
 
 def test_a_folder_that_cannot_be_made(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--offload_folder .*file: cannot be used"):
+    with pytest.raises(InputError, match="offload_folder .*file: cannot be used"):
         load(checkpoint, tmp_path / "file")
 
 
