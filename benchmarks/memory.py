@@ -88,7 +88,7 @@ def count(
     with VirtualGPU(capacity, True, **options) as gpu, random_weights.weights_from(random_weights.untouched):
         report = report_on(run, gpu.device)
     if find_least and report.out_of_memory is None:
-        report.least_capacity = least_capacity(gpu.allocator.trace, expandable_segments)
+        report.least_capacity = least_capacity(gpu.allocator)
     return report
 
 

@@ -47,14 +47,15 @@ def replay(trace, allocator: CachingAllocator) -> CachingAllocator:
     return allocator
 
 
-def least_capacity(trace, expandable_segments: bool, step: int = 4 * MIB) -> int:
-    """The smallest capacity, a multiple of `step`, at which the same requests are all served."""
-    whole = replay(trace, CachingAllocator(None, expandable_segments))
+def least_capacity(recorded: RecordingAllocator, step: int = 4 * MIB) -> int:
+    """The smallest capacity, a multiple of `step`, at which such an allocator serves all the requests of its trace."""
+    kind = recorded.expandable_segments, recorded.granularity
+    whole = replay(recorded.trace, CachingAllocator(None, *kind))
     too_little, enough = whole.peak_allocated // step - 1, -(-whole.peak_reserved // step)
     while enough - too_little > 1:
         middle = (too_little + enough) // 2
         try:
-            replay(trace, CachingAllocator(middle * step, expandable_segments))
+            replay(recorded.trace, CachingAllocator(middle * step, *kind))
             enough = middle
         except torch.OutOfMemoryError:
             too_little = middle
