@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,13 @@ def _begun(entry: Entry) -> Request | None:
     paths = glob.glob(f"{glob.escape(entry.request.save_file)}.*.state")
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
-            request = read_state(path).request
+            request = read_state(path, memory=entry.request.memory, ckpt_dir=entry.request.ckpt_dir).request
         except InputError as error:
             log.warning(str(error))
             continue
         if entry.made_by(settings(request)):
             log.info(f"{entry.name} goes on from {path}")
-            return replace(request, memory=entry.request.memory)
+            return request
     return None
 
 

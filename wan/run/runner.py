@@ -115,10 +115,21 @@ class Runner:
 def _start(request: Request) -> State:
     """Where a run starts: at the beginning, or where a file says."""
     if request.resume:
-        return replace(read_state(request.resume), request=request)
+        return read_state(request.resume, **vars(request))
     if not request.decode_latents:
         return State(request)
-    state = read_state(request.decode_latents, "decode_latents")
+    own = (
+        "save_file",
+        "save_latents",
+        "overwrite",
+        "ckpt_dir",
+        "device",
+        "memory",
+        "decode_latents",
+        "resume",
+    )
+    changes = {name: getattr(request, name) for name in own}
+    state = read_state(request.decode_latents, "decode_latents", **changes)
     if not state.finished:
         raise InputError("is a run on its way; give it to --resume", "decode_latents", request.decode_latents)
     for name in ("task", "size"):
@@ -129,9 +140,7 @@ def _start(request: Request) -> State:
                 "decode_latents",
                 request.decode_latents,
             )
-    own = ("save_file", "overwrite", "ckpt_dir", "device", "memory", "decode_latents")
-    changes = {name: getattr(request, name) for name in own}
-    return replace(state, request=replace(state.request, resume=None, save_latents=None, **changes))
+    return state
 
 
 def _identified(state: State, pipeline: Any) -> State:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from .. import __version__
+from ..memory.options import MemoryOptions
 from ..pipeline import Conditioning
 from ..utils.errors import InputError
 from ..utils.files import replacing
@@ -74,19 +75,23 @@ def write_state(path: str | os.PathLike, state: State) -> None:
     text = json.dumps(values)
     metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, tensors)}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as any new file's; safetensors gives its own
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)
         except safetensors.SafetensorError as error:  # how it tells of a full disk
             raise OSError(f"{path} cannot be written ({_one_line(error)})") from error
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
 
 
-def read_state(path: str | os.PathLike, field: str = "resume") -> State:
+def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any) -> State:
     """Reads a state; its tensors are on the CPU.
 
     Args:
         field: named by the errors.
+        overrides: other values of the request's fields.
 
     Raises:
         InputError: no such file, damaged, or written by another version of this program.
@@ -95,7 +100,7 @@ def read_state(path: str | os.PathLike, field: str = "resume") -> State:
     try:
         conditioning, solver = values["conditioning"], values["solver"]
         return State(
-            request=_request(values, Path(path), field),
+            request=_request(values, Path(path), overrides),
             weights=values["weights"],
             conditioning=Conditioning(**_unpack(conditioning, tensors)) if conditioning else None,
             latent=_unpack(values["latent"], tensors),
@@ -119,21 +124,17 @@ def resumed_request(
         InputError: as read_state, and as the request itself.
     """
     values, _ = _read(Path(path), "resume")
-    return _request(values, Path(path), "resume", overrides, memory)
+    stored = MemoryOptions(**values["request"]["memory"] | dict(memory))
+    return _request(values, Path(path), dict(overrides) | {"memory": stored})
 
 
-def _request(
-    values: Mapping[str, Any],
-    path: Path,
-    field: str,
-    overrides: Mapping[str, Any] | None = None,
-    memory: Mapping[str, Any] | None = None,
-) -> Request:
+def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:
+    """The request of a state in the file `path`."""
     stored = dict(values["request"])
-    stored["save_file"] = os.path.normpath(path.absolute().parent / stored["save_file"])
-    stored |= overrides or {}
-    stored["memory"] = stored["memory"] | dict(memory or {})
-    return Request.from_json(stored | {"resume": str(path.absolute())})
+    save_file = os.path.normpath(path.absolute().parent / stored["save_file"])
+    memory = MemoryOptions(**stored["memory"])
+    places = {"memory": memory, "save_file": save_file, "resume": str(path.absolute())}
+    return Request(**stored | places | dict(overrides))
 
 
 def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ Writers work on a temporary name beside the target and rename it when the file i
 either complete or untouched. Readers turn whatever is wrong with a file into an `InputError` that names it.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 from .errors import InputError
 from .files import check_target, replacing
 
+log = logging.getLogger(__name__)
+
+ORIENTATION = 0x0112  # EXIF's tag
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -146,12 +150,25 @@ def open_image(path, field):
     _check_file(path, field)
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            if file.getexif().get(ORIENTATION, 1) != 1:
+                log.warning(
+                    f"{path} is stored turned (EXIF) and is used as it is stored; turn it first if need be"
+                )
+            if "A" in file.getbands() or "transparency" in file.info:
+                log.warning(f"{path} has transparent parts, which are used as if they were not")
+            image = _to_8_bits(file).convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError("not a readable image; give a PNG or JPEG file", field, path) from error
     if 0 in image.size:
         raise InputError(f"the image is {image.width}x{image.height}; give one that has pixels", field, path)
     return image
+
+
+def _to_8_bits(image):
+    """A PIL image of 16-bit grey, whose values PIL would cut off at 255, in 8 bits; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def _check_file(path, field):
