@@ -51,7 +51,7 @@ def test_like_what_has_no_settings(capsys):
     Path("notes.png").write_text("no picture")
     for name, told in (
         ("plain.png", "has no settings in it"),
-        ("notes.png", "not a readable"),
+        ("notes.png", "has no settings"),
         ("no", "no such file"),
     ):
         assert command("--like", name) == 2

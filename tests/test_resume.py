@@ -14,9 +14,11 @@ import torch
 import generate
 import wan
 from wan import tiny
-from wan.run import Request, keeper, runner
+from wan.run import Request, keeper, outputs, run, runner
+from wan.run.interrupts import Interrupted, Interrupts
 from wan.run.state import read_state, write_state
 from wan.utils import progress
+from wan.utils.events import Step
 
 SETTINGS = ["--frame_num", "5", "--sample_steps", "4", "--base_seed", "3"]
 OFTEN = ["--save_every", "0"]
@@ -355,3 +357,39 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert torch.equal(found.solver["model_outputs"][1], tensors[1]) and found.solver["_step_index"] == 3
     assert found.conditioning.inputs["y"][0].dtype is torch.bfloat16
     assert found.conditioning.host_inputs == {"scale": 0.1 + 0.2} and found.conditioning.references == 1
+
+
+def test_two_runs_at_once_on_one_name_both_keep_their_result(monkeypatch, whole):
+    expected, decode = whole("t2v-tiny"), wan.WanT2V.decode
+
+    def meanwhile(self, latent):
+        Path("out.mp4").write_bytes(b"of another run")
+        return decode(self, latent)
+
+    monkeypatch.setattr(wan.WanT2V, "decode", meanwhile)
+    assert command("--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4") == 0
+    assert sorted(os.listdir()) == ["out.mp4", "out_2.mp4"]
+    assert Path("out.mp4").read_bytes() == b"of another run"
+    assert Path("out_2.mp4").read_bytes() == expected
+
+
+def test_a_disk_without_room_is_told_before_the_start(monkeypatch, capsys):
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage)
+    line = ["--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4"]
+    assert "--save_file out.mp4: the disk has only 0 MB left" in refused(capsys, *line)
+
+
+def test_a_run_is_asked_to_stop_by_a_script(whole):
+    interrupts = Interrupts()
+
+    def listener(event):
+        if isinstance(event, Step) and event.done == 2:
+            interrupts.ask()
+
+    request = generate.parse_arguments(["--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4"])
+    with pytest.raises(Interrupted):
+        run(request, listener, interrupts)
+    (state,) = states()
+    assert read_state(state).solver["_step_index"] == 3
+    assert command("--resume", state) == 0 and Path("out.mp4").read_bytes() == whole("t2v-tiny")

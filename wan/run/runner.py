@@ -27,7 +27,7 @@ from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite
-from .outputs import check_outputs
+from .outputs import check_outputs, final_path
 from .request import Request
 from .settings import settings_text
 from .state import State, read_state
@@ -220,7 +220,7 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
 
 def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
     """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture."""
-    path, comment = Path(request.save_file), settings_text(request)
+    path, comment = final_path(request), settings_text(request)
     with pipeline.stages("save"):
         if request.facts.still:
             save_image(video, path, comment)
