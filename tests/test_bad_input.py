@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +232,55 @@ def test_a_checkpoint_of_numbers_that_are_none(capsys):
     assert generate.main([*TOY, *few, "--ckpt_dir", str(checkpoint)]) == 2
     assert "denoising, step 1 gave values that are infinite or not numbers" in capsys.readouterr().err
     assert not Path("a.mp4").exists()
+
+
+def test_an_image_that_is_too_narrow(capsys):
+    Image.new("RGB", (2000, 2)).save("narrow.png")
+    line = ["--task", "i2v-tiny", "--frame_num", "5", "--sample_steps", "1", "--image", "narrow.png"]
+    assert generate.main([*line, "--save_file", "a.mp4"]) == 2
+    assert "an image of 2000x2 is too narrow" in capsys.readouterr().err
+    assert not list(Path().glob("a.mp4*"))
+
+
+# The process
+
+
+def process(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, str(Path(generate.__file__)), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_while_libraries_are_imported():
+    code = "import builtins, sys; real = builtins.__import__\n"
+    code += "def stopped(name, *rest):\n"
+    code += "    if name.startswith('wan'): raise KeyboardInterrupt\n"
+    code += "    return real(name, *rest)\n"
+    code += "builtins.__import__ = stopped\n"
+    code += f"import runpy; runpy.run_path({str(generate.__file__)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "generate.py: interrupted\n")
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_run():
+    line = ["--task", "t2i-tiny", "--sample_steps", "1", "--save_file", "a.png"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = process(*line, stdout=writer)
+    os.close(writer)
+    errors = running.communicate()[1]
+    assert Path("a.png").is_file() and "Traceback" not in errors
+
+
+def test_files_have_the_modes_that_files_have():
+    before = os.umask(0o027)
+    try:
+        few = ["--frame_num", "1", "--sample_steps", "1", "--base_seed", "1"]
+        line = ["--task", "t2i-tiny", *few, "--save_file", "a.png", "--save_latents", "latents"]
+        assert generate.main(line) == 0
+    finally:
+        os.umask(before)
+    assert [oct(Path(name).stat().st_mode & 0o777) for name in ("a.png", "latents")] == ["0o640"] * 2

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0; 2 for bad input and 1 for a device, disk or program that fails, each told in one line;
     130 for Ctrl-C and 143 for SIGTERM.
     """
+    logging.raiseExceptions = False  # a log that nobody reads, or a full disk behind it, is no reason to stop
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stdout)
     try:
         with Interrupts() as interrupts:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from .pipeline import Conditioning, WanPipeline, check_frame_num
+from .utils.errors import InputError
 from .utils.video import open_image
 
 
@@ -101,13 +102,20 @@ class WanI2V(WanPipeline):
         return Conditioning(shape, *contexts, {"clip_fea": features, "y": [known]})
 
     def _latent_size(self, image, max_area):
-        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches."""
+        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches.
+
+        Raises InputError for an image so narrow that one patch across is more than the area has.
+        """
         aspect = image.shape[1] / image.shape[2]
         _, down, right = self.vae_stride
         _, patch_height, patch_width = self.patch_size
         height = np.sqrt(max_area * aspect) // down // patch_height * patch_height
         width = np.sqrt(max_area / aspect) // right // patch_width * patch_width
-        return max(patch_height, round(height)), max(patch_width, round(width))
+        if min(height, width) < 1:
+            raise InputError(
+                f"an image of {image.shape[2]}x{image.shape[1]} is too narrow for {max_area} pixels, crop it"
+            )
+        return round(height), round(width)
 
     def _known_frames(self, images, frame_num, height, width):
         """[3, frame_num, H, W]: the images scaled to the video's size at its ends, grey between them."""
