@@ -174,8 +174,8 @@ def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
     assert memory.main([*command, "--least_capacity"]) == 0
     report = json.loads(capsys.readouterr().out)
     least = report["least_capacity"]
-    assert report["peak_bytes"] <= least <= max(report["reserved"].values()) + 4 * 2**20
-    for capacity, enough in ((least, True), (least - 4 * 2**20, False)):
+    assert report["peak_bytes"] <= least <= max(report["reserved"].values())
+    for capacity, enough in ((least, True), (least - 2 * 2**20, False)):
         assert memory.main([*command, "--capacity", str(capacity / GIB)]) == 0
         limited = json.loads(capsys.readouterr().out)
         assert (limited["out_of_memory"] is None) is enough
@@ -190,7 +190,6 @@ def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
         (["--vae_tile", "50"], "--vae_tile 50"),
         (["--frame_num", "80"], "--frame_num 80"),
         (["--compare"], "--compare"),
-        (["--least_capacity", "--tree", str(Path(__file__).parent.parent)], "--least_capacity"),
         (["--tree", "nowhere"], "--tree nowhere"),
     ],
 )

@@ -224,7 +224,7 @@ def unlimited(task, vae_cpu=False, t5_cpu=False):
         assert [stage.stage for stage in pipeline.stages.history] == STAGES[task]
         assert not homeless(pipeline, gpu, vae_cpu)
     peak = max(stage.allocated for stage in pipeline.stages.history)
-    return video, peak, least_capacity(gpu.allocator, FINE), operators
+    return video, peak, least_capacity(gpu.allocator), operators
 
 
 @every_task
