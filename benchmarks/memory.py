@@ -177,8 +177,8 @@ def report_on(run, device):
             stage = (pipeline and pipeline.stages.current) or "load"
             report.out_of_memory = {"stage": stage, "requested": _requested(error)}
     for stage in pipeline.stages.history if pipeline else ():
-        report.stages[stage.stage] = max(stage.allocated, report.stages.get(stage.stage, 0))
-        report.reserved[stage.stage] = max(stage.reserved, report.reserved.get(stage.stage, 0))
+        report.stages[stage.name] = max(stage.allocated, report.stages.get(stage.name, 0))
+        report.reserved[stage.name] = max(stage.reserved, report.reserved.get(stage.name, 0))
     report.peak_bytes = max(report.peak_bytes, *report.stages.values(), backend.max_memory_allocated(device))
     return report
 

@@ -31,6 +31,7 @@ from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, release_memory, visit_when_called
 from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
+from wan.utils.accelerator import is_out_of_memory
 from wan.utils.errors import InputError
 
 GIB = 2**30
@@ -170,8 +171,9 @@ def _timed(component, model, inputs, device):
                 backend.synchronize(device)
             seconds = time.perf_counter() - start
             return seconds, backend.max_memory_allocated(device) if backend else 0
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
     release_memory(device)  # now that the exception has let go of what it held
     return None
 
@@ -238,7 +240,7 @@ def main(argv=None):
             title += f", {case.layers} layers" if case.layers else ""
             print(f"\n{title}\n\n{table(rows)}", flush=True)
     except InputError as error:
-        print(f"benchmarks.speed: {error}", file=sys.stderr)
+        print(f"benchmarks.speed: {error.told('--')}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,7 @@
 """The speed command on a CPU: every variant runs, and has its row; bad input is one line."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,15 @@ def test_every_variant_has_its_times(capfd, upstream):
         assert (peak, rate) == ("", "")  # of a device
 
 
+def test_fewer_layers_take_less():
+    with VirtualGPU():
+        whole, *_ = speed.measure(speed.CASES[speed.TOY], torch.device("vgpu:0"), rounds=1)
+        case = replace(speed.CASES[speed.TOY], layers=1)
+        resident, streamed, _ = speed.measure(case, torch.device("vgpu:0"), rounds=1)
+    assert resident.peak_bytes < whole.peak_bytes
+    assert streamed.streamed_bytes > 0
+
+
 def test_a_step_is_two_passes_and_ratios_are_to_resident():
     resident = Row("resident", [2.0, 9.0, 1.0], peak_bytes=2**31)
     streamed = Row("streamed", [2.5], peak_bytes=2**30, streamed_bytes=5 * 10**9)
@@ -75,13 +85,16 @@ def test_on_a_device_weights_are_resident_or_streamed_and_leave():
         assert resident.streamed_bytes == 0
         assert chunked.streamed_bytes == streamed.streamed_bytes > 0
         assert gpu.live == 0
-    with VirtualGPU((resident.peak_bytes + streamed.peak_bytes) // 2) as gpu:
+    case = replace(case, layers=40)  # 8 MiB of them, beside 18 that every pass needs
+    with VirtualGPU(23 << 20):
         resident, streamed, _ = speed.measure(case, device, rounds=1)
         assert resident.out_of_memory and not streamed.out_of_memory
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--rounds", "0"], ["--tree", "no/such/folder"]], ids=lambda arguments: arguments[0]
+    "arguments",
+    [["--rounds", "0"], ["--layers", "0"], ["--tree", "no/such/folder"]],
+    ids=lambda arguments: arguments[0],
 )
 def test_bad_input_is_one_line(capsys, arguments):
     assert speed.main(["--device", "cpu", *arguments]) == 2

@@ -52,7 +52,7 @@ def test_what_the_backend_counts(monkeypatch):
             pass
     assert stages.current is None
     (stage,) = stages.history
-    assert (stage.stage, stage.allocated, stage.reserved) == ("text", 3 * 2**30, 3 * 2**30)
+    assert (stage.name, stage.allocated, stage.reserved) == ("text", 3 * 2**30, 3 * 2**30)
     assert events[1:] == [Step("text", 1, 1), MemorySample("text", 3 * 2**30, 3 * 2**30), stage]
 
 

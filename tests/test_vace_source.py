@@ -360,7 +360,9 @@ def test_preparation_equals_upstream(compared):
             if references[1][0] is None:
                 assert references[0][0] is None
             else:
-                assert all(map(torch.equal, references[0][0], references[1][0]))
+                for ours, theirs in zip(references[0][0], references[1][0], strict=True):
+                    # Scaled by another kernel where the processor has one for upstream's memory layout.
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
             seen += 1
     assert seen == 3
 

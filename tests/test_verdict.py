@@ -150,6 +150,7 @@ def test_memory(bench):
         "decode",
     ]
     assert bench.numbers["denoise"]["deviation"] == 0
+    assert bench.numbers["taken from the driver GiB"] > bench.numbers["text"]["live GiB"]
 
 
 def test_memory_notices_a_wrong_count(bench, monkeypatch):
@@ -169,7 +170,7 @@ def test_memory_notices_a_wrong_count(bench, monkeypatch):
 
 def test_cap(bench):
     sizes.capped(bench, **SIZE)
-    assert not bench.faults and bench.numbers["in half of it"] == "out of memory"
+    assert not bench.faults and bench.numbers["in a quarter of it"] == "out of memory"
 
 
 def test_cap_notices_what_needs_more_than_was_counted(bench, monkeypatch):
@@ -193,7 +194,7 @@ def test_cap_notices_that_it_does_not_hold(bench, monkeypatch):
     monkeypatch.setattr(sizes, "_measure", lambda bench, run, capacity: measure(bench, run))
     sizes.capped(bench, **SIZE)
     (fault,) = bench.faults
-    assert "half of what it needs" in fault
+    assert "a quarter of what it needs" in fault
 
 
 def test_toys(bench):
@@ -224,8 +225,6 @@ def test_upstream(bench, monkeypatch):
     assert (
         not bench.faults and bench.numbers["t2v"]["their peak GiB"] > bench.numbers["t2v"]["our peak GiB"] > 0
     )
-    monkeypatch.setattr(upstream, "CALL", upstream.CALL | {"guide_scale": 5.01})
-    monkeypatch.setitem(upstream.CALL, "guide_scale", 5.0)
 
 
 def test_what_a_machine_lacks_skips_the_check(bench):

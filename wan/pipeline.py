@@ -257,7 +257,9 @@ class WanPipeline:
         Returns:
             [C, F, H, W] fp32 on the device.
         """
-        solver = Solver(sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps)
+        solver = Solver(
+            sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps, self.param_dtype
+        )
 
         def flow(latent: torch.Tensor, t: torch.Tensor, **inputs: Any) -> torch.Tensor:
             return self.model([latent], t=t, **inputs)[0]

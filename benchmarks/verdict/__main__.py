@@ -30,7 +30,7 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
     except InputError as error:
-        print(f"benchmarks.verdict: {error}", file=sys.stderr)
+        print(f"benchmarks.verdict: {error.told('--')}", file=sys.stderr)
         return 2
     chosen = [check for check in CHECKS if not args.only or check.name in args.only]
     about = {"minutes": args.minutes, "rehearsal": args.rehearse, "tree": args.tree or ""}

@@ -6,16 +6,16 @@ from benchmarks import speed
 
 from .checks import GIB
 
-ROUNDS = 2
+ROUNDS, FEW_ROUNDS = 2, 1  # of the whole model, of some of its layers
 
 
 def compare(bench, task, layers=None):
-    """Times are reported, not judged; but streamed layers must fit the device."""
+    """Times are reported, not judged; but layers that are streamed and chunked must fit the device."""
     case = speed.CASES[speed.TOY if bench.rehearse else task]
     if not bench.rehearse:
         case = replace(case, layers=layers)
     bench.needs(4, 16 if layers is None else 8)
-    rows = speed.measure(case, bench.device, ROUNDS, bench.tree)
+    rows = speed.measure(case, bench.device, FEW_ROUNDS if case.layers else ROUNDS, bench.tree)
     bench.note("tokens", case.tokens)
     if case.layers:
         bench.note("layers", case.layers)
@@ -29,5 +29,6 @@ def compare(bench, task, layers=None):
         bench.note(row.name, numbers)
     for row in rows:
         if "streamed" in row.name:
-            bench.expect(not row.out_of_memory, f"{row.name}: does not fit the device")
             bench.expect(row.streamed_bytes > 0, f"{row.name}: nothing was streamed")
+        if "chunks" in row.name:
+            bench.expect(not row.out_of_memory, f"{row.name}: does not fit the device")

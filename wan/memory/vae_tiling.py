@@ -31,10 +31,9 @@ from .predict.vae import decode_bytes, encode_bytes
 from .tile_geometry import pixel_size, tiles
 
 SMALLEST_TILE, TILE_STEP = 64, 16  # pixels
-OVERHEAD = int(
-    0.65 * 2**30
-)  # bytes that CUDA and its libraries take, and the allocator's partly filled segments
-RESERVED = 1.25  # bytes that the allocator takes from the device for each live one, at most
+CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all tensors
+# The allocator takes at most so much of the device for live tensors: a share of them, and room in segments partly used.
+RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,9 @@ def check_tile(value):
         return value
     if not isinstance(value, int) or value < SMALLEST_TILE or value % TILE_STEP:
         raise InputError(
-            f"--vae_tile {value}: give auto, 0 for whole frames, or a multiple of {TILE_STEP} pixels from "
-            f"{SMALLEST_TILE} on, such as 272"
+            f"give auto, 0 for whole frames, or a multiple of {TILE_STEP} pixels from {SMALLEST_TILE} on, such as 272",
+            "vae_tile",
+            value,
         )
     return value
 
@@ -164,7 +164,7 @@ def fitting_tile(bytes_needed, model, shape, capacity):
     """
     largest = (max(shape[1:]) - 1) // TILE_STEP * TILE_STEP
     for tile in (0, *range(largest, SMALLEST_TILE - 1, -TILE_STEP)):
-        if RESERVED * bytes_needed(model, *shape, tile) <= capacity:
+        if SEGMENTS + RESERVED * bytes_needed(model, *shape, tile) <= capacity:
             return tile
     return SMALLEST_TILE
 
@@ -180,7 +180,7 @@ def _tile_for_device(bytes_needed, model, shape, device, capacity):
     accelerator = torch.get_device_module(device)
     if capacity is None:
         _, capacity = accelerator.mem_get_info(device)
-    room = capacity - OVERHEAD - accelerator.memory_allocated(device)
+    room = capacity - CONTEXT - accelerator.memory_allocated(device)
     tile = fitting_tile(bytes_needed, model, shape, room)
     size = f"tiles of {tile} pixels" if tile else "whole frames"
     log.info("VAE: %s, for %.2f GiB on %s", size, capacity / 2**30, device)

@@ -239,7 +239,7 @@ class _Layers:
             query = query.to(value.dtype)
             out = self.attention(query, key, value)
             if self.image is not None:
-                out = out.float() + self.attention(query, image_key, image_value).float()
+                out = out + self.attention(query, image_key, image_value)
             x[:, span].add_(self.linear(attention.o, out.flatten(2)))
 
 

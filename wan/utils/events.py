@@ -11,7 +11,7 @@ from pathlib import Path
 class StageStarted:
     """A stage has begun: text, image, encode, denoise, decode or save."""
 
-    stage: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MemorySample:
 class StageDone:
     """A stage has ended, or failed. Bytes are its peaks on the device, None on a CPU."""
 
-    stage: str
+    name: str
     seconds: float
     allocated: int | None = None
     reserved: int | None = None

@@ -29,7 +29,7 @@ class ProgressBars:
             peak = (
                 "" if event.allocated is None else f", peak {event.allocated / 2**30:.2f} GiB on the device"
             )
-            log.info(f"Stage {event.stage}: {event.seconds:.1f} s{peak}")
+            log.info(f"Stage {event.name}: {event.seconds:.1f} s{peak}")
         elif isinstance(event, Finished):
             log.info(f"Saved {event.path}")
 

@@ -1,0 +1,90 @@
+"""Solver steps under CUDA's autocast, which the virtual GPU emulates: what is rounded, and as upstream does."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from goldens import pseudo_model, solver_start
+
+from virtual_gpu import VirtualGPU
+from wan.sampling import SOLVERS, Solver
+
+SHIFT = 5.0
+UPSTREAM = os.environ.get("WAN_UPSTREAM")
+
+
+def walk(step, timesteps, device):
+    """The latents [steps, ...] of a walk with a flow that costs nothing, itself in fp32."""
+    latent, seen = solver_start()[0].to(device), []
+    for t in timesteps:
+        latent = step(pseudo_model(latent, t), t, latent)
+        seen.append(latent.cpu())
+    return torch.stack(seen)
+
+
+def ours(name, steps, device, dtype):
+    solver = Solver(name, steps, SHIFT, device, dtype=dtype)
+    return walk(solver.step, solver.timesteps, device)
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_only_unipc_is_rounded(steps, measured):
+    with VirtualGPU():
+        for name in SOLVERS:
+            exact, narrow = (ours(name, steps, "vgpu", dtype) for dtype in (torch.float32, torch.bfloat16))
+            assert narrow.dtype == torch.float32
+            assert torch.equal(exact, narrow) == (name == "dpm++")
+            measured(((narrow - exact).abs().max() / exact.abs().max()).item(), 1e-3, name)
+
+
+def test_what_unipc_rounds(monkeypatch):
+    """With solver order 2 both sums over earlier steps are of one term: its einsum rounds factor and difference to
+    bf16, and the product again. The same, spelled out, gives the same bits."""
+
+    def rounded(equation, rhos, differences):
+        assert equation == "k,bkc...->bc..." and rhos.shape == (1,) and rhos.dtype == torch.float32
+        return (rhos[0].bfloat16() * differences[:, 0].bfloat16()).to(torch.bfloat16)
+
+    with VirtualGPU():
+        expected = ours("unipc", 9, "vgpu", torch.bfloat16)
+        monkeypatch.setattr(torch, "einsum", rounded)
+        assert torch.equal(ours("unipc", 9, "vgpu", torch.float32), expected)
+    assert UniPCMultistepScheduler().config.solver_order == 2
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_cpu_rounds_nothing(name):
+    assert torch.equal(ours(name, 7, "cpu", torch.float32), ours(name, 7, "cpu", torch.bfloat16))
+
+
+@pytest.mark.skipif(not UPSTREAM, reason="WAN_UPSTREAM names no checkout of upstream")
+@pytest.mark.parametrize("steps", [7, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upstreams_steps_under_the_same_autocast(dtype, steps):
+    def module(name):
+        path = Path(UPSTREAM) / "wan" / "utils" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        return found
+
+    def stepping(scheduler):
+        def step(flow, t, latent):
+            with torch.autocast("vgpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                return scheduler.step(flow[None], t, latent[None], return_dict=False)[0][0]
+
+        return step
+
+    unipc, dpm = module("fm_solvers_unipc"), module("fm_solvers")
+    with VirtualGPU():
+        theirs = unipc.FlowUniPCMultistepScheduler(shift=1, use_dynamic_shifting=False)
+        theirs.set_timesteps(steps, device="vgpu", shift=SHIFT)
+        expected = walk(stepping(theirs), theirs.timesteps, "vgpu")
+        assert torch.equal(ours("unipc", steps, "vgpu", dtype), expected)
+        theirs = dpm.FlowDPMSolverMultistepScheduler(shift=1, use_dynamic_shifting=False)
+        dpm.retrieve_timesteps(theirs, device="vgpu", sigmas=dpm.get_sampling_sigmas(steps, SHIFT))
+        expected = walk(stepping(theirs), theirs.timesteps, "vgpu")
+        assert torch.equal(ours("dpm++", steps, "vgpu", dtype), expected)
