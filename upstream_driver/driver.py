@@ -52,7 +52,8 @@ class Result:
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
     report: {"peak_bytes", "stages": {name: peak bytes}, "peak_reserved", "reserved": {name: peak bytes},
-        "out_of_memory": None or {"stage", "requested"}, "live_bytes", "least_capacity"} on the virtual GPU and on CUDA, else {}.
+        "out_of_memory": None or {"stage", "requested"}, "live_bytes"} on the virtual GPU and on CUDA, else {};
+        "least_capacity" if find_least.
     """
 
     video: torch.Tensor | None = None
@@ -61,7 +62,8 @@ class Result:
 
 
 def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, device="cpu", dtype="float32", config=None,
-        capacity=None, expandable_segments=False, granularity=None, find_least=False, meta=False, timeout=600) -> Result:  # fmt: skip
+        capacity=None, expandable_segments=False, granularity=None, find_least=False, meta=False,
+        timeout=600) -> Result:  # fmt: skip
     """Runs one pipeline of the upstream tree in a process of its own.
 
     Args:
@@ -548,6 +550,10 @@ class _CudaMemory:
     @property
     def peak(self):
         return torch.cuda.max_memory_allocated()
+
+    @property
+    def peak_reserved(self):
+        return torch.cuda.max_memory_reserved()
 
     @property
     def live(self):
