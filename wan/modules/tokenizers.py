@@ -2,7 +2,9 @@
 
 import html
 import string
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
@@ -57,7 +59,7 @@ class HuggingfaceTokenizer:
         ValueError: unknown `clean`.
     """
 
-    def __init__(self, name, seq_len=None, clean=None, **kwargs):
+    def __init__(self, name: str | Path, seq_len: int | None = None, clean: str | None = None, **kwargs: Any):
         if clean not in CLEANERS:
             raise ValueError(f"clean={clean!r}: choose from {', '.join(map(repr, CLEANERS))}")
         if not Path(name).is_dir():
@@ -76,7 +78,9 @@ class HuggingfaceTokenizer:
             ) from error
         self.vocab_size = self.tokenizer.vocab_size
 
-    def __call__(self, sequence, **kwargs) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, sequence: str | Sequence[str], **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Token ids of one text or a list of texts.
 
         Args:
