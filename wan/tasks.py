@@ -109,6 +109,7 @@ def _task(name: str, facts: dict[str, Any]) -> Task:
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
 
 
+DEFAULT_TASK = "t2v-14B"
 TASKS = {
     name: _task(name, facts)
     for name, facts in {
