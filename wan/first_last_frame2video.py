@@ -21,7 +21,7 @@ class WanFLF2V(WanI2V):
         frames = {name: open_image(getattr(request, name), name) for name in ("first_frame", "last_frame")}
         return frames | {"max_area": width * height}
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_prompt: str,
         first_frame: Image.Image,

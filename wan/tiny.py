@@ -120,7 +120,8 @@ def _write_dit(directory: Path, config: EasyDict, seed: int, shards: int) -> Non
     if shards == 1:
         save_file(weights, directory / f"{stem}.safetensors", metadata={"format": "pt"})
         return
-    names, weight_map = sorted(weights), {}
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
     for part in range(shards):
         shard = f"{stem}-{part + 1:05d}-of-{shards:05d}.safetensors"
         held = {name: weights[name] for name in names[part::shards]}

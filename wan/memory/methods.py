@@ -14,7 +14,7 @@ class _Layered:
         self.replaced = (
             replaced  # what the instance held under the name before, as (value,), or () for nothing
         )
-        self.layers = []  # (option, function of a function), the innermost first
+        self.layers: list[tuple[str, Callable]] = []  # (option, function of a function), the innermost first
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.function

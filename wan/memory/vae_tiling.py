@@ -130,7 +130,7 @@ def decode(
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, tile))
+    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile)))
 
 
 def encode(
@@ -150,7 +150,7 @@ def encode(
     """
     if tile == "auto":
         tile = _tile_for_device(encode_bytes, model, video.shape[1:], model.conv1.weight.device, capacity)
-    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, tile))
+    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, int(tile)))
 
 
 def by_tiles(

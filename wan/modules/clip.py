@@ -1,7 +1,7 @@
 """The image encoder: the image tower of CLIP ViT-H/14, loaded from Wan2.1's file."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..weights.loading import load_weights
 
 __all__ = ["CLIPModel"]
 
-VIT_H_14 = {
+VIT_H_14: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -103,7 +103,7 @@ class CLIPModel:
         checkpoint_path: str | Path | None,
         tokenizer_path: str | Path | None,
         *,
-        config: Mapping[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ):
         self.dtype = dtype
         self.device = device

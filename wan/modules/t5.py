@@ -1,7 +1,7 @@
 """The text encoder: the encoder half of UMT5-XXL, loaded from Wan2.1's file."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class T5EncoderModel:
         tokenizer_path: str | Path | None = None,
         shard_fn: Any = None,
         *,
-        config: Mapping[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ):
         self.text_len = text_len
         self.dtype = dtype

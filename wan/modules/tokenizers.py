@@ -2,7 +2,7 @@
 
 import html
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,12 @@ def _canonicalize(text: str) -> str:
     return _collapse(text.translate(str.maketrans("", "", string.punctuation)).lower())
 
 
-CLEANERS = {None: str, "whitespace": _whitespace, "lower": _lower, "canonicalize": _canonicalize}
+CLEANERS: dict[str | None, Callable[[str], str]] = {
+    None: str,
+    "whitespace": _whitespace,
+    "lower": _lower,
+    "canonicalize": _canonicalize,
+}
 
 
 class HuggingfaceTokenizer:
@@ -92,7 +97,7 @@ class HuggingfaceTokenizer:
             ids [B, L] int64, with `return_mask=True` (ids, mask), where mask [B, L] int64 is 1 at real tokens.
         """
         return_mask = kwargs.pop("return_mask", False)
-        options = {"return_tensors": "pt"}
+        options: dict[str, Any] = {"return_tensors": "pt"}
         if self.seq_len is not None:
             options |= {"padding": "max_length", "truncation": True, "max_length": self.seq_len}
         texts = [sequence] if isinstance(sequence, str) else sequence

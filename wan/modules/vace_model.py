@@ -39,7 +39,7 @@ class VaceWanModel(WanModel):
             vace_in_dim or in_dim, self.dim, kernel_size=self.patch_size, stride=self.patch_size
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: list[torch.Tensor],
         t: torch.Tensor,

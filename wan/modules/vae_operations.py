@@ -29,7 +29,7 @@ class TemporalCache:
     """
 
     def __init__(self) -> None:
-        self.past = {}
+        self.past: dict[Operation, list[torch.Tensor]] = {}
 
     def window(self, operation: Operation, frame: torch.Tensor) -> torch.Tensor:
         """What the operation remembers, then `frame`, which joins it: see `stacked`."""
@@ -67,7 +67,7 @@ class Operation:
     in_channels: int | None = None
     out_channels: int | None = None
     scale: float = 1
-    halo: tuple[float, float] = (0, 0)
+    halo: tuple[float, ...] = (0, 0)
     rate: float = 1
     memory: int = 0
 
@@ -227,8 +227,7 @@ def decoder_passes(model: nn.Module) -> Passes:
         TypeError: a layer that is not one of this VAE's.
     """
     decoder = model.decoder
-    first, *upsampling = (_operations(layer) for layer in (model.conv2, *decoder.upsamples))
-    upsampling = [operation for operations in upsampling for operation in operations]
+    first, upsampling = _operations(model.conv2), _of_layers(decoder.upsamples)
     split = next(i for i, operation in enumerate(upsampling) if _resamples(operation))
     return Passes(
         whole=first + _of_layers([decoder.conv1, *decoder.middle]),

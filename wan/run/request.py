@@ -104,7 +104,8 @@ class Request:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
-        return SIZE_CONFIGS[self.size]
+        width, height = SIZE_CONFIGS[self.size]
+        return width, height
 
     @property
     def references(self) -> list[str] | None:

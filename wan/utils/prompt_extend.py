@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -116,7 +116,7 @@ def extend_prompt(
     images: Sequence[Image.Image] | None = None,
     seed: int = -1,
     device: torch.device | str | None = None,
-) -> str:
+) -> PromptOutput:
     """Rewrite `prompt` into a fuller one for a video model. Whatever goes wrong is reported, not raised.
 
     Args:
@@ -149,7 +149,7 @@ def extend_prompt(
         result = PromptOutput(False, prompt, seed, instructions, reason)
     if method == "local_qwen":  # only now, when no traceback keeps the model alive
         gc.collect()
-        if device.type != "cpu":
+        if torch.device(device).type != "cpu":
             torch.get_device_module(device).empty_cache()
     return result
 
@@ -219,7 +219,7 @@ def _ask_local(
     return name, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _repeat_each(text: str, token: str, counts: Iterable[int]) -> str:
+def _repeat_each(text: str, token: str, counts: Sequence[int]) -> str:
     """`text` with its i-th `token` repeated counts[i] times."""
     first, *rest = text.split(token)
     if len(rest) != len(counts):
@@ -244,11 +244,12 @@ def _ask_dashscope(
         raise RuntimeError(f"DASH_API_URL {url} is not an http(s) address")
     if images:
         name, service = model or "qwen-vl-max", "multimodal-generation"
-        question = [{"image": _data_url(_shrink(image, DASHSCOPE_IMAGE_AREA))} for image in images]
+        question: Any = [{"image": _data_url(_shrink(image, DASHSCOPE_IMAGE_AREA))} for image in images]
         question.append({"text": prompt})
-        instructions = [{"text": instructions}]
+        rules: Any = [{"text": instructions}]
     else:
         name, service, question = model or "qwen-plus", "text-generation", prompt
+        rules = instructions
     reply = _post(
         f"{url.rstrip('/')}/services/aigc/{service}/generation",
         key,
@@ -256,7 +257,7 @@ def _ask_dashscope(
             "model": name,
             "input": {
                 "messages": [
-                    {"role": "system", "content": instructions},
+                    {"role": "system", "content": rules},
                     {"role": "user", "content": question},
                 ]
             },
@@ -277,7 +278,7 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
-def _post(url: str, key: str, body: dict[str, Any]) -> bytes:
+def _post(url: str, key: str, body: dict[str, Any]) -> bytes:  # type: ignore[return]
     """The reply's bytes to a JSON request, tried again while the server is out of reach or busy."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {key}")

@@ -79,8 +79,8 @@ def _weight_bytes(*modules: nn.Module) -> int:
     return sum(_allocated(1, p.numel()) for module in modules for p in module.parameters())
 
 
-def _allocated(channels: int, area: int) -> int:
-    return -(-BYTES * channels * area // ALLOCATION) * ALLOCATION
+def _allocated(channels: float, area: int) -> int:
+    return -int(-BYTES * channels * area // ALLOCATION) * ALLOCATION
 
 
 def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:
