@@ -105,7 +105,11 @@ def measure(run: Run, capacity: int | None = None, expandable_segments: bool = T
 
 
 def count_upstream(
-    run: Run, tree: str | os.PathLike, capacity: int | None = None, expandable_segments: bool = True
+    run: Run,
+    tree: str | os.PathLike,
+    capacity: int | None = None,
+    expandable_segments: bool = True,
+    find_least: bool = False,
 ) -> Report:
     """The Report of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
 
@@ -137,6 +141,7 @@ def count_upstream(
             config=run.task,
             capacity=capacity,
             expandable_segments=expandable_segments,
+            find_least=find_least,
             meta=True,
         ).report
     except RuntimeError as error:
@@ -147,7 +152,8 @@ def count_upstream(
     stages, reserved = (
         {k: v for k, v in report[name].items() if k != "load"} for name in ("stages", "reserved")
     )
-    return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"])
+    least = report.get("least_capacity")
+    return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"], least)
 
 
 def report_on(run, device):
@@ -289,8 +295,8 @@ def parse_arguments(argv=None):
         raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
     if args.tree is not None and args.device != "virtual":
         raise InputError("--tree: only with --device virtual")
-    if args.least_capacity and (args.device != "virtual" or args.tree is not None):
-        raise InputError("--least_capacity: only with --device virtual and without --tree")
+    if args.least_capacity and args.device != "virtual":
+        raise InputError("--least_capacity: only with --device virtual")
     if args.compare and args.device != "cuda":
         raise InputError("--compare: needs --device cuda to compare with")
     return args
@@ -302,7 +308,7 @@ def _run(args):
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
     if args.tree is not None:
-        return count_upstream(run, args.tree, capacity, expandable), None
+        return count_upstream(run, args.tree, capacity, expandable, args.least_capacity), None
     if args.device == "virtual":
         return count(run, capacity, expandable, args.least_capacity), None
     return measure(run, capacity, expandable), count(run, capacity, expandable) if args.compare else None

@@ -29,10 +29,10 @@ STAGES = ["text", "image", "encode", "denoise", "decode"]
 def shortcuts(monkeypatch):
     run_block, all_tiles = forward._Layers.run, tile_geometry.grid
 
-    def some_blocks(layers, *args):
+    def some_blocks(layers, *args, **options):
         layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
         if layers.blocks_run <= FEW_BLOCKS:
-            run_block(layers, *args)
+            run_block(layers, *args, **options)
 
     def largest_tile(height, width, tile):  # with margins on all sides, or else on those that reach further
         tiles = all_tiles(height, width, tile)
@@ -174,8 +174,8 @@ def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
     assert memory.main([*command, "--least_capacity"]) == 0
     report = json.loads(capsys.readouterr().out)
     least = report["least_capacity"]
-    assert report["peak_bytes"] <= least <= max(report["reserved"].values()) + 4 * 2**20
-    for capacity, enough in ((least, True), (least - 4 * 2**20, False)):
+    assert report["peak_bytes"] <= least <= max(report["reserved"].values())
+    for capacity, enough in ((least, True), (least - 2 * 2**20, False)):
         assert memory.main([*command, "--capacity", str(capacity / GIB)]) == 0
         limited = json.loads(capsys.readouterr().out)
         assert (limited["out_of_memory"] is None) is enough
@@ -190,7 +190,6 @@ def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
         (["--vae_tile", "50"], "--vae_tile 50"),
         (["--frame_num", "80"], "--frame_num 80"),
         (["--compare"], "--compare"),
-        (["--least_capacity", "--tree", str(Path(__file__).parent.parent)], "--least_capacity"),
         (["--tree", "nowhere"], "--tree nowhere"),
     ],
 )

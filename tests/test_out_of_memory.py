@@ -16,7 +16,7 @@ OPTIONS = {
     "low_vram": MemoryOptions(**LOW_VRAM | {"dit_chunk": 64}),
     "all stay": MemoryOptions(offload_model=False),
 }
-MOMENTS = (0.02, 0.35, 0.8, 0.97)  # of a run's allocations; the last are the decoder's
+MOMENTS = (0.02, 0.6, 0.97)  # of a run's allocations; the last are the decoder's
 
 
 class Full:
@@ -53,7 +53,8 @@ def test_out_of_memory_loses_nothing(options, tmp_path, monkeypatch, task="t2v-t
                 runner.run(request("a.mp4", options, task))
             except torch.OutOfMemoryError:
                 gc.collect()
-                assert not any(part._here for part in (runner._pipeline._dit, runner._pipeline._text))
+                if OPTIONS[options].offload_model:
+                    assert not any(part._here for part in (runner._pipeline._dit, runner._pipeline._text))
                 states = [str(path) for path in Path().glob("a.mp4.*.state")]  # none while weights are loaded
                 again = vars(request("a.mp4", options, task)) | {"resume": states[0] if states else None}
                 runner.run(Request(**again))  # on the same pipeline

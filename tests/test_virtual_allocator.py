@@ -337,7 +337,7 @@ def test_the_least_capacity_serves_all_and_less_does_not(steps, expandable, _):
     recorded = RecordingAllocator(None, expandable)
     for _ in play(recorded, [step for step in steps if step[0] != "free later"]):
         pass
-    least = least_capacity(recorded, 2 * MIB)
+    least = least_capacity(recorded)
     assert recorded.peak_allocated <= least <= recorded.peak_reserved
     replay(recorded.trace, CachingAllocator(least, expandable))
     if least:

@@ -52,7 +52,8 @@ class Result:
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
     report: {"peak_bytes", "stages": {name: peak bytes}, "peak_reserved", "reserved": {name: peak bytes},
-        "out_of_memory": None or {"stage", "requested"}, "live_bytes"} on the virtual GPU and on CUDA, else {}.
+        "out_of_memory": None or {"stage", "requested"}, "live_bytes"} on the virtual GPU and on CUDA, else {};
+        "least_capacity" if find_least.
     """
 
     video: torch.Tensor | None = None
@@ -61,7 +62,8 @@ class Result:
 
 
 def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, device="cpu", dtype="float32", config=None,
-        capacity=None, expandable_segments=False, granularity=None, meta=False, timeout=600) -> Result:  # fmt: skip
+        capacity=None, expandable_segments=False, granularity=None, find_least=False, meta=False,
+        timeout=600) -> Result:  # fmt: skip
     """Runs one pipeline of the upstream tree in a process of its own.
 
     Args:
@@ -77,6 +79,7 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
         dtype: of the DiT's autocast and of T5: float32 (CLIP's too) or bfloat16 (CLIP's is float16).
         config: upstream's config to start from, a key of its WAN_CONFIGS.
         capacity, expandable_segments, granularity: of the virtual GPU; None: its defaults.
+        find_least: tell the least capacity that serves all that the run requests.
         meta: count at full size.
         timeout: seconds.
 
@@ -97,6 +100,8 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
             command += ["--capacity", str(capacity)]
         if granularity is not None:
             command += ["--granularity", str(granularity)]
+        if find_least:
+            command += ["--find_least"]
         if expandable_segments:
             command += ["--expandable_segments"]
         if meta:
@@ -494,6 +499,7 @@ def main():
     parser.add_argument("--capacity", type=int)
     parser.add_argument("--granularity", type=int)
     parser.add_argument("--expandable_segments", action="store_true")
+    parser.add_argument("--find_least", action="store_true")
     parser.add_argument("--meta", action="store_true")
     parser.add_argument("--init", type=json.loads, default={})
     parser.add_argument("--call", type=json.loads, default={})
@@ -524,6 +530,8 @@ def main():
         except torch.OutOfMemoryError as error:
             out_of_memory = {"stage": watch.stage, "requested": getattr(error, "requested", None)}
         report = watch.report(out_of_memory)
+        if args.find_least and out_of_memory is None:
+            report["least_capacity"] = _least_capacity(gpu)
     tensors = {}
     if video is not None and not args.meta:
         tensors = {"video": video.contiguous(), "latents": watch.latents.contiguous()}
@@ -544,6 +552,10 @@ class _CudaMemory:
         return torch.cuda.max_memory_allocated()
 
     @property
+    def peak_reserved(self):
+        return torch.cuda.max_memory_reserved()
+
+    @property
     def live(self):
         return torch.cuda.memory_allocated()
 
@@ -555,7 +567,14 @@ def _virtual_gpu(args):
     from virtual_gpu import VirtualGPU
 
     finer = {} if args.granularity is None else {"granularity": args.granularity}
-    return VirtualGPU(args.capacity, args.meta, expandable_segments=args.expandable_segments, **finer)
+    finer |= {"expandable_segments": args.expandable_segments, "record_requests": args.find_least}
+    return VirtualGPU(args.capacity, args.meta, **finer)
+
+
+def _least_capacity(gpu):
+    from virtual_gpu import least_capacity
+
+    return least_capacity(gpu.allocator)
 
 
 if __name__ == "__main__":

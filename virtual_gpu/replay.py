@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
-from .allocator import MIB, Block, CachingAllocator
+from .allocator import Block, CachingAllocator
 
 
 class RecordingAllocator(CachingAllocator):
@@ -47,9 +47,12 @@ def replay(trace, allocator: CachingAllocator) -> CachingAllocator:
     return allocator
 
 
-def least_capacity(recorded: RecordingAllocator, step: int = 4 * MIB) -> int:
-    """The smallest capacity, a multiple of `step`, at which such an allocator serves all the requests of its trace."""
-    kind = recorded.expandable_segments, recorded.granularity
+def least_capacity(recorded: RecordingAllocator, step: int | None = None) -> int:
+    """The smallest capacity, a multiple of `step`, at which such an allocator serves all the requests of its trace.
+
+    step: bytes; the allocator's granularity by default, whose multiples are all that it can reserve.
+    """
+    kind, step = (recorded.expandable_segments, recorded.granularity), step or recorded.granularity
     whole = replay(recorded.trace, CachingAllocator(None, *kind))
     too_little, enough = whole.peak_allocated // step - 1, -(-whole.peak_reserved // step)
     while enough - too_little > 1:

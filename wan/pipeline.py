@@ -255,7 +255,7 @@ class WanPipeline:
 
     def _encode_prompts(
         self, prompt: str, negative_prompt: str, offload_model: bool | None
-    ) -> list[torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both prompts to embeddings, [L, text_dim] on the device each."""
         self.load()
         stay = self._stay(offload_model)
@@ -265,10 +265,11 @@ class WanPipeline:
                 if self.uses_clip:
                     self._image.leave()
             with self._text.on_device(stay):
-                return [
+                context, context_null = (
                     self.text_encoder([text], self._text.device)[0].to(self.device)
                     for text in (prompt, negative_prompt or self.sample_neg_prompt)
-                ]
+                )
+                return context, context_null
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import imageio_ffmpeg
@@ -28,7 +29,7 @@ COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def check_writable(path, image=False):
+def check_writable(path: str | os.PathLike[str], image: bool = False) -> None:
     """Fail now rather than after hours of work if `path` cannot become a video (or, with `image`, a picture).
 
     Raises InputError, naming --save_file, if the suffix is not one that can be written or `check_target` objects.
@@ -42,7 +43,7 @@ def check_writable(path, image=False):
     check_target(path, "save_file")
 
 
-def to_uint8(video):
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
     """Values in [-1, 1], any shape, as the 8-bit values of a video's frames: clamped, scaled and cut, not rounded.
 
     A uint8 tensor is returned as it is.
@@ -52,7 +53,9 @@ def to_uint8(video):
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
-def save_video(video, path, fps=16, comment=None):
+def save_video(
+    video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16, comment: str | None = None
+) -> None:
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
@@ -93,7 +96,7 @@ def save_video(video, path, fps=16, comment=None):
             raise OSError(f"{path}: only {written} of {frame_num} frames could be written; is the disk full?")
 
 
-def _count_frames(path):
+def _count_frames(path: str | os.PathLike[str]) -> int:
     """Frames in a file, without decoding; 0 if it cannot be read."""
     try:
         with av.open(str(path)) as container:
@@ -102,7 +105,7 @@ def _count_frames(path):
         return 0
 
 
-def save_image(image, path, comment=None):
+def save_image(image: torch.Tensor, path: str | os.PathLike[str], comment: str | None = None) -> None:
     """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix.
 
     A comment becomes part of the metadata of a .png.
@@ -121,7 +124,7 @@ def save_image(image, path, comment=None):
             picture.save(temporary)
 
 
-def read_comment(path, field):
+def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
     """The comment in the metadata of a picture or video, or None.
 
     Raises InputError, naming `field` and the file, if it cannot be read.
@@ -142,7 +145,7 @@ def read_comment(path, field):
         raise InputError(f"not a readable video ({error.strerror})", field, path) from error
 
 
-def open_image(path, field):
+def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
     """The picture at `path` as PIL RGB, read completely.
 
     Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read.
@@ -164,14 +167,14 @@ def open_image(path, field):
     return image
 
 
-def _to_8_bits(image):
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """A PIL image of 16-bit grey, whose values PIL would cut off at 255, in 8 bits; others as they are."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
 
 
-def _check_file(path, field):
+def _check_file(path: str | os.PathLike[str], field: str) -> None:
     if not os.path.isfile(path):
         wrong = "is a directory" if os.path.isdir(path) else "no such file"
         raise InputError(f"{wrong}; check the path", field, path)
@@ -192,7 +195,7 @@ class VideoFile:
     Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames.
     """
 
-    def __init__(self, path, field="video"):
+    def __init__(self, path: str | os.PathLike[str], field: str = "video"):
         self.path, self.field = path, field
         _check_file(path, field)
         with self._open() as (container, stream):
@@ -216,7 +219,7 @@ class VideoFile:
         self.timestamps = seconds.astype(np.float32)
         self.height, self.width = next(self.frames([0])).shape[:2]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.timestamps)
 
     def frames(self, ids: Sequence[int] | None = None) -> Iterator[np.ndarray]:
@@ -239,7 +242,7 @@ class VideoFile:
         )
 
     @contextmanager
-    def _open(self):
+    def _open(self) -> Iterator[tuple[Any, Any]]:
         try:
             with av.open(os.fspath(self.path)) as container:
                 if not container.streams.video:
