@@ -26,9 +26,9 @@ _NAMES = [
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """The fields that decide the result of a request; paths are absolute."""
+    """The fields that decide the result of a request, as they come back from JSON; paths are absolute."""
     values = request.to_json()
-    return {name: values[name] for name in _NAMES if values[name] is not None}
+    return json.loads(json.dumps({name: values[name] for name in _NAMES if values[name] is not None}))
 
 
 def settings_text(request: Request) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ..pipeline import Conditioning
 from ..utils.errors import InputError
 from ..utils.files import replacing
 from .request import Request
+
+log = logging.getLogger(__name__)
 
 FORMAT = "wan-state-1"
 
@@ -97,6 +100,8 @@ def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any)
         InputError: no such file, damaged, or written by another version of this program.
     """
     values, tensors = _read(Path(path), field)
+    if values["torch"] != str(torch.__version__):
+        log.warning(f"{path} was written under PyTorch {values['torch']}: the rest may be rounded otherwise")
     try:
         conditioning, solver = values["conditioning"], values["solver"]
         return State(
@@ -145,7 +150,8 @@ def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             known = metadata.get("format") == FORMAT
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())} if known else {}  # noqa: SIM118
+            # Copies: what is mapped keeps Windows from writing the next state over the file.
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())} if known else {}  # noqa: SIM118
         if not known:
             raise InputError("not a state that this program wrote", field, path)
         text = metadata["state"]
