@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .image2video import WanI2V, to_tensor
-from .pipeline import check_frame_num
+from .pipeline import Conditioning, check_frame_num
 from .utils.video import open_image
 
 
@@ -16,10 +16,29 @@ class WanFLF2V(WanI2V):
     """Makes videos between two given images."""
 
     def arguments(self, request: Any) -> dict[str, Any]:
-        """generate()'s own arguments for a request."""
+        """prepare()'s own arguments for a request."""
         width, height = request.pixels
         frames = {name: open_image(getattr(request, name), name) for name in ("first_frame", "last_frame")}
         return frames | {"max_area": width * height}
+
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        first_frame: Image.Image,
+        last_frame: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes prompt and images. Arguments and errors as generate()'s."""
+        check_frame_num(frame_num, at_least=5)
+        first, last = to_tensor(first_frame), to_tensor(last_frame)
+        if first.shape != last.shape:
+            ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
+            # Height and width change places in the published pipeline, and so they do here.
+            last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
+        return self._prepare(input_prompt, n_prompt, [first, last], max_area, frame_num, offload_model)
 
     def generate(  # type: ignore[override]
         self,
@@ -54,24 +73,14 @@ class WanFLF2V(WanI2V):
         Raises:
             InputError: a frame number that cannot be.
         """
-        check_frame_num(frame_num, at_least=5)
-        first, last = to_tensor(first_frame), to_tensor(last_frame)
-        if first.shape != last.shape:
-            ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
-            # Height and width change places in the published pipeline, and so they do here.
-            last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
-        return self._animate(
-            input_prompt,
-            n_prompt,
-            [first, last],
-            max_area,
-            frame_num,
-            seed,
+        return self._finish(
+            self.prepare(input_prompt, first_frame, last_frame, max_area, frame_num, n_prompt, offload_model),
             on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
 

@@ -5,15 +5,28 @@ from typing import Any
 
 import torch
 
-from .pipeline import WanPipeline, check_frame_num
+from .pipeline import Conditioning, WanPipeline, check_frame_num
 
 
 class WanT2V(WanPipeline):
     """Makes videos, or with one frame images, from text."""
 
     def arguments(self, request: Any) -> dict[str, Any]:
-        """generate()'s own arguments for a request."""
+        """prepare()'s own arguments for a request."""
         return {"size": request.pixels}
+
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes the prompt. Arguments and errors as generate()'s."""
+        check_frame_num(frame_num)
+        shape = self._latent_shape(size, frame_num)
+        return Conditioning(shape, *self._encode_prompts(input_prompt, n_prompt, offload_model))
 
     def generate(
         self,
@@ -50,20 +63,13 @@ class WanT2V(WanPipeline):
         Raises:
             InputError: a frame number or a size that cannot be.
         """
-        check_frame_num(frame_num)
-        shape = self._latent_shape(size, frame_num)
-        generator = self._generator(seed)
-        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
-        common = {"seq_len": self._sequence_length(*shape[1:])}
-        latent = self._denoise(
-            shape,
-            generator,
-            {"context": context, **common},
-            {"context": context_null, **common},
+        return self._finish(
+            self.prepare(input_prompt, size, frame_num, n_prompt, offload_model),
+            on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
-        return self._decode(latent, on_latents)

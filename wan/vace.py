@@ -9,7 +9,7 @@ from einops import rearrange
 
 from .modules.vace_model import VaceWanModel
 from .modules.vae import WanVAE
-from .pipeline import WanPipeline
+from .pipeline import Conditioning, WanPipeline
 from .utils.errors import InputError
 from .utils.vace_source import Sources, VaceVideoProcessor, prepare_source
 
@@ -36,7 +36,7 @@ class WanVace(WanPipeline):
         )
 
     def arguments(self, request: Any) -> dict[str, Any]:
-        """generate()'s own arguments for a request."""
+        """prepare()'s own arguments for a request."""
         sources = self.prepare_source(
             [request.src_video],
             [request.src_mask],
@@ -76,6 +76,32 @@ class WanVace(WanPipeline):
             self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu"
         )
 
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        input_frames: Sequence[torch.Tensor],
+        input_masks: Sequence[torch.Tensor] | None,
+        input_ref_images: References,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        context_scale: float = 1.0,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes prompt and source material. Arguments as generate()'s."""
+        if input_masks is None:
+            input_masks = [torch.ones_like(frames[:1]) for frames in input_frames]
+        contexts = self._encode_prompts(input_prompt, n_prompt, offload_model)
+        with self.stages("encode"):
+            coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
+            masks = self.vace_encode_masks(input_masks, input_ref_images)
+            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
+            source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
+        channels, *shape = coded[0].shape
+        references = len((input_ref_images and input_ref_images[0]) or ())
+        inputs = {"vace_context": source, "vace_context_scale": context_scale}
+        return Conditioning((channels // 2, *shape), *contexts, host_inputs=inputs, references=references)
+
     def generate(
         self,
         input_prompt: str,
@@ -108,34 +134,24 @@ class WanVace(WanPipeline):
         Returns:
             [3, F, H, W] fp32 in [-1, 1] on the CPU.
         """
-        if input_masks is None:
-            input_masks = [torch.ones_like(frames[:1]) for frames in input_frames]
-        generator = self._generator(seed)
-        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
-        with self.stages("encode"):
-            coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
-            masks = self.vace_encode_masks(input_masks, input_ref_images)
-            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
-            source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
-        channels, *shape = coded.pop().shape
-        common = {
-            "vace_context": source,
-            "vace_context_scale": context_scale,
-            "seq_len": self._sequence_length(*shape),
-        }
-        latent = self._denoise(
-            (channels // 2, *shape),
-            generator,
-            {"context": context, **common},
-            {"context": context_null, **common},
+        return self._finish(
+            self.prepare(
+                input_prompt,
+                input_frames,
+                input_masks,
+                input_ref_images,
+                context_scale=context_scale,
+                n_prompt=n_prompt,
+                offload_model=offload_model,
+            ),
+            on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
-        references = input_ref_images[0] if input_ref_images else None
-        return self._decode(latent[:, len(references or ()) :], on_latents)
 
     def vace_encode_frames(
         self,

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,11 @@ from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
+# Of what config.json may ask for.
+LARGEST = {"num_layers": 1000} | dict.fromkeys(
+    ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "text_dim", "text_len", "vace_in_dim"),
+    2**17,
+)
 
 
 @functools.lru_cache
@@ -290,10 +296,29 @@ class WanModel(nn.Module):
             raise InputError(f"{path}: no such file, --ckpt_dir must be a Wan2.1 checkpoint directory")
         try:
             config = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            _check_sizes(config)
             with torch.device("meta"):
                 return cls(**config)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: does not describe a {cls.__name__} ({error})") from error
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+            AssertionError,
+        ) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{path}: does not describe a {cls.__name__} ({reason})") from error
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raises ValueError for sizes that no model has, on which building one would take for ever."""
+    for name, most in LARGEST.items():
+        value = config.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}, not 1 to {most}")
+    if not all(side > 0 for side in config.get("patch_size", ())):
+        raise ValueError(f"patch_size is {config['patch_size']}")
 
 
 def weights_path(checkpoint_dir: str | Path) -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
@@ -15,8 +19,15 @@ from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 
 SOURCES = "inputs"
+KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
+# Fields that are the path of one file.
+PATHS = (
+    *("save_file", "save_latents", "decode_latents", "resume"),
+    *("image", "first_frame", "last_frame", "src_video", "src_mask"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,9 @@ class Request:
         choices=tuple(SIZE_CONFIGS),
         shown_default="1280*720",
     )
-    frame_num: int | None = option(None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).")
+    frame_num: int | None = option(
+        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=10001
+    )
     ckpt_dir: str | None = option(
         None,
         "Folder of the checkpoint, or its name on the Hugging Face hub, such as Wan-AI/Wan2.1-T2V-1.3B. "
@@ -80,9 +93,26 @@ class Request:
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
     )
-    save_latents: str | None = option(None, "Save the latents, too, before they are decoded.", metavar="FILE")
+    overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
+    save_latents: str | None = option(
+        None, "Save the latents, too, before they are decoded.", group=KEEPING, metavar="FILE"
+    )
     decode_latents: str | None = option(
-        None, "Only decode latents that were saved, and save the video.", metavar="FILE"
+        None, "Only decode latents that were saved, and save the video.", group=KEEPING, metavar="FILE"
+    )
+    save_every: float = option(
+        5.0,
+        "Minutes between two writings of the run's state, from which --resume goes on (default 5).",
+        at_least=0,
+        group=KEEPING,
+        metavar="MINUTES",
+    )
+    resume: str | None = option(
+        None,
+        "Go on from the state of a run that stopped. It knows all other settings; memory options, --device, "
+        "--ckpt_dir and those of files may be given anew.",
+        group=KEEPING,
+        metavar="STATE",
     )
     ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
@@ -91,6 +121,7 @@ class Request:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_options(self)
         self._fill_in()
         check_options(self)
@@ -111,6 +142,20 @@ class Request:
     def references(self) -> list[str] | None:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as JSON's values, its paths absolute."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in PATHS:
+            if values[name] is not None:
+                values[name] = os.path.abspath(values[name])
+        if self.ckpt_dir is not None and Path(self.ckpt_dir).is_dir():
+            values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
+        if self.references:
+            values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
+        folder = self.memory.offload_folder
+        memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
+        return values | {"memory": memory}
 
     def _fill_in(self) -> None:
         task = self.facts
@@ -165,12 +210,35 @@ class Request:
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)
 
+    def _check_types(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "bool" and not isinstance(value, bool):
+                raise InputError("give true or false", item.name, value)
+            if value is None or not str(item.type).startswith("str"):
+                continue
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                self._set(**{item.name: value})
+            if not isinstance(value, str):
+                raise InputError("give text", item.name, value)
+            if not value and item.name != "prompt":
+                raise InputError("is empty, give a value or leave it out", item.name)
+            if "\0" in value:
+                raise InputError("has a zero byte in it", item.name)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                if item.name not in PATHS:  # names of files may be any bytes
+                    raise InputError("is not UTF-8 text", item.name) from None
+
     def _set(self, **values: object) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def _default_name(self) -> str:
-        prompt = (self.prompt or "latents").replace(" ", "_").replace("/", "_")[:50]
+        prompt = re.sub(r'[\s/\\:*?"<>|]|[^ -~\w]', "_", self.prompt or "latents")[:50]
+        prompt = prompt.encode()[:NAME_BYTES].decode(errors="ignore")
         size = self.size.replace("*", "x") if sys.platform == "win32" else self.size
         time = datetime.now().strftime("%Y%m%d_%H%M%S")
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"

@@ -240,8 +240,11 @@ def _ask_dashscope(
     if not key:
         raise RuntimeError("DASH_API_KEY is not set; put your DashScope key in this environment variable")
     url = os.environ.get("DASH_API_URL") or DASHSCOPE_URL
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
         raise RuntimeError(f"DASH_API_URL {url} is not an http(s) address")
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise RuntimeError(f"DASH_API_URL {url} would send the key in clear; give an https:// address")
     if images:
         name, service = model or "qwen-vl-max", "multimodal-generation"
         question: Any = [{"image": _data_url(_shrink(image, DASHSCOPE_IMAGE_AREA))} for image in images]

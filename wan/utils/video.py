@@ -4,6 +4,7 @@ Writers work on a temporary name beside the target and rename it when the file i
 either complete or untouched. Readers turn whatever is wrong with a file into an `InputError` that names it.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,17 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
 from .files import check_target, replacing
 
+log = logging.getLogger(__name__)
+
+ORIENTATION = 0x0112  # EXIF's tag
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
+COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -47,7 +53,9 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
-def save_video(video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16) -> None:
+def save_video(
+    video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16, comment: str | None = None
+) -> None:
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
@@ -56,6 +64,7 @@ def save_video(video: torch.Tensor, path: str | os.PathLike[str], fps: float = 1
             multiples of 16 that the models make is the same thing.
         path: the target, ending in one of VIDEO_SUFFIXES.
         fps: frames per second.
+        comment: text without line breaks for the file's metadata.
 
     Raises:
         ValueError: another shape.
@@ -66,7 +75,13 @@ def save_video(video: torch.Tensor, path: str | os.PathLike[str], fps: float = 1
     _, frame_num, height, width = video.shape
     with replacing(path) as temporary:
         encoder = imageio_ffmpeg.write_frames(
-            str(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1
+            str(temporary),
+            (width, height),
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=1,
+            output_params=["-metadata", f"comment={comment}"] if comment else [],
         )
         try:
             encoder.send(None)
@@ -90,14 +105,44 @@ def _count_frames(path: str | os.PathLike[str]) -> int:
         return 0
 
 
-def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
-    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix."""
+def save_image(image: torch.Tensor, path: str | os.PathLike[str], comment: str | None = None) -> None:
+    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix.
+
+    A comment becomes part of the metadata of a .png.
+    """
     if image.ndim == 4:
         image = image.squeeze(1)
     if image.dtype != torch.uint8:
         image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
     with replacing(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+        if comment and temporary.suffix.lower() == ".png":
+            metadata = PngInfo()
+            metadata.add_text(COMMENT, comment)
+            picture.save(temporary, pnginfo=metadata)
+        else:
+            picture.save(temporary)
+
+
+def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
+    """The comment in the metadata of a picture or video, or None.
+
+    Raises InputError, naming `field` and the file, if it cannot be read.
+    """
+    _check_file(path, field)
+    try:
+        with Image.open(path) as file:
+            return file.info.get(COMMENT)
+    except UnidentifiedImageError:
+        pass
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError("not a readable image", field, path) from error
+    try:
+        with av.open(os.fspath(path)) as container:
+            tags = {name.lower(): value for name, value in container.metadata.items()}
+            return tags.get(COMMENT.lower())
+    except av.FFmpegError as error:
+        raise InputError(f"not a readable video ({error.strerror})", field, path) from error
 
 
 def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
@@ -108,12 +153,25 @@ def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
     _check_file(path, field)
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            if file.getexif().get(ORIENTATION, 1) != 1:
+                log.warning(
+                    f"{path} is stored turned (EXIF) and is used as it is stored; turn it first if need be"
+                )
+            if "A" in file.getbands() or "transparency" in file.info:
+                log.warning(f"{path} has transparent parts, which are used as if they were not")
+            image = _to_8_bits(file).convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError("not a readable image; give a PNG or JPEG file", field, path) from error
     if 0 in image.size:
         raise InputError(f"the image is {image.width}x{image.height}; give one that has pixels", field, path)
     return image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A PIL image of 16-bit grey, whose values PIL would cut off at 255, in 8 bits; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def _check_file(path: str | os.PathLike[str], field: str) -> None:
