@@ -28,6 +28,7 @@ from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
+from .weights.lora import Loras
 
 
 def _configured(name: str) -> Any:
@@ -62,6 +63,8 @@ class WanPipeline:
         *,
         device: torch.device | str | None = None,
         on_event: Listener | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        lora_skip_unknown: bool = False,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -75,11 +78,13 @@ class WanPipeline:
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
+            loras: (file, strength) of LoRAs to merge into the DiT, in this order.
+            lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
-            InputError: missing files, or options that cannot work. Damaged and unfitting files are found when they
-                are loaded.
+            InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
+                files are found when they are loaded.
         """
         if rank or t5_fsdp or dit_fsdp or use_usp:
             raise InputError("several GPUs (FSDP, Ulysses, ring attention) are not supported yet, run on one")
@@ -94,6 +99,7 @@ class WanPipeline:
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
+        self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
     # What programs written for these pipelines read of them.
     num_train_timesteps = _configured("num_train_timesteps")
@@ -132,6 +138,7 @@ class WanPipeline:
             self.checkpoint_dir,
             dtype=self.config.param_dtype,
             offload_folder=OffloadFolder(folder) if folder else None,
+            loras=self._loras,
         )
         apply_chunking(model, self.options.dit_chunk)
         return model
@@ -167,6 +174,10 @@ class WanPipeline:
         for path in (folder / "config.json", weights_path(folder), *(folder / name for name in names)):
             if not path.is_file():
                 raise InputError(f"{path}: no such file, the checkpoint is not complete", "ckpt_dir")
+
+    def _fitted(self, loras: Sequence[tuple[str | Path, float]], skip_unknown: bool) -> Loras:
+        parameters = self.model_class.from_config(self.checkpoint_dir).state_dict()
+        return Loras(loras, {name: tensor.shape for name, tensor in parameters.items()}, skip_unknown)
 
     @cached_property
     def _text(self) -> Component:

@@ -232,7 +232,7 @@ class WanModel(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32, offload_folder=None):
+    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32, offload_folder=None, loras=None):
         """Loads config.json and diffusion_pytorch_model.safetensors, or its shards, in their lossless types.
 
         Args:
@@ -240,6 +240,7 @@ class WanModel(nn.Module):
             dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
                 head are kept in fp32 whatever it is.
             offload_folder: an OffloadFolder that the weights, so converted, are to be mapped from.
+            loras: Loras to merge into the weights, before they are converted.
 
         Raises:
             InputError: missing or damaged files, or tensors that do not fit config.json.
@@ -251,7 +252,10 @@ class WanModel(nn.Module):
         def kept(name):
             return cls.storage_dtype(name, dtype)
 
-        load_weights(model, offload_folder.converted(source, kept) if offload_folder else source, dtype=kept)
+        if offload_folder:
+            load_weights(model, offload_folder.converted(source, kept, loras), dtype=kept)
+        else:
+            load_weights(model, source, dtype=kept, merge=loras.merge if loras else None)
         return model
 
     @classmethod

@@ -6,6 +6,7 @@ import random
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
@@ -13,6 +14,7 @@ from ..tasks import EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
+from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
 PROMPT_EXTENSION = "prompt extension"
@@ -44,7 +46,7 @@ class Request:
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
     prompt: str | None = option(None, "What to show.")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
-    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++"))
+    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
         None, "Solver steps (default 50; 40 for image to video, 10 for toy tasks).", at_least=1, at_most=1000
     )
@@ -54,7 +56,19 @@ class Request:
         above=0,
         at_most=100,
     )
-    sample_guide_scale: float = option(5.0, "Strength of classifier-free guidance.", at_least=0, at_most=1000)
+    sample_guide_scale: float = option(
+        5.0,
+        "Strength of classifier-free guidance. 1 is none, with one pass per step instead of two.",
+        at_least=0,
+        at_most=1000,
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA to merge into the model, its strength 1 unless given; repeat it for several.",
+        repeat=True,
+        metavar="FILE[:STRENGTH]",
+    )
+    lora_skip_unknown: bool = option(False, "Go on without what a LoRA changes and the model does not have.")
     image: str | None = option(None, "First frame of image to video.", group=SOURCES)
     first_frame: str | None = option(None, "First frame of first and last frame to video.", group=SOURCES)
     last_frame: str | None = option(None, "Last frame of first and last frame to video.", group=SOURCES)
@@ -111,11 +125,17 @@ class Request:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
 
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """(file, strength) of each entry of `lora`."""
+        return [parse_lora(text) for text in self.lora]
+
     def _fill_in(self) -> None:
         task = self.facts
         size = self.size or task.size
         self._set(
             size=size,
+            lora=tuple(self.lora),
             frame_num=task.frame_num if self.frame_num is None else self.frame_num,
             sample_steps=task.sample_steps if self.sample_steps is None else self.sample_steps,
             sample_shift=task.shift(size) if self.sample_shift is None else self.sample_shift,
@@ -161,6 +181,9 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        for file, _ in self.loras:
+            if not Path(file).is_file():
+                raise InputError("no such file", "lora", file)
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)
 

@@ -28,6 +28,7 @@ from ..utils.prompt_extend import extend_prompt
 from ..utils.video import check_writable, save_image, save_video
 from ..weights.fingerprints import vae_fingerprint
 from ..weights.hub import find_checkpoint
+from ..weights.lora import lora_identity
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,13 @@ def run(request: Request, on_event: Listener | None = None) -> Path:
     hold_to_free(device)
     with exact_arithmetic() if request.exact else contextlib.nullcontext():
         pipeline = task.pipeline_class(
-            task.config, checkpoint, device=device, on_event=listener, **vars(request.memory)
+            task.config,
+            checkpoint,
+            device=device,
+            on_event=listener,
+            loras=request.loras,
+            lora_skip_unknown=request.lora_skip_unknown,
+            **vars(request.memory),
         )
         if request.decode_latents:
             latents, _ = load_latents(request.decode_latents, _identity(request, checkpoint))
@@ -104,6 +111,7 @@ def _latents_kept(request: Request, prompt: str, checkpoint: Path, path: Path) -
     def keep(latent: torch.Tensor) -> None:
         nonlocal kept
         made_from = {"prompt": prompt, "seed": request.base_seed, "frame_num": request.frame_num}
+        made_from["lora"] = lora_identity(request.loras)
         try:
             save_latents(path, latent, _identity(request, checkpoint) | made_from)
             kept = True
