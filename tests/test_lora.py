@@ -53,6 +53,7 @@ FAMILIES = {
     "diffusion_model, down and up": ("diffusion_model.{0}", "lora_down.weight", "lora_up.weight", True),
     "bare": ("{0}", "lora_A.weight", "lora_B.weight", True),
     "lora_unet": ("lora_unet__{1}", "lora_down.weight", "lora_up.weight", True),
+    "lora_unet, one underscore": ("lora_unet_{1}", "lora_down.weight", "lora_up.weight", True),
     "diffusers": ("transformer.{2}", "lora_A.weight", "lora_B.weight", False),
     "PEFT": ("base_model.model.{0}", "lora_A.default.weight", "lora_B.default.weight", False),
 }
@@ -242,16 +243,17 @@ def test_against_diffusers_and_peft(tmp_path, measured):
     latents["encoder_hidden_states"] = torch.stack([padded(context) for context in inputs["context"]])
     weights = weights_of("t2v")
     # diffusers leaves out patch_embedding in the first, and wants every layer of the blocks and no other in the last.
-    for family in ("diffusion_model, A and B", "diffusers", "lora_unet"):
+    for family in ("diffusion_model, A and B", "diffusers", "lora_unet, one underscore"):
         known = {n: w for n, w in weights.items() if not n.startswith("patch")}
-        known = {n: w for n, w in known.items() if family != "lora_unet" or n.startswith("blocks")}
+        known = {n: w for n, w in known.items() if "unet" not in family or n.startswith("blocks")}
         write_pairs(tmp_path / "lora.safetensors", known, family)
         ours = convert_wan_transformer_to_diffusers(
             load("t2v", [(tmp_path / "lora.safetensors", 0.7)]).state_dict()
         )
         theirs = their_dit("t2v")
-        theirs.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(load_file(tmp_path / "lora.safetensors")))
-        theirs.set_adapters("default", 0.7)
+        state = WanLoraLoaderMixin.lora_state_dict(load_file(tmp_path / "lora.safetensors"))
+        theirs.load_lora_adapter(state, adapter_name="lora")
+        theirs.set_adapters("lora", 0.7)
         with torch.no_grad():
             expected = theirs(**latents)[0]
             theirs.fuse_lora()
