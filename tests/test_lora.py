@@ -16,6 +16,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.modules.forward import storage_dtype
 from wan.modules.model import WanModel
+from wan.modules.t5 import T5EncoderModel
 from wan.modules.vace_model import VaceWanModel
 from wan.utils.errors import InputError
 from wan.weights.converted import OffloadFolder
@@ -289,9 +290,9 @@ def all_families(tmp_path_factory):
 
 
 def video(task, checkpoint, calls=None, **options):
-    """A video, or of VACE a changed reference, made on the virtual GPU; `calls` counts passes of the DiT."""
+    """A video made on the virtual GPU; `calls` counts passes of the DiT."""
     pipeline_class = {"t2v": wan.WanT2V, "vace": wan.WanVace}[task]
-    call = {"size": (64, 64), "frame_num": 5, "sampling_steps": 2, "seed": 0}
+    call = {"size": (128, 96), "frame_num": 5, "sampling_steps": 1, "seed": 0}
     call |= {
         name: options.pop(name)
         for name in ("sample_solver", "guide_scale", "sampling_steps")
@@ -304,26 +305,35 @@ def video(task, checkpoint, calls=None, **options):
             pipeline.model.register_forward_hook(lambda *_: calls.append(1))
         if task == "t2v":
             return pipeline.generate("a red ball", **call)
-        rising = torch.linspace(-1, 1, 64).expand(3, 5, 64, 64)
+        rising = torch.linspace(-1, 1, 128).expand(3, 5, 96, 128)
         return pipeline.generate("a red ball", [rising], [(rising[:1] > 0).float()], [None], **call)
 
 
-@pytest.mark.parametrize("task", ["t2v", "vace"])
-def test_videos_are_those_of_a_checkpoint_merged_by_hand(all_families, tmp_path, task):
+@pytest.fixture
+def quick_text(monkeypatch):
+    """Embeddings that cost nothing: the text encoder takes most of a toy run, and no LoRA changes it."""
+    embed = lambda self, texts, device: [normal(len(text), 12, 4096).to(device) for text in texts]  # noqa: E731
+    monkeypatch.setattr(T5EncoderModel, "__call__", embed)
+
+
+@pytest.mark.parametrize(
+    "task, options",
+    [
+        ("t2v", [{}, {"dit_stream": 0.0}, {"offload_model": False}, {"offload_folder": "converted"}]),
+        ("vace", [{"offload_folder": "converted", "dit_stream": 0.0001, "dit_chunk": 64}]),
+    ],
+)
+def test_videos_are_those_of_a_checkpoint_merged_by_hand(
+    all_families, quick_text, tmp_path, monkeypatch, task, options
+):
     """Under every memory option."""
+    monkeypatch.chdir(tmp_path)
     loras, merged = all_families[task]
     checkpoint = tiny.checkpoint(f"{task}-tiny")
     expected = video(task, merged)
     assert not torch.equal(video(task, checkpoint), expected)
-    for options in (
-        {},
-        {"dit_stream": 0.0},
-        {"offload_folder": tmp_path},
-        {"offload_folder": tmp_path, "dit_stream": 0.0001, "dit_chunk": 64},
-        {"offload_model": False},
-    ):
-        assert torch.equal(video(task, checkpoint, loras=loras, **options), expected), options
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    for memory in options:
+        assert torch.equal(video(task, checkpoint, loras=loras, **memory), expected), memory
 
 
 def test_merged_once_into_the_offload_folder(tmp_path, monkeypatch):
@@ -358,7 +368,7 @@ def test_peak_ram_of_merging(tmp_path):
     assert mapped["kept"] == result["kept"] and mapped["anonymous"] <= 3 * largest + 64 * 2**20
 
 
-def test_four_steps_without_guidance_are_four_passes(all_families):
+def test_four_steps_without_guidance_are_four_passes(all_families, quick_text):
     loras, _ = all_families["t2v"]
     for guide_scale, passes in ((1.0, 4), (5.0, 8)):
         calls = []
