@@ -29,10 +29,10 @@ STAGES = ["text", "image", "encode", "denoise", "decode"]
 def shortcuts(monkeypatch):
     run_block, all_tiles = forward._Layers.run, tile_geometry.grid
 
-    def some_blocks(layers, *args):
+    def some_blocks(layers, *args, **options):
         layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
         if layers.blocks_run <= FEW_BLOCKS:
-            run_block(layers, *args)
+            run_block(layers, *args, **options)
 
     def largest_tile(height, width, tile):  # with margins on all sides, or else on those that reach further
         tiles = all_tiles(height, width, tile)

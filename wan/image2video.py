@@ -1,8 +1,13 @@
 """Image to video."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .pipeline import WanPipeline, check_frame_num
 from .utils.video import open_image
@@ -15,43 +20,43 @@ class WanI2V(WanPipeline):
 
     def __init__(
         self,
-        config,
-        checkpoint_dir,
-        device_id=0,
-        rank=0,
-        t5_fsdp=False,
-        dit_fsdp=False,
-        use_usp=False,
-        t5_cpu=False,
-        init_on_cpu=True,
-        **options,
+        config: Any,
+        checkpoint_dir: str | Path,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_usp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+        **options: Any,
     ):
         """As WanPipeline's; `init_on_cpu` is accepted for call compatibility, loading is always on the CPU."""
         super().__init__(
             config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu, **options
         )
 
-    def arguments(self, request):
+    def arguments(self, request: Any) -> dict[str, Any]:
         """generate()'s own arguments for a request."""
         width, height = request.pixels
         return {"img": open_image(request.image, "image"), "max_area": width * height}
 
     def generate(
         self,
-        input_prompt,
-        img,
-        max_area=720 * 1280,
-        frame_num=81,
-        shift=5.0,
-        sample_solver="unipc",
-        sampling_steps=40,
-        guide_scale=5.0,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 40,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what happens.
@@ -85,8 +90,18 @@ class WanI2V(WanPipeline):
         )
 
     def _animate(
-        self, prompt, n_prompt, images, max_area, frame_num, seed, on_latents, *, offload_model, **denoise
-    ):
+        self,
+        prompt: str,
+        n_prompt: str,
+        images: Sequence[torch.Tensor],
+        max_area: int,
+        frame_num: int,
+        seed: int,
+        on_latents: Callable[[torch.Tensor], None] | None,
+        *,
+        offload_model: bool | None,
+        **denoise: Any,
+    ) -> torch.Tensor:
         """Makes the video whose first frame, and last if there are two, is given.
 
         images: one or two [3, H, W] in [-1, 1].
@@ -111,7 +126,7 @@ class WanI2V(WanPipeline):
         )
         return self._decode(latent, on_latents)
 
-    def _latent_size(self, image, max_area):
+    def _latent_size(self, image: torch.Tensor, max_area: int) -> tuple[int, int]:
         """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches."""
         aspect = image.shape[1] / image.shape[2]
         _, down, right = self.vae_stride
@@ -120,7 +135,9 @@ class WanI2V(WanPipeline):
         width = np.sqrt(max_area / aspect) // right // patch_width * patch_width
         return max(patch_height, round(height)), max(patch_width, round(width))
 
-    def _known_frames(self, images, frame_num, height, width):
+    def _known_frames(
+        self, images: Sequence[torch.Tensor], frame_num: int, height: int, width: int
+    ) -> torch.Tensor:
         """[3, frame_num, H, W]: the images scaled to the video's size at its ends, grey between them."""
         _, down, right = self.vae_stride
         frames = torch.zeros(3, frame_num, height * down, width * right)
@@ -129,13 +146,13 @@ class WanI2V(WanPipeline):
         return frames
 
 
-def to_tensor(image):
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """PIL image to [3, H, W] fp32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return pixels.float().div(255).sub_(0.5).div_(0.5)
 
 
-def known_mask(shape, last):
+def known_mask(shape: Sequence[int], last: bool) -> torch.Tensor:
     """[4, F, H, W]: 1 where a latent frame codes a known frame, a channel for each of the four that it codes.
 
     The first latent frame codes the first frame alone, so all four of its channels speak of that one.

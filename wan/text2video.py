@@ -1,30 +1,35 @@
 """Text to video."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 from .pipeline import WanPipeline, check_frame_num
 
 
 class WanT2V(WanPipeline):
     """Makes videos, or with one frame images, from text."""
 
-    def arguments(self, request):
+    def arguments(self, request: Any) -> dict[str, Any]:
         """generate()'s own arguments for a request."""
         return {"size": request.pixels}
 
     def generate(
         self,
-        input_prompt,
-        size=(1280, 720),
-        frame_num=81,
-        shift=5.0,
-        sample_solver="unipc",
-        sampling_steps=50,
-        guide_scale=5.0,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what to show.

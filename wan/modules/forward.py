@@ -117,7 +117,7 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
-    if model.model_type in ("i2v", "flf2v") and (image is None or y is None):
+    if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
     with _full_precision(device):
@@ -202,7 +202,7 @@ class _Layers:
         attention, length = block.self_attn, x.size(1)
         keys = values = None
 
-        def modulated(span):
+        def modulated(span: slice) -> torch.Tensor:
             hidden = block.norm1(x[:, span].to(norm_dtype).float()).to(norm_dtype).float()
             return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
 
@@ -218,7 +218,7 @@ class _Layers:
             keys[:, span] = self.rope(_heads(attention, hidden).float(), span)
             del hidden
 
-        def attended(span):
+        def attended(span: slice) -> torch.Tensor:
             query = _heads(attention, attention.norm_q(attention.q(modulated(span)))).float()
             query = self.rope(query, span).to(values.dtype)
             return self.linear(attention.o, self.attention(query, keys, values).flatten(2))

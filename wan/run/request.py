@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
-from ..tasks import EXAMPLES, TASKS, Task
+from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
@@ -30,7 +30,7 @@ class Request:
     Raises InputError, naming the field, for what cannot work.
     """
 
-    task: str = option("t2v-14B", "What to make, and with which model.", choices=tuple(TASKS))
+    task: str = option(DEFAULT_TASK, "What to make, and with which model.", choices=TASKS)
     size: str | None = option(
         None,
         "Width*height of the video. Tasks that start from an image take its area and keep the image's aspect.",
@@ -118,7 +118,8 @@ class Request:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
-        return SIZE_CONFIGS[self.size]
+        width, height = SIZE_CONFIGS[self.size]
+        return width, height
 
     @property
     def references(self) -> list[str] | None:

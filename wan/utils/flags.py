@@ -17,7 +17,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -27,7 +27,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -44,7 +44,7 @@ def option(
     Args:
         default: its value unless given.
         help: one sentence for the command line.
-        choices: the values that it may have.
+        choices: the values that it may have, asked when a value is checked.
         at_least, above, at_most: the range of a number.
         bare: the value of a flag that is given without one.
         metavar: what stands for the value in the help text.

@@ -1,6 +1,9 @@
 """Finished latents in files, with what is needed to make the video of them later."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -12,7 +15,12 @@ from .files import replacing
 FORMAT = "wan-latents-1"
 
 
-def save_latents(path, latents, metadata, field="save_latents"):
+def save_latents(
+    path: str | os.PathLike[str],
+    latents: torch.Tensor,
+    metadata: Mapping[str, Any],
+    field: str = "save_latents",
+) -> None:
     """Writes latents [C, F, h, w] as a safetensors file, whole or not at all.
 
     Args:
@@ -33,7 +41,9 @@ def save_latents(path, latents, metadata, field="save_latents"):
         raise InputError(f"cannot be written ({_one_line(error)}); make room for it", field, path) from error
 
 
-def load_latents(path, expected, field="decode_latents"):
+def load_latents(
+    path: str | os.PathLike[str], expected: Mapping[str, Any], field: str = "decode_latents"
+) -> tuple[torch.Tensor, dict[str, str]]:
     """Reads latents and their metadata.
 
     Args:
@@ -66,11 +76,11 @@ def load_latents(path, expected, field="decode_latents"):
     return latents, metadata
 
 
-def _disagreement(name, found, wanted):
+def _disagreement(name: str, found: Any, wanted: Any) -> str:
     if name == "vae":
         return "was made with another VAE; give the --ckpt_dir that made it"
     return f"was made with --{name} {found}, not {wanted}; give --{name} {found}"
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:160]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import imageio_ffmpeg
@@ -22,7 +23,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def check_writable(path, image=False):
+def check_writable(path: str | os.PathLike[str], image: bool = False) -> None:
     """Fail now rather than after hours of work if `path` cannot become a video (or, with `image`, a picture).
 
     Raises InputError, naming --save_file, if the suffix is not one that can be written or `check_target` objects.
@@ -36,7 +37,7 @@ def check_writable(path, image=False):
     check_target(path, "save_file")
 
 
-def to_uint8(video):
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
     """Values in [-1, 1], any shape, as the 8-bit values of a video's frames: clamped, scaled and cut, not rounded.
 
     A uint8 tensor is returned as it is.
@@ -46,7 +47,7 @@ def to_uint8(video):
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
-def save_video(video, path, fps=16):
+def save_video(video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16) -> None:
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
@@ -80,7 +81,7 @@ def save_video(video, path, fps=16):
             raise OSError(f"{path}: only {written} of {frame_num} frames could be written; is the disk full?")
 
 
-def _count_frames(path):
+def _count_frames(path: str | os.PathLike[str]) -> int:
     """Frames in a file, without decoding; 0 if it cannot be read."""
     try:
         with av.open(str(path)) as container:
@@ -89,7 +90,7 @@ def _count_frames(path):
         return 0
 
 
-def save_image(image, path):
+def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix."""
     if image.ndim == 4:
         image = image.squeeze(1)
@@ -99,7 +100,7 @@ def save_image(image, path):
         Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
 
 
-def open_image(path, field):
+def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
     """The picture at `path` as PIL RGB, read completely.
 
     Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read.
@@ -115,7 +116,7 @@ def open_image(path, field):
     return image
 
 
-def _check_file(path, field):
+def _check_file(path: str | os.PathLike[str], field: str) -> None:
     if not os.path.isfile(path):
         wrong = "is a directory" if os.path.isdir(path) else "no such file"
         raise InputError(f"{wrong}; check the path", field, path)
@@ -136,7 +137,7 @@ class VideoFile:
     Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames.
     """
 
-    def __init__(self, path, field="video"):
+    def __init__(self, path: str | os.PathLike[str], field: str = "video"):
         self.path, self.field = path, field
         _check_file(path, field)
         with self._open() as (container, stream):
@@ -160,7 +161,7 @@ class VideoFile:
         self.timestamps = seconds.astype(np.float32)
         self.height, self.width = next(self.frames([0])).shape[:2]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.timestamps)
 
     def frames(self, ids: Sequence[int] | None = None) -> Iterator[np.ndarray]:
@@ -183,7 +184,7 @@ class VideoFile:
         )
 
     @contextmanager
-    def _open(self):
+    def _open(self) -> Iterator[tuple[Any, Any]]:
         try:
             with av.open(os.fspath(self.path)) as container:
                 if not container.streams.video:

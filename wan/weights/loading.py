@@ -39,10 +39,11 @@ def load_weights(
     Raises:
         InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
     """
-    if hasattr(source, "read"):
-        path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
-    else:
+    tensors: list[tuple[str, Callable[[], torch.Tensor]]]
+    if isinstance(source, (str, Path)):
         path, tensors = Path(source), list(read_tensors(Path(source)))
+    else:
+        path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
     expected = module.state_dict()
     loaded, unexpected, misshaped = {}, [], []
     for stored_name, read in tqdm(tensors, desc=f"Loading {path.name}", leave=False):

@@ -109,7 +109,7 @@ def _spellings(shapes: Shapes) -> Iterator[dict[str, str]]:
 def _with_underscores(names: Mapping[str, str]) -> dict[str, str]:
     """Spellings of parameters and of the layers that own them, with dots or underscores between the parts."""
     owners = {spelling.rpartition(".")[0]: name.rpartition(".")[0] for spelling, name in names.items()}
-    dotted = owners | names
+    dotted = {**owners, **names}
     return {spelling.replace(".", "_"): name for spelling, name in dotted.items()} | dotted
 
 
@@ -118,7 +118,8 @@ def _match(
 ) -> tuple[list[Change], dict[str, str]]:
     """As match_changes, by one spelling of the layers."""
     layers: dict[str, dict[str, str]] = defaultdict(dict)
-    changes, unknown = [], {}
+    changes: list[Change] = []
+    unknown: dict[str, str] = {}
     for key in found:
         spelled, kind = _parsed(key) or (None, None)
         layer = spellings.get(spelled)
@@ -141,7 +142,8 @@ def _match_layer(
     layer: str, keys: Mapping[str, str], found: Shapes, shapes: Shapes
 ) -> tuple[list[Change], dict[str, str]]:
     """As match_changes, of one layer, whose keys are given by their kinds."""
-    changes, unknown = [], {}
+    changes: list[Change] = []
+    unknown: dict[str, str] = {}
     weight = f"{layer}.weight"
     parameters = {
         "diff": weight if weight in shapes else layer,

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -30,7 +30,7 @@ class _SafetensorsFile:
         with self._open() as file:
             self.names = list(file.keys())
 
-    def _open(self):
+    def _open(self) -> Any:
         try:
             return safetensors.safe_open(self.path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
