@@ -83,7 +83,7 @@ def test_choices_are_upstreams_and_the_toys():
     tasks = ["t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B"]
     assert [task for task in choices["task"] if not task.endswith("-tiny")] == tasks
     assert set(choices["size"]) >= {"720*1280", "1280*720", "480*832", "832*480", "1024*1024"}
-    assert list(choices["sample_solver"]) == ["unipc", "dpm++"]
+    assert list(choices["sample_solver"]) == ["unipc", "dpm++", "euler"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
+from .weights.lora import Loras
 from .weights.reading import checkpoint_files
 
 
@@ -84,6 +85,8 @@ class WanPipeline:
         *,
         device: torch.device | str | None = None,
         on_event: Listener | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        lora_skip_unknown: bool = False,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -97,11 +100,13 @@ class WanPipeline:
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
+            loras: (file, strength) of LoRAs to merge into the DiT, in this order.
+            lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
-            InputError: missing files, or options that cannot work. Damaged and unfitting files are found when they
-                are loaded.
+            InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
+                files are found when they are loaded.
         """
         if rank or t5_fsdp or dit_fsdp or use_usp:
             raise InputError("several GPUs (FSDP, Ulysses, ring attention) are not supported yet, run on one")
@@ -116,6 +121,7 @@ class WanPipeline:
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
+        self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
     # What programs written for these pipelines read of them.
     num_train_timesteps = _configured("num_train_timesteps")
@@ -154,6 +160,7 @@ class WanPipeline:
             self.checkpoint_dir,
             dtype=self.config.param_dtype,
             offload_folder=OffloadFolder(folder) if folder else None,
+            loras=self._loras,
         )
         apply_chunking(model, self.options.dit_chunk)
         return model
@@ -204,6 +211,10 @@ class WanPipeline:
             files.append(folder / config.t5_checkpoint)
             files += [folder / config.clip_checkpoint] if self.uses_clip else []
         return files
+
+    def _fitted(self, loras: Sequence[tuple[str | Path, float]], skip_unknown: bool) -> Loras:
+        parameters = self.model_class.from_config(self.checkpoint_dir).state_dict()
+        return Loras(loras, {name: tensor.shape for name, tensor in parameters.items()}, skip_unknown)
 
     @cached_property
     def _text(self) -> Component:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = ("unipc", "dpm++", "euler")
 
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OnStep = Callable[[torch.Tensor, "Solver"], None]
@@ -18,8 +18,13 @@ OnStep = Callable[[torch.Tensor, "Solver"], None]
 def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
     """The flow under classifier-free guidance (Ho and Salimans, 2022): unconditional + scale (flow - unconditional).
 
+    A scale of 1 leaves the flow alone: the unconditional one is not asked, which halves the passes. The formula would
+    round otherwise, to within the last bits.
+
     Flows are functions of a latent [C, F, H, W] and a timestep [1], and return [C, F, H, W] fp32.
     """
+    if scale == 1:
+        return flow
 
     def flow_at(latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         conditional = flow(latent, t)
@@ -62,7 +67,8 @@ class Solver:
     """A solver of the flow's differential equation: diffusers' own, on the published sigma schedule.
 
     Args:
-        name: "unipc" (Zhao et al., UniPC, 2023) or "dpm++" (Lu et al., DPM-Solver++, 2022).
+        name: "unipc" (Zhao et al., UniPC, 2023), "dpm++" (Lu et al., DPM-Solver++, 2022) or "euler", the plain step
+            that models distilled to few steps are made for.
         steps: number of steps.
         shift: how far the schedule is shifted towards noise; sigma becomes shift s / (1 + (shift - 1) s).
         device: where the samples are.
@@ -84,7 +90,7 @@ class Solver:
     ):
         if name not in SOLVERS:
             raise ValueError(f"unknown solver {name!r}, choose one of {', '.join(SOLVERS)}")
-        make = _unipc if name == "unipc" else _dpm
+        make = {"unipc": _unipc, "dpm++": _dpm, "euler": _euler}[name]
         self.name, self.steps = name, steps
         self._device, self._dtype = device, dtype
         self._scheduler = make(steps, shift, device, num_train_timesteps)
@@ -117,7 +123,7 @@ class Solver:
             setattr(self._scheduler, name, _copy(value, self._device))
 
 
-# What diffusers' multistep solvers change while they step.
+# What diffusers' solvers change while they step, each some of it.
 _MEMORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
 
 
@@ -153,4 +159,10 @@ def _dpm(steps: int, shift: float, device: torch.device | str, num_train_timeste
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     scheduler.timesteps = torch.from_numpy(sigmas * num_train_timesteps).to(device, torch.int64)
     scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+    return scheduler
+
+
+def _euler(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=shift)
+    scheduler.set_timesteps(steps, device=device, sigmas=np.linspace(1, 0, steps + 1)[:steps])
     return scheduler

@@ -49,9 +49,9 @@ class WanT2V(WanPipeline):
             size: (width, height) in pixels; multiples of 16.
             frame_num: frames, 4n+1.
             shift: of the noise schedule.
-            sample_solver: "unipc" or "dpm++".
+            sample_solver: "unipc", "dpm++" or "euler".
             sampling_steps: solver steps.
-            guide_scale: strength of classifier-free guidance.
+            guide_scale: strength of classifier-free guidance; 1 is none, with one pass per step.
             n_prompt: what to avoid; empty for the config's.
             seed: of the noise; negative for a random one.
             offload_model: send each component home when it is done; default: as the option says, which is True.

@@ -18,6 +18,7 @@ from torch import nn
 from ..utils.errors import InputError
 from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
+from ..weights.lora import Loras
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
 
@@ -266,6 +267,7 @@ class WanModel(nn.Module):
         checkpoint_dir: str | Path,
         dtype: torch.dtype = torch.float32,
         offload_folder: OffloadFolder | None = None,
+        loras: Loras | None = None,
     ) -> WanModel:
         """Loads config.json and diffusion_pytorch_model.safetensors, or its shards, in their lossless types.
 
@@ -274,6 +276,7 @@ class WanModel(nn.Module):
             dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
                 head are kept in fp32 whatever it is.
             offload_folder: an OffloadFolder that the weights, so converted, are to be mapped from.
+            loras: Loras to merge into the weights, before they are converted.
 
         Raises:
             InputError: missing or damaged files, or tensors that do not fit config.json.
@@ -285,7 +288,10 @@ class WanModel(nn.Module):
         def kept(name: str) -> torch.dtype:
             return cls.storage_dtype(name, dtype)
 
-        load_weights(model, offload_folder.converted(source, kept) if offload_folder else source, dtype=kept)
+        if offload_folder:
+            load_weights(model, offload_folder.converted(source, kept, loras), dtype=kept)
+        else:
+            load_weights(model, source, dtype=kept, merge=loras.merge if loras else None)
         return model
 
     @classmethod

@@ -17,6 +17,7 @@ from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
+from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
 KEEPING = "files, and what is kept"
@@ -57,7 +58,7 @@ class Request:
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
     prompt: str | None = option(None, "What to show.")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
-    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++"))
+    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
         None, "Solver steps (default 50; 40 for image to video, 10 for toy tasks).", at_least=1, at_most=1000
     )
@@ -67,7 +68,19 @@ class Request:
         above=0,
         at_most=100,
     )
-    sample_guide_scale: float = option(5.0, "Strength of classifier-free guidance.", at_least=0, at_most=1000)
+    sample_guide_scale: float = option(
+        5.0,
+        "Strength of classifier-free guidance. 1 is none, with one pass per step instead of two.",
+        at_least=0,
+        at_most=1000,
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA to merge into the model, its strength 1 unless given; repeat it for several.",
+        repeat=True,
+        metavar="FILE[:STRENGTH]",
+    )
+    lora_skip_unknown: bool = option(False, "Go on without what a LoRA changes and the model does not have.")
     image: str | None = option(None, "First frame of image to video.", group=SOURCES)
     first_frame: str | None = option(None, "First frame of first and last frame to video.", group=SOURCES)
     last_frame: str | None = option(None, "Last frame of first and last frame to video.", group=SOURCES)
@@ -155,13 +168,20 @@ class Request:
             values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
         folder = self.memory.offload_folder
         memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
-        return values | {"memory": memory}
+        lora = [f"{os.path.abspath(file)}:{strength}" for file, strength in self.loras]
+        return values | {"memory": memory, "lora": lora}
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """(file, strength) of each entry of `lora`."""
+        return [parse_lora(text) for text in self.lora]
 
     def _fill_in(self) -> None:
         task = self.facts
         size = self.size or task.size
         self._set(
             size=size,
+            lora=tuple(self.lora),
             frame_num=task.frame_num if self.frame_num is None else self.frame_num,
             sample_steps=task.sample_steps if self.sample_steps is None else self.sample_steps,
             sample_shift=task.shift(size) if self.sample_shift is None else self.sample_shift,
@@ -207,6 +227,9 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        for file, _ in self.loras:
+            if not Path(file).is_file():
+                raise InputError("no such file", "lora", file)
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)
 

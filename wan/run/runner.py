@@ -25,6 +25,7 @@ from ..utils.prompt_extend import extend_prompt
 from ..utils.video import save_image, save_video
 from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
+from ..weights.lora import lora_identity
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite
 from .outputs import check_outputs, final_path
@@ -33,6 +34,8 @@ from .settings import settings_text
 from .state import State, read_state
 
 log = logging.getLogger(__name__)
+
+MERGED = "merged LoRAs"  # beside the names of files
 
 
 def run(request: Request, on_event: Listener | None = None, interrupts: Interrupts | None = None) -> Path:
@@ -96,6 +99,8 @@ class Runner:
             request.task if task.toy else None,
             request.device,
             request.memory,
+            lora_identity(request.loras),
+            request.lora_skip_unknown,
         )
         if built != self._built:
             self._pipeline = self._built = None  # its room is needed
@@ -106,7 +111,13 @@ class Runner:
             configure_allocator(device)
             hold_to_free(device)
             self._pipeline = task.pipeline_class(
-                task.config, checkpoint, device=device, on_event=self._listener, **vars(request.memory)
+                task.config,
+                checkpoint,
+                device=device,
+                on_event=self._listener,
+                loras=request.loras,
+                lora_skip_unknown=request.lora_skip_unknown,
+                **vars(request.memory),
             )
             self._built = built
         return self._pipeline
@@ -150,6 +161,11 @@ def _identified(state: State, pipeline: Any) -> State:
     """
     folder = pipeline.checkpoint_dir
     found = {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(state.stage)}
+    if state.stage != "decode":
+        merged = lora_identity(state.request.loras)
+        if state.weights.get(MERGED, merged) != merged:
+            raise InputError("is not what the run started with; give the same files and strengths", "lora")
+        found[MERGED] = merged
     for name, digest in found.items():
         if state.weights.get(name, digest) != digest:
             raise InputError(

@@ -21,6 +21,7 @@ def load_weights(
     *,
     names: Callable[[str], str | list[str] | None] | None = None,
     dtype: Callable[[str], torch.dtype | None] | None = None,
+    merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Fills a module that was built on the meta device.
 
@@ -33,6 +34,7 @@ def load_weights(
         names: maps a name in the file to the module's; None skips the tensor; a list splits it along
             dimension 0 into equal parts. Default: the same name.
         dtype: maps the module's name to the type to keep it in, or None for the type in the file.
+        merge: makes of the module's name and the tensor in the file the tensor to load, of the same shape.
 
     Raises:
         InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
@@ -61,6 +63,7 @@ def load_weights(
                     f"{stored_name} {tuple(part.shape)} instead of {tuple(expected[name].shape)}"
                 )
             else:
+                part = merge(name, part) if merge else part
                 kept = dtype(name) if dtype else None
                 loaded[name] = _aligned(part.to(kept or part.dtype))
     missing = [name for name in expected if name not in loaded]
