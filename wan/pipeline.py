@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from .memory.chunking import apply_chunking
+from .memory.embeddings import embedded_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer
@@ -265,9 +267,18 @@ class WanPipeline:
             return self.model([latent], t=t, **inputs)[0]
 
         guided_flow = guided(partial(flow, **cond), partial(flow, **uncond), guide_scale)
-        with self.stages("denoise"), self._dit.on_device(self._stay(offload_model)):
+        embedded = self._embedded_ahead(solver.timesteps, cond["context"], uncond["context"])
+        with self.stages("denoise"), embedded, self._dit.on_device(self._stay(offload_model)):
             # Not by a name here, which would keep the noise on the device to the end.
             return denoise(guided_flow, solver, self._noise(shape, generator), self.stages.steps)
+
+    def _embedded_ahead(
+        self, timesteps: torch.Tensor, *prompts: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.options.dit_stream is None:
+            return contextlib.nullcontext()
+        times = [t[None] for t in timesteps]
+        return embedded_ahead(self.model, self.device, times, prompts, self.param_dtype)
 
     def _decode(
         self, latent: torch.Tensor, on_latents: Callable[[torch.Tensor], None] | None = None
