@@ -15,6 +15,7 @@ from ..utils.errors import InputError
 from ..weights.loading import load_weights
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
+from .tokens import ON_DEVICE
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
@@ -197,7 +198,7 @@ class WanModel(nn.Module):
         if image:
             self.img_emb = MLPProj(CLIP_WIDTH, dim, first_last=model_type == "flf2v")
 
-    def forward(self, x, t, context, seq_len, clip_fea=None, y=None, *, chunk=0):
+    def forward(self, x, t, context, seq_len, clip_fea=None, y=None, *, chunk=0, place=ON_DEVICE):
         """Predicts the flow of each sample.
 
         Args:
@@ -208,6 +209,7 @@ class WanModel(nn.Module):
             clip_fea: [B, 257, 1280] image features ([2 B, 257, 1280] for first and last frames), or None.
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
+            place: where tensors over all tokens live.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -229,6 +231,7 @@ class WanModel(nn.Module):
             image=image,
             y=y,
             chunk=chunk,
+            place=place,
         )
 
     @classmethod

@@ -7,6 +7,7 @@ from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
 from .model import WanModel
+from .tokens import ON_DEVICE
 
 
 class VaceWanModel(WanModel):
@@ -40,6 +41,7 @@ class VaceWanModel(WanModel):
         y=None,
         *,
         chunk=0,
+        place=ON_DEVICE,
     ):
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
@@ -56,4 +58,5 @@ class VaceWanModel(WanModel):
             vace_context=vace_context,
             vace_context_scale=vace_context_scale,
             chunk=chunk,
+            place=place,
         )
