@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
 from .memory.embeddings import embedded_ahead
 from .memory.options import MemoryOptions
@@ -136,6 +137,8 @@ class WanPipeline:
             offload_folder=OffloadFolder(folder) if folder else None,
         )
         apply_chunking(model, self.options.dit_chunk)
+        if self.options.activation_offload:
+            apply_activation_offload(model, self.device, self.options.dit_chunk)
         return model
 
     @cached_property

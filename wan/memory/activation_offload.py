@@ -9,13 +9,14 @@ Who orders what:
 - The main thread enqueues everything and waits for nothing, if the RAM is page-locked: what runs ahead of the device
   is bounded by the slots, a few device buffers that every piece passes through.
 - Copies in and out have a stream each. A copy in waits until its slot is free and until what it reads has been
-  written; computing waits for the arrival. A copy out waits for the computing and until what it overwrites has been
-  read; behind it the slot is free.
+  written; computing waits for the arrival. A copy out waits for the computing, and so for every copy in that was
+  enqueued before; behind it the slot is free.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def apply_activation_offload(
 
     Args:
         model: its forward takes `place`.
-        chunk: tokens that it works on at a time, as apply_chunking is given them.
+        chunk: tokens that it works on at a time, as apply_chunking is given them; 0 for all.
         heads: of a group that visits for attention; default: what ATTENTION_BYTES hold.
 
     Returns:
@@ -70,7 +71,7 @@ class ActivationOffload(Place):
     """Tensors over all tokens in RAM; a context manager, inside which they can be used. Arguments as above."""
 
     def __init__(self, device: torch.device, chunk: int, heads: int | None = None):
-        self.device, self.chunk, self.heads_per_visit = device, chunk, heads
+        self.device, self.chunk, self.heads_per_visit = device, chunk or sys.maxsize, heads
         self._homes: dict[str, _Home] = {}
         self._page_locked = psutil.virtual_memory().available // 2  # bytes that may still be
 
@@ -78,7 +79,7 @@ class ActivationOffload(Place):
         self.backend = torch.get_device_module(self.device)
         self.coming, self.going = (self.backend.Stream(self.device) for _ in range(2))
         self._slots: deque[_Slot] = deque()  # of a chunk each, the least lately used first
-        self._large: deque[_Slot] = deque()  # of a group's keys and values each
+        self._large: deque[_Slot] = deque()  # of a group's keys and values each, while there is attention
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -112,7 +113,7 @@ class ActivationOffload(Place):
         rows = spans(
             length, self.chunk * (heads // keys.per_visit)
         )  # as many rows of all heads as in a chunk
-        self._allocate(self._large, 2, 2 * keys.groups[0].nbytes)
+        self._allocate(self._large, 2, 2 * keys.groups[0].tensor.nbytes)
         for group in zip(keys.groups, values.groups, waiting.groups, results.groups):
             key_home, value_home, query_home, result_home = group
             slot = self.take(self._large)
@@ -126,7 +127,8 @@ class ActivationOffload(Place):
                 self._leave(result_home, span, result)
                 del query, result
             slot.release(self)
-            del key, value
+            del slot, both, key, value
+        self._large.clear()  # what comes next needs the memory; all that was copied to it has been waited for
         yield from results.read(chunks)
 
     # What the tensors use
@@ -273,29 +275,22 @@ class _Heads(Tokens):
 
 
 class _Home:
-    """A tensor [1, L, ...] in RAM, and the copies that have been enqueued from and to it."""
+    """A tensor [1, L, ...] in RAM, and the copies to it that have been enqueued."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
-        self._uses: list[tuple[slice, Any, bool]] = []  # tokens, the event behind the copy, whether it writes
+        self._written: list[tuple[slice, Any]] = []  # tokens, the event behind the copy
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-    def order(self, stream: Any, span: slice, writes: bool) -> None:
-        """Makes a stream wait for the copies that one of this span must come after."""
-        for used, event, wrote in self._uses:
-            if used.start < span.stop and span.start < used.stop and (writes or wrote):
+    def await_written(self, stream: Any, span: slice) -> None:
+        """Makes a stream wait for the copies to this span."""
+        for written, event in self._written:
+            if written.start < span.stop and span.start < written.stop:
                 stream.wait_event(event)
 
-    def note(self, span: slice, event: Any, writes: bool) -> None:
-        """Remembers a copy, and forgets those that whoever waits for it need not wait for."""
-
-        def covered(used: slice, wrote: bool) -> bool:
-            return span.start <= used.start and used.stop <= span.stop and (writes or not wrote)
-
-        self._uses = [use for use in self._uses if not covered(use[0], use[2])] + [(span, event, writes)]
+    def note_written(self, span: slice, event: Any) -> None:
+        """Remembers a copy to this span, behind those that were enqueued before."""
+        later = [w for w in self._written if w[0].start < span.start or span.stop < w[0].stop]
+        self._written = [*later, (span, event)]
 
 
 Copies = list[tuple[_Home, slice, torch.Tensor]]
@@ -323,11 +318,9 @@ class _Slot:
         place.coming.wait_event(self.free)
         with place.backend.stream(place.coming):
             for home, span, part in copies:
-                home.order(place.coming, span, writes=False)
+                home.await_written(place.coming, span)
                 part.copy_(home.tensor[:, span], non_blocking=True)
             arrival = place.coming.record_event()
-        for home, span, _ in copies:
-            home.note(span, arrival, writes=False)
         place.compute_stream().wait_event(arrival)
 
     def send(self, place: ActivationOffload, copies: Copies) -> None:
@@ -335,11 +328,10 @@ class _Slot:
         place.going.wait_event(place.compute_stream().record_event())
         with place.backend.stream(place.going):
             for home, span, part in copies:
-                home.order(place.going, span, writes=True)
                 home.tensor[:, span].copy_(part, non_blocking=True)
             self.free = place.going.record_event()
         for home, span, _ in copies:
-            home.note(span, self.free, writes=True)
+            home.note_written(span, self.free)
         self.held = False
 
     def release(self, place: ActivationOffload) -> None:
