@@ -72,7 +72,7 @@ class ActivationOffload(Place):
 
     def __init__(self, device: torch.device, chunk: int, heads: int | None = None):
         self.device, self.chunk, self.heads_per_visit = device, chunk or sys.maxsize, heads
-        self._homes: dict[str, _Home] = {}
+        self._homes: dict[str, list[_Home]] = {}
         self._page_locked = psutil.virtual_memory().available // 2  # bytes that may still be
 
     def __enter__(self) -> ActivationOffload:
@@ -136,13 +136,16 @@ class ActivationOffload(Place):
     def compute_stream(self) -> Any:
         return self.backend.current_stream(self.device)
 
-    def home(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Home:
-        """The RAM of that name, anew if it had another shape."""
-        home = self._homes.get(name)
-        if home is None or (home.tensor.shape, home.tensor.dtype) != (shape, dtype):
+    def homes(self, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[_Home]:
+        """The RAM of that name, made anew if it was for other shapes."""
+        homes = self._homes.get(name, [])
+        if [(home.tensor.shape, home.tensor.dtype) for home in homes] != [(shape, dtype) for shape in shapes]:
+            del homes
             self._homes.pop(name, None)
-            home = self._homes[name] = _Home(self._ram(shape, dtype))
-        return home
+            sizes = [torch.Size(shape).numel() for shape in shapes]
+            parts = self._ram(sum(sizes), dtype).split(sizes)
+            self._homes[name] = [_Home(part.view(shape)) for part, shape in zip(parts, shapes)]
+        return self._homes[name]
 
     def take(self, slots: deque[_Slot] | None = None) -> _Slot:
         """A slot that no visit holds, the least lately used; it may have to be waited for."""
@@ -181,20 +184,19 @@ class ActivationOffload(Place):
                 slots.append(_Slot(buffer, self.compute_stream().record_event()))
 
     @torch.inference_mode(False)
-    def _ram(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _ram(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Page-locked while the bound and the system allow it."""
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        taken = 1 << (nbytes - 1).bit_length()  # the allocator of page-locked memory gives powers of two
+        taken = 1 << (numel * dtype.itemsize - 1).bit_length()  # that allocator gives powers of two
         if taken <= self._page_locked:
             try:
-                tensor = torch.empty(shape, dtype=dtype, pin_memory=True)
+                tensor = torch.empty(numel, dtype=dtype, pin_memory=True)
                 self._page_locked -= taken
                 return tensor
             except RuntimeError as error:
                 self._page_locked = 0
                 reason = str(error).partition("\n")[0]
                 log.warning("no more memory could be page-locked, offloading is slower: %s", reason)
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(numel, dtype=dtype)
 
 
 class _Stream(Tokens):
@@ -202,7 +204,8 @@ class _Stream(Tokens):
 
     def __init__(self, place: ActivationOffload, name: str, length: int, width: int):
         super().__init__(length, (width,), torch.float32)
-        self._place, self._home = place, place.home(name, (1, length, width), self.dtype)
+        self._place = place
+        (self._home,) = place.homes(name, [(1, length, width)], self.dtype)
         self._visit: _Visit | None = None
 
     def read(self, spans: Iterable[slice]) -> Iterator[Piece]:
@@ -245,9 +248,7 @@ class _Heads(Tokens):
         heads, width = shape
         self._place, self.per_visit = place, per_visit
         self._sizes = [min(per_visit, heads - first) for first in range(0, heads, per_visit)]
-        self.groups = [
-            place.home(f"{name} {i}", (1, length, size, width), dtype) for i, size in enumerate(self._sizes)
-        ]
+        self.groups = place.homes(name, [(1, length, size, width) for size in self._sizes], dtype)
 
     def read(self, spans: Iterable[slice]) -> Iterator[Piece]:
         for span in spans:

@@ -100,7 +100,7 @@ class MemoryOptions:
 LOW_VRAM = {
     "offload_model": True,
     "vae_cpu": True,
-    "vae_tile": 160,
+    "vae_tile": 128,
     "t5_stream": True,
     "dit_stream": 0.0,
     "dit_chunk": 1024,
@@ -110,11 +110,12 @@ LOW_VRAM = {
 
 def add_low_vram(parser: argparse.ArgumentParser) -> None:
     """Adds --low_vram to a parser that has the flags of the options; `set_low_vram` makes it work."""
+    offload = " --activation_offload" if parser.get_default("activation_offload") is not None else ""
     parser.add_argument(
         "--low_vram",
         action="store_true",
         help=f"All of it: --offload_model True --vae_cpu --vae_tile {LOW_VRAM['vae_tile']} --t5_stream --dit_stream "
-        f"--dit_chunk {LOW_VRAM['dit_chunk']} --activation_offload; a flag given beside it keeps its own value.",
+        f"--dit_chunk {LOW_VRAM['dit_chunk']}{offload}; a flag given beside it keeps its own value.",
     )
 
 
