@@ -240,7 +240,7 @@ class _Heads(Tokens):
         place: ActivationOffload,
         name: str,
         length: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         per_visit: int,
     ):
