@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
+from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
+from .memory.embeddings import embedded_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer
@@ -163,6 +166,8 @@ class WanPipeline:
             loras=self._loras,
         )
         apply_chunking(model, self.options.dit_chunk)
+        if self.options.activation_offload:
+            apply_activation_offload(model, self.device, self.options.dit_chunk)
         return model
 
     @cached_property
@@ -321,15 +326,14 @@ class WanPipeline:
         def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             return self.model([latent], t=t, context=[context], seq_len=seq_len, **inputs)[0]
 
-        with_prompt, without = (
-            partial(flow, context=context.to(self.device))
-            for context in (conditioning.context, conditioning.context_null)
-        )
+        contexts = [context.to(self.device) for context in (conditioning.context, conditioning.context_null)]
+        with_prompt, without = (partial(flow, context=context) for context in contexts)
         guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])
-        with self.stages("denoise"), self._dit.on_device(self._stay(offload_model)):
+        embedded = self._embedded_ahead(solver.timesteps, contexts)
+        with self.stages("denoise"), embedded, self._dit.on_device(self._stay(offload_model)):
             # Not by a name here, which would keep the noise on the device to the end.
             latent = denoise(
                 guided_flow,
@@ -339,6 +343,14 @@ class WanPipeline:
                 on_step,
             )
         return latent[:, conditioning.references :]
+
+    def _embedded_ahead(
+        self, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.options.dit_stream is None:
+            return contextlib.nullcontext()
+        times, prompts = [t[None] for t in timesteps], [[context] for context in contexts]
+        return embedded_ahead(self.model, self.device, times, prompts, self.param_dtype)
 
     def _finish(
         self,

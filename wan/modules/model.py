@@ -21,6 +21,7 @@ from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
+from .tokens import ON_DEVICE, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
@@ -227,6 +228,7 @@ class WanModel(nn.Module):
         y: list[torch.Tensor] | None = None,
         *,
         chunk: int = 0,
+        place: Place = ON_DEVICE,
     ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
@@ -238,6 +240,7 @@ class WanModel(nn.Module):
             clip_fea: [B, 257, 1280] image features ([2 B, 257, 1280] for first and last frames), or None.
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
+            place: where tensors over all tokens live.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -259,6 +262,7 @@ class WanModel(nn.Module):
             image=image,
             y=y,
             chunk=chunk,
+            place=place,
         )
 
     @classmethod

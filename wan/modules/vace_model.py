@@ -11,6 +11,7 @@ from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
 from .model import WanModel
+from .tokens import ON_DEVICE, Place
 
 
 class VaceWanModel(WanModel):
@@ -51,6 +52,7 @@ class VaceWanModel(WanModel):
         y: list[torch.Tensor] | None = None,
         *,
         chunk: int = 0,
+        place: Place = ON_DEVICE,
     ) -> list[torch.Tensor]:
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
@@ -67,4 +69,5 @@ class VaceWanModel(WanModel):
             vace_context=vace_context,
             vace_context_scale=vace_context_scale,
             chunk=chunk,
+            place=place,
         )
