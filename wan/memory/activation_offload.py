@@ -95,12 +95,12 @@ class ActivationOffload(Place):
         self._allocate(self._slots, SLOTS, min(self.chunk, length) * width * 4)
         return _Stream(self, name, length, width)
 
-    def heads(self, name: str, length: int, shape: tuple[int, int], dtype: torch.dtype) -> Tokens:
+    def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> _Heads:
         heads, width = shape
         per_visit = self.heads_per_visit or ATTENTION_BYTES // (4 * length * width * dtype.itemsize)
         return _Heads(self, name, length, shape, dtype, min(heads, max(1, per_visit)))
 
-    def attended(
+    def attended(  # type: ignore[override]
         self, attention: Attention, queries: Iterable[Piece], keys: _Heads, values: _Heads
     ) -> Iterator[Piece]:
         length, (heads, _), dtype = keys.length, keys.shape, keys.dtype
@@ -240,7 +240,7 @@ class _Heads(Tokens):
         place: ActivationOffload,
         name: str,
         length: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         per_visit: int,
     ):

@@ -56,6 +56,7 @@ class MemoryOptions:
         None,
         "Pass the DiT's layers through the GPU in turn; GIB of them stay there (default 0).",
         at_least=0,
+        at_most=2**20,
         bare=0.0,
         group=GROUP,
         metavar="GIB",
@@ -97,6 +98,11 @@ class MemoryOptions:
         check_chunk(self.dit_chunk)
         if self.t5_cpu and self.t5_stream:
             raise InputError("choose one, where the text encoder computes", ("t5_stream", "t5_cpu"))
+        folder = self.offload_folder
+        if folder is not None and (
+            not os.fspath(folder) or (os.path.exists(folder) and not os.path.isdir(folder))
+        ):
+            raise InputError("is no folder, give another place", "offload_folder", folder)
 
 
 # --low_vram: values that hold every task's peak at 720p to about 1 GiB.

@@ -51,19 +51,19 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
         InputError: options that cannot work.
         RuntimeError: an option that is applied already. Nothing is changed then.
     """
-    options = check_memory_options(t5_cpu=pipeline.t5_cpu, **options)
+    chosen = check_memory_options(t5_cpu=pipeline.t5_cpu, **options)
     device = pipeline.device
     with ExitStack() as undo:
-        if options.t5_stream:
+        if chosen.t5_stream:
             _stream_text_encoder(undo, pipeline.text_encoder.model, device)
             if hasattr(pipeline, "clip"):
                 _stream_image_encoder(undo, pipeline.clip.model, device)
-        if options.dit_chunk:
-            undo.callback(apply_chunking(pipeline.model, options.dit_chunk, pipeline.param_dtype))
-        if options.dit_stream is not None:
-            groups = layer_groups(pipeline.model) if options.dit_chunk else _stack_by_stack(pipeline.model)
-            _stream_dit(undo, pipeline.model, groups, device, int(options.dit_stream * 2**30))
-        if options.dit_chunk or options.dit_stream is not None:
+        if chosen.dit_chunk:
+            undo.callback(apply_chunking(pipeline.model, chosen.dit_chunk, pipeline.param_dtype))
+        if chosen.dit_stream is not None:
+            groups = layer_groups(pipeline.model) if chosen.dit_chunk else _stack_by_stack(pipeline.model)
+            _stream_dit(undo, pipeline.model, groups, device, int(chosen.dit_stream * 2**30))
+        if chosen.dit_chunk or chosen.dit_stream is not None:
             _keep_in_lossless_types(pipeline.model, pipeline.param_dtype)
         return undo.pop_all().close
 

@@ -47,7 +47,7 @@ class Place:
         """A residual stream, fp32. One of the same name that was made before is not used any more."""
         return Tokens(length, (width,), torch.float32)
 
-    def heads(self, name: str, length: int, shape: tuple[int, int], dtype: torch.dtype) -> Tokens:
+    def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tokens:
         """Keys or values of one layer; shape: (heads, head_dim). Names as of streams."""
         return Tokens(length, shape, dtype)
 

@@ -1,13 +1,17 @@
 """The DiT of VACE (Jiang et al., VACE: All-in-One Video Creation and Editing, 2025): a second stack of blocks
 reads the source material and gives hints to the first."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import nn
 
 from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
 from .model import WanModel
-from .tokens import ON_DEVICE
+from .tokens import ON_DEVICE, Place
 
 
 class VaceWanModel(WanModel):
@@ -16,7 +20,14 @@ class VaceWanModel(WanModel):
     Raises InputError as WanModel does, and for layers that do not start with 0.
     """
 
-    def __init__(self, vace_layers=None, vace_in_dim=None, model_type="vace", in_dim=16, **config):
+    def __init__(
+        self,
+        vace_layers: Sequence[int] | None = None,
+        vace_in_dim: int | None = None,
+        model_type: str = "vace",
+        in_dim: int = 16,
+        **config: Any,
+    ):
         super().__init__(model_type=model_type, in_dim=in_dim, **config)
         self.vace_layers = list(range(0, self.num_layers, 2)) if vace_layers is None else list(vace_layers)
         if self.vace_layers[:1] != [0] or self.vace_layers != sorted(set(self.vace_layers)):
@@ -29,20 +40,20 @@ class VaceWanModel(WanModel):
             vace_in_dim or in_dim, self.dim, kernel_size=self.patch_size, stride=self.patch_size
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
-        x,
-        t,
-        vace_context,
-        context,
-        seq_len,
-        vace_context_scale=1.0,
-        clip_fea=None,
-        y=None,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        vace_context: list[torch.Tensor],
+        context: list[torch.Tensor],
+        seq_len: int,
+        vace_context_scale: float = 1.0,
+        clip_fea: torch.Tensor | None = None,
+        y: list[torch.Tensor] | None = None,
         *,
-        chunk=0,
-        place=ON_DEVICE,
-    ):
+        chunk: int = 0,
+        place: Place = ON_DEVICE,
+    ) -> list[torch.Tensor]:
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
         clip_fea and y are accepted for call compatibility and not used.
