@@ -129,8 +129,8 @@ def dit_forward(
 
     flows = []
     for i, latent in enumerate(x):
-        latent = latent if y is None else torch.cat([latent, y[i]])
-        tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype, place, "tokens")
+        joined = [latent] if y is None else [latent, y[i]]
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = _Layers(
@@ -256,7 +256,9 @@ def _run_with_hints(
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     device = layers.text.device
-    stream, _ = embed_patches(model.vace_patch_embedding, source, device, layers.dtype, layers.place, "hints")
+    stream, _ = embed_patches(
+        model.vace_patch_embedding, [source], device, layers.dtype, layers.place, "hints"
+    )
     before = model.vace_blocks[0].before_proj
     for (span, hint), (_, part) in zip(stream.read(layers.spans), x.read(layers.spans), strict=True):
         stream.write(span, layers.linear(before, hint) + part.to(layers.dtype))
@@ -285,18 +287,23 @@ def embed_text(
 
 def embed_patches(
     embedding: nn.Module,
-    latent: torch.Tensor,
+    latents: Sequence[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
     place: Place,
     name: str,
 ) -> tuple[Tokens, tuple[int, int, int]]:
-    """[C, F, H, W] on any device to a residual stream of F' H' W' tokens, and its grid (F', H', W')."""
+    """Latents [C, F, H, W] on any device, joined along the channels, to a residual stream of F' H' W' tokens.
+
+    Returns it and its grid (F', H', W').
+    """
     step = embedding.kernel_size[0]
     stream = None
-    frames = latent.size(1) // step
+    frames = latents[0].size(1) // step
     for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
-        patch = embedding(latent[None, :, frame * step : (frame + 1) * step].to(device, dtype))
+        of_frame = slice(frame * step, (frame + 1) * step)
+        part = torch.cat([latent[:, of_frame].to(device, dtype) for latent in latents])
+        patch = embedding(part[None])
         if stream is None:
             grid = (frames, *patch.shape[3:])
             area = math.prod(patch.shape[3:])
