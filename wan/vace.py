@@ -1,29 +1,31 @@
 """VACE: video from source frames, masks and reference images, each alone or together."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from .modules.vace_model import VaceWanModel
-from .pipeline import WanPipeline
+from .text2video import WanT2V
 from .utils.errors import InputError
-from .utils.vace_source import VaceVideoProcessor, prepare_source
+from .utils.vace_processor import VaceVideoProcessor, load_sources
 
 
-class WanVace(WanPipeline):
+class WanVace(WanT2V):
     """Makes videos from text and source material: edits, extends, fills in, or shows what is referred to."""
 
     model_class = VaceWanModel
 
-    def __init__(self, config, *args, **options):
-        """As WanPipeline's."""
-        super().__init__(config, *args, **options)
-        self.vid_proc = VaceVideoProcessor(
+    @cached_property
+    def vid_proc(self) -> VaceVideoProcessor:
+        """Chooses size and frames of source videos."""
+        return VaceVideoProcessor(
             downsample=tuple(stride * patch for stride, patch in zip(self.vae_stride, self.patch_size)),
             min_area=720 * 1280,
             max_area=720 * 1280,
-            min_fps=config.sample_fps,
-            max_fps=config.sample_fps,
+            min_fps=self.config.sample_fps,
+            max_fps=self.config.sample_fps,
             zero_start=True,
             seq_len=75600,
             keep_last=True,
@@ -58,9 +60,7 @@ class WanVace(WanPipeline):
         Raises:
             InputError: files that cannot be read or do not belong together.
         """
-        return prepare_source(
-            self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu"
-        )
+        return load_sources(self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu")
 
     def generate(
         self,
@@ -120,8 +120,8 @@ class WanVace(WanPipeline):
             guide_scale=guide_scale,
             offload_model=offload_model,
         )
-        references = input_ref_images[0] if input_ref_images else None
-        return self._decode(latent[:, len(references or ()) :], on_latents)
+        (latent,) = _without_references([latent], input_ref_images)
+        return self._decode(latent, on_latents)
 
     def vace_encode_frames(self, frames, ref_images, masks=None, vae=None):
         """Codes what stays and what is to be made of each video, and its reference images before them.
@@ -172,6 +172,24 @@ class WanVace(WanPipeline):
     def vace_latent(self, z, m):
         """Joins coded videos and masks along the channels."""
         return [torch.cat([latent, mask.to(latent)]) for latent, mask in zip(z, m)]
+
+    def decode_latent(self, zs, ref_images=None, vae=None):
+        """Decodes latents [16, references + F, h, w] without their reference images."""
+        return (vae or self.vae).decode(_without_references(zs, ref_images))
+
+
+class WanVaceMP(WanVace):
+    """WanVace on several GPUs, which is not supported yet."""
+
+    def __init__(self, config, checkpoint_dir, use_usp=False, ulysses_size=None, ring_size=None):
+        """Raises InputError."""
+        raise InputError("WanVaceMP: several GPUs are not supported yet, use WanVace on one")
+
+
+def _without_references(latents, ref_images):
+    """Latents [16, references + F, h, w] to [16, F, h, w]."""
+    references = _per_sample(ref_images, len(latents))
+    return [latent[:, len(images) :] for latent, images in zip(latents, references)]
 
 
 def _per_sample(ref_images, samples):

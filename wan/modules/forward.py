@@ -131,7 +131,7 @@ def dit_forward(
         tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype)
         if tokens.size(1) > seq_len:
             raise ValueError(f"{tokens.size(1)} tokens do not fit seq_len {seq_len}")
-        layers = _Layers(
+        layers = Layers(
             modulation[i : i + 1],
             text[i : i + 1],
             None if image is None else image[i : i + 1],
@@ -150,7 +150,7 @@ def dit_forward(
     return flows
 
 
-class _Layers:
+class Layers:
     """Runs blocks over one sample's residual stream, in place."""
 
     def __init__(
@@ -244,7 +244,7 @@ class _Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: _Layers, x: torch.Tensor, source: torch.Tensor, strength: float
+    model: nn.Module, layers: Layers, x: torch.Tensor, source: torch.Tensor, strength: float
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     stream, _ = embed_patches(model.vace_patch_embedding, source, x.device, layers.dtype)
@@ -295,14 +295,26 @@ def predict(
     model: nn.Module, x: torch.Tensor, time: torch.Tensor, grid: tuple[int, int, int], chunk: int
 ) -> torch.Tensor:
     """The head and the way back from tokens to a latent video: [1, L, dim] to [out_dim, F, H, W] fp32."""
-    head = model.head
+    return patches_to_video(head_patches(model.head, x, time, chunk)[0], grid, model.patch_size)
+
+
+def head_patches(head: nn.Module, x: torch.Tensor, time: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+    """The head alone: [1, L, dim] fp32, and the embedded time [1, dim], to [1, L, values of a patch] fp32."""
     with _full_precision(x.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        patches = torch.cat(
+        return torch.cat(
             [head.head(head.norm(x[:, s]) * (1 + scale) + shift) for s in spans(x.size(1), chunk)], 1
         )
-    (f, h, w), (p, q, r) = grid, model.patch_size
-    return rearrange(patches[0], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+def patches_to_video(
+    patches: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """Patches [L, values], L being what the grid has or more, to a latent video [out_dim, F, H, W]."""
+    (f, h, w), (p, q, r) = grid, patch_size
+    return rearrange(
+        patches[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r
+    )
 
 
 class Rope:

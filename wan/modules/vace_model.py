@@ -6,7 +6,7 @@ from torch import nn
 from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
-from .model import WanModel
+from .model import WanModel, keeps_config
 
 
 class VaceWanModel(WanModel):
@@ -15,8 +15,44 @@ class VaceWanModel(WanModel):
     Raises InputError as WanModel does, and for layers that do not start with 0.
     """
 
-    def __init__(self, vace_layers=None, vace_in_dim=None, model_type="vace", in_dim=16, **config):
-        super().__init__(model_type=model_type, in_dim=in_dim, **config)
+    @keeps_config
+    def __init__(
+        self,
+        vace_layers=None,
+        vace_in_dim=None,
+        model_type="vace",
+        patch_size=(1, 2, 2),
+        text_len=512,
+        in_dim=16,
+        dim=2048,
+        ffn_dim=8192,
+        freq_dim=256,
+        text_dim=4096,
+        out_dim=16,
+        num_heads=16,
+        num_layers=32,
+        window_size=(-1, -1),
+        qk_norm=True,
+        cross_attn_norm=True,
+        eps=1e-6,
+    ):
+        super().__init__(
+            model_type,
+            patch_size,
+            text_len,
+            in_dim,
+            dim,
+            ffn_dim,
+            freq_dim,
+            text_dim,
+            out_dim,
+            num_heads,
+            num_layers,
+            window_size,
+            qk_norm,
+            cross_attn_norm,
+            eps,
+        )
         self.vace_layers = list(range(0, self.num_layers, 2)) if vace_layers is None else list(vace_layers)
         if self.vace_layers[:1] != [0] or self.vace_layers != sorted(set(self.vace_layers)):
             raise InputError(f"config.json: vace_layers {self.vace_layers} must rise from 0")

@@ -13,9 +13,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 
 import torch
+from PIL import Image
 
 LOCAL_MODELS = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -104,7 +106,18 @@ class PromptOutput:
     message: str
 
 
-def extend_prompt(prompt, *, method, model=None, target_lang="zh", images=None, seed=-1, device=None):
+def extend_prompt(
+    prompt,
+    *,
+    method,
+    model=None,
+    target_lang="zh",
+    images=None,
+    seed=-1,
+    device=None,
+    instructions=None,
+    api_key=None,
+):
     """Rewrite `prompt` into a fuller one for a video model. Whatever goes wrong is reported, not raised.
 
     Args:
@@ -118,12 +131,15 @@ def extend_prompt(prompt, *, method, model=None, target_lang="zh", images=None, 
             them, so it must be a vision-language model.
         seed: for the model's sampling; negative: a random one.
         device: for local_qwen; by default the GPU if there is one.
+        instructions: for the model, in place of those of `target_lang`.
+        api_key: for dashscope, in place of the environment's.
 
     Returns: a PromptOutput.
     """
-    ask = {"local_qwen": _ask_local, "dashscope": _ask_dashscope}[method]
+    ask = {"local_qwen": _ask_local, "dashscope": partial(_ask_dashscope, key=api_key)}[method]
     images = list(images or ())
-    instructions = INSTRUCTIONS[target_lang].format(pictures=PICTURES[target_lang][len(images)])
+    if instructions is None:
+        instructions = INSTRUCTIONS[target_lang].format(pictures=PICTURES[target_lang][len(images)])
     seed = seed if seed >= 0 else random.randrange(2**31)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -140,6 +156,76 @@ def extend_prompt(prompt, *, method, model=None, target_lang="zh", images=None, 
         if device.type != "cpu":
             torch.get_device_module(device).empty_cache()
     return result
+
+
+class PromptExpander:
+    """extend_prompt with its settings, as programs written for Wan2.1 call it.
+
+    Args:
+        model_name: see extend_prompt.
+        is_vl: whether the model is to see images.
+        device: of a local model, or the number of a CUDA device; nothing is loaded before the first call.
+    """
+
+    method = ""
+
+    def __init__(self, model_name=None, is_vl=False, device=0, **kwargs):
+        self.model_name = model_name
+        self.is_vl = is_vl
+        self.device = device
+        self.api_key = None
+
+    def __call__(
+        self, prompt, system_prompt=None, tar_lang="zh", image=None, seed=-1, *args, **kwargs
+    ) -> PromptOutput:
+        """Extends a prompt, whatever goes wrong being reported, not raised.
+
+        Args:
+            prompt: what to extend.
+            system_prompt: instructions of one's own.
+            tar_lang: "zh" or "en".
+            image: PIL image or path, or a list of one or two. A single one is left out unless `is_vl`.
+            seed: negative for a random one.
+        """
+        images = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+        if not self.is_vl and len(images) < 2:
+            images = []
+        images = [Image.open(each) if isinstance(each, str | os.PathLike) else each for each in images]
+        device = self.device
+        if isinstance(device, int):
+            device = f"cuda:{device}" if torch.cuda.is_available() else None
+        return extend_prompt(
+            prompt,
+            method=self.method,
+            model=self.model_name,
+            target_lang=tar_lang,
+            images=images,
+            seed=seed,
+            device=device,
+            instructions=system_prompt,
+            api_key=self.api_key,
+        )
+
+
+class DashScopePromptExpander(PromptExpander):
+    """By Alibaba Cloud's service. `max_image_size` and `retry_times` are fixed, see DASHSCOPE_*."""
+
+    method = "dashscope"
+
+    def __init__(
+        self, api_key=None, model_name=None, max_image_size=512 * 512, retry_times=4, is_vl=False, **kwargs
+    ):
+        super().__init__(model_name, is_vl, **kwargs)
+        self.api_key = api_key
+
+
+class QwenPromptExpander(PromptExpander):
+    """By a model on this machine, which is loaded for each prompt and freed after it."""
+
+    method = "local_qwen"
+
+    def __init__(self, model_name=None, device=0, is_vl=False, **kwargs):
+        super().__init__(model_name, is_vl, device, **kwargs)
 
 
 def _shrink(image, area):
@@ -208,9 +294,9 @@ def _repeat_each(text, token, counts):
     return first + "".join(token * count + piece for count, piece in zip(counts, rest))
 
 
-def _ask_dashscope(prompt, instructions, images, model, seed, device):
+def _ask_dashscope(prompt, instructions, images, model, seed, device, key=None):
     """The name of a model of the DashScope API, and its answer."""
-    key = os.environ.get("DASH_API_KEY", "").strip()
+    key = key or os.environ.get("DASH_API_KEY", "").strip()
     if not key:
         raise RuntimeError("DASH_API_KEY is not set; put your DashScope key in this environment variable")
     url = os.environ.get("DASH_API_URL") or DASHSCOPE_URL

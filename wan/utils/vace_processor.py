@@ -4,8 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from wan.utils.errors import InputError
-from wan.utils.video import VideoFile, open_image
+from .errors import InputError
+from .video import VideoFile, open_image
 
 # Latent frames that a clip of the full area may have: 21, that is 81 frames.
 MAX_LATENT_FRAMES = 21
@@ -173,13 +173,13 @@ def open_clips(video_path, mask_path):
 
 
 def check_source(video_path, mask_path, image_paths):
-    """Raises the InputError that `prepare_source` would raise for these files, before any long work."""
+    """Raises the InputError that `load_sources` would raise for these files, before any long work."""
     open_clips(video_path, mask_path)
     for path in image_paths or ():
         open_image(path, "src_ref_images")
 
 
-def prepare_source(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+def load_sources(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
     """Load each sample's source video, mask and reference images as tensors on `device`.
 
     Args:
