@@ -8,6 +8,9 @@ CUDA it is computed and measured.
 
 Images are plain, a prompt is as long as can be. VACE gets a source video, its mask and one reference image (an
 upstream tree: no reference). Of the sampling steps, the first ones only fill what the solver remembers.
+
+Live bytes are those in tensors. A card needs what the allocator reserves for them, or a little less, as it gives back
+what it has cached when it runs out: --least_capacity tells how much. Beside that CUDA itself takes 0.35 to 0.45 GiB.
 """
 
 import argparse
@@ -26,13 +29,13 @@ from PIL import Image
 
 from benchmarks import random_weights
 from upstream_driver import driver
-from virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU, least_capacity
 from wan.configs import SIZE_CONFIGS
 from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
 from wan.tasks import TASKS
-from wan.utils.accelerator import initialise
+from wan.utils.accelerator import configure_allocator, initialise
 from wan.utils.errors import InputError
-from wan.utils.flags import add_flags
+from wan.utils.flags import add_flags, boolean
 
 GIB = 2**30
 PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
@@ -62,29 +65,38 @@ class Report:
     Attributes:
         peak_bytes: of all of it, loading included.
         stages: of each stage that was reached, in order: in tensors.
+        reserved: of each stage, what the allocator took from the driver.
         out_of_memory: None, or {"stage": its name, "requested": bytes}.
-        reserved: of each stage, what the allocator took from the driver; CUDA only.
+        least_capacity: the least memory that serves all that this run requests, if that was asked for.
     """
 
     peak_bytes: int = 0
     stages: dict[str, int] = field(default_factory=dict)
-    out_of_memory: dict | None = None
     reserved: dict[str, int] = field(default_factory=dict)
+    out_of_memory: dict | None = None
+    least_capacity: int | None = None
 
-    def json(self):
-        fields = ("peak_bytes", "stages", "out_of_memory")
-        return json.dumps({name: getattr(self, name) for name in fields})
+    def json(self) -> str:
+        return json.dumps(vars(self))
 
 
-def count(run, capacity=None):
+def count(
+    run: Run, capacity: int | None = None, expandable_segments: bool = True, find_least: bool = False
+) -> Report:
     """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
-    with VirtualGPU(capacity, meta=True), random_weights.weights_from(random_weights.untouched):
-        return report_on(run, torch.device("vgpu:0"))
+    options = {"expandable_segments": expandable_segments, "record_requests": find_least}
+    with VirtualGPU(capacity, True, **options) as gpu, random_weights.weights_from(random_weights.untouched):
+        report = report_on(run, gpu.device)
+    if find_least and report.out_of_memory is None:
+        report.least_capacity = least_capacity(gpu.allocator)
+    return report
 
 
-def measure(run, capacity=None):
+def measure(run: Run, capacity: int | None = None, expandable_segments: bool = True) -> Report:
     """The Report of a run on the CUDA device, of which `capacity` bytes are used, None for all."""
     device = torch.device("cuda:0")
+    if expandable_segments:
+        configure_allocator(device)
     if capacity is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total), device)
@@ -92,7 +104,13 @@ def measure(run, capacity=None):
         return report_on(run, device)
 
 
-def count_upstream(run, tree, capacity=None):
+def count_upstream(
+    run: Run,
+    tree: str | os.PathLike,
+    capacity: int | None = None,
+    expandable_segments: bool = True,
+    find_least: bool = False,
+) -> Report:
     """The Report of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
 
     Args:
@@ -122,6 +140,8 @@ def count_upstream(run, tree, capacity=None):
             dtype="bfloat16",
             config=run.task,
             capacity=capacity,
+            expandable_segments=expandable_segments,
+            find_least=find_least,
             meta=True,
         ).report
     except RuntimeError as error:
@@ -129,11 +149,11 @@ def count_upstream(run, tree, capacity=None):
         if not unknown:
             raise
         raise InputError(f"--{unknown[1]}: {tree} has no such option, apply the patches to it") from error
-    return Report(
-        report["peak_bytes"],
-        {stage: peak for stage, peak in report["stages"].items() if stage != "load"},
-        report["out_of_memory"],
+    stages, reserved = (
+        {k: v for k, v in report[name].items() if k != "load"} for name in ("stages", "reserved")
     )
+    least = report.get("least_capacity")
+    return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"], least)
 
 
 def report_on(run, device):
@@ -247,6 +267,14 @@ def parse_arguments(argv=None):
         metavar="PATH",
         help="run this checkout of upstream, patched or not, instead of our pipelines (no PATH: WAN_UPSTREAM)",
     )
+    add(
+        "--expandable_segments",
+        type=boolean,
+        default=True,
+        metavar="BOOL",
+        help="how CUDA's allocator reserves memory (default True, as generate.py has it where the platform can)",
+    )
+    add("--least_capacity", action="store_true", help="also find the least memory that the virtual GPU needs")
     add("--compare", action="store_true", help="with --device cuda: how far the virtual GPU is from it")
     add("--json", action="store_true", help="print one JSON object")
     add_flags(parser, MemoryOptions)
@@ -267,6 +295,8 @@ def parse_arguments(argv=None):
         raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
     if args.tree is not None and args.device != "virtual":
         raise InputError("--tree: only with --device virtual")
+    if args.least_capacity and args.device != "virtual":
+        raise InputError("--least_capacity: only with --device virtual")
     if args.compare and args.device != "cuda":
         raise InputError("--compare: needs --device cuda to compare with")
     return args
@@ -276,27 +306,28 @@ def _run(args):
     """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
     run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
+    expandable = args.expandable_segments
     if args.tree is not None:
-        return count_upstream(run, args.tree, capacity), None
+        return count_upstream(run, args.tree, capacity, expandable, args.least_capacity), None
     if args.device == "virtual":
-        return count(run, capacity), None
-    return measure(run, capacity), count(run, capacity) if args.compare else None
+        return count(run, capacity, expandable, args.least_capacity), None
+    return measure(run, capacity, expandable), count(run, capacity, expandable) if args.compare else None
 
 
 def _table(args, report, counted):
     """The report as text; `counted` is the virtual GPU's, to be compared, or None."""
     of = f" of {args.capacity} GiB" if args.capacity else ""
     lines = [f"{args.task}, {args.size}, {args.frame_num} frames, {args.device} device{of}", ""]
-    head = f"{'stage':8}{'GiB':>8}" + (f"{'reserved':>10}" if args.device == "cuda" else "")
+    head = f"{'stage':8}{'GiB':>8}{'reserved':>10}"
     lines.append(head + (f"{'virtual':>9}{'deviation':>11}" if counted else ""))
     for stage, peak in report.stages.items():
-        line = f"{stage:8}{peak / GIB:8.3f}"
-        if args.device == "cuda":
-            line += f"{report.reserved[stage] / GIB:10.3f}"
+        line = f"{stage:8}{peak / GIB:8.3f}{report.reserved[stage] / GIB:10.3f}"
         if counted and stage in counted.stages:
             line += f"{counted.stages[stage] / GIB:9.3f}{counted.stages[stage] / peak - 1:+11.1%}"
         lines.append(line)
     lines.append(f"{'peak':8}{report.peak_bytes / GIB:8.3f}  ({report.peak_bytes} bytes)")
+    if report.least_capacity is not None:
+        lines.append(f"{'least':8}{report.least_capacity / GIB:8.3f}  (capacity that this run needs)")
     if report.out_of_memory:
         lines += [
             "",

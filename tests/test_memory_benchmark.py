@@ -146,7 +146,9 @@ def test_json():
     )
     assert code == 0
     report = json.loads(out)
-    assert list(report) == ["peak_bytes", "stages", "out_of_memory"]
+    assert list(report) == ["peak_bytes", "stages", "reserved", "out_of_memory", "least_capacity"]
+    assert list(report["reserved"]) == STAGES and report["least_capacity"] is None
+    assert all(report["reserved"][stage] >= peak for stage, peak in report["stages"].items())
     assert list(report["stages"]) == STAGES and report["out_of_memory"] is None
     assert report["peak_bytes"] == max(report["stages"].values()) > 0
 
@@ -156,8 +158,28 @@ def test_table(capsys):
     assert memory.main(tiny) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["stage", "text", "denoise", "decode", "peak"]
+    assert lines[2].split()[-1] == "reserved" and all(len(line.split()) == 3 for line in lines[3:-1])
+    assert memory.main([*tiny, "--least_capacity"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "least"
     assert memory.main([*tiny, "--capacity", "0.005"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("Out of memory in stage text, where ")
+
+
+TINY = ["--task", "i2v-tiny", "--size", "128*96", "--frame_num", "9", "--vae_cpu", "--vae_tile", "64"]
+
+
+@pytest.mark.parametrize("expandable", [True, False])
+def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
+    command = [*TINY, "--json", "--expandable_segments", str(expandable)]
+    assert memory.main([*command, "--least_capacity"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    least = report["least_capacity"]
+    assert report["peak_bytes"] <= least <= max(report["reserved"].values())
+    for capacity, enough in ((least, True), (least - 2 * 2**20, False)):
+        assert memory.main([*command, "--capacity", str(capacity / GIB)]) == 0
+        limited = json.loads(capsys.readouterr().out)
+        assert (limited["out_of_memory"] is None) is enough
+        assert max(limited["reserved"].values()) <= capacity
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_files_that_the_patches_create_find_what_they_import():
                 if isinstance(node, ast.ImportFrom) and node.level:
                     package = Path(path).parents[node.level - 1]
                     package = package.joinpath(*node.module.split(".")) if node.module else package
-                    modules = [package] if node.module else [package / alias.name for alias in node.names]
+                    whole = package.with_suffix(".py").as_posix() in present
+                    modules = [package] if whole else [package / alias.name for alias in node.names]
                     for module in modules:
                         assert module.with_suffix(".py").as_posix() in present, f"{path}: {module}"

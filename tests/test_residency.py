@@ -12,13 +12,15 @@ from PIL import Image
 from torch import nn
 
 import wan
-from virtual_gpu import VirtualGPU
+from virtual_gpu import VirtualGPU, least_capacity
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, visit_when_called
 
 # Components alone
+
+FINE = 4096  # bytes; toys on a GPU that reserves in steps of 2 MiB would all need the same
 
 
 def layers():
@@ -72,9 +74,9 @@ def test_arriving_and_leaving_twice():
 def test_no_room_leaves_everything_at_home():
     model = layers()
     before = tensors(model)
-    with VirtualGPU() as gpu, Component([model], gpu.device).on_device():
-        needed = gpu.live
-    with VirtualGPU(capacity=needed - 1) as gpu:
+    with VirtualGPU(granularity=FINE) as gpu, Component([model], gpu.device).on_device():
+        needed = gpu.reserved
+    with VirtualGPU(capacity=needed - 1, granularity=FINE) as gpu:
         component = Component([model], gpu.device)
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError):
@@ -213,20 +215,21 @@ def homeless(pipeline, gpu, vae_cpu):
 
 @functools.cache  # the videos and counts are a few MB
 def unlimited(task, vae_cpu=False, t5_cpu=False):
-    """The video of a run with all the memory that it wants, its peak, and how many operators each stage ran."""
+    """The video of a run with all the memory that it wants, its peak, the least capacity, and operators per stage."""
     operators = collections.Counter()
-    with VirtualGPU() as gpu:
+    with VirtualGPU(granularity=FINE, record_requests=True) as gpu:
         pipeline = build(task, gpu, vae_cpu=vae_cpu, t5_cpu=t5_cpu)
         gpu.on_op(lambda name: operators.update([pipeline.stages.current]))
         video = generate(pipeline, task)
-        assert [stage.name for stage in pipeline.stages.history] == STAGES[task]
+        assert [stage.stage for stage in pipeline.stages.history] == STAGES[task]
         assert not homeless(pipeline, gpu, vae_cpu)
-    return video, max(stage.allocated for stage in pipeline.stages.history), operators
+    peak = max(stage.allocated for stage in pipeline.stages.history)
+    return video, peak, least_capacity(gpu.allocator), operators
 
 
 @every_task
 def test_outputs_are_equal_and_peaks_ordered(task):
-    videos, peaks, _ = zip(*(unlimited(task, **flags) for flags in FLAGS))
+    videos, peaks, *_ = zip(*(unlimited(task, **flags) for flags in FLAGS))
     assert all(torch.equal(video, videos[0]) for video in videos)
     none, vae_cpu, t5_cpu, both = peaks
     assert both < t5_cpu < none and both < vae_cpu < none
@@ -234,17 +237,17 @@ def test_outputs_are_equal_and_peaks_ordered(task):
 
 @every_task
 def test_a_device_that_is_too_small_without_the_flags(task):
-    """At the capacity that the flags need at most, a run without them is out of memory as T5 works."""
-    peaks = [unlimited(task, **flags)[1] for flags in FLAGS]
-    capacity = max(peaks[1:])
-    largest = FLAGS[1 + peaks[1:].index(capacity)]
-    with VirtualGPU(capacity) as gpu:
+    """At the least capacity that the flags need at most, a run without them is out of memory as T5 works."""
+    needed = [unlimited(task, **flags)[2] for flags in FLAGS]
+    capacity = max(needed[1:])
+    largest = FLAGS[1 + needed[1:].index(capacity)]
+    with VirtualGPU(capacity, granularity=FINE) as gpu:
         pipeline = build(task, gpu)
         with pytest.raises(torch.OutOfMemoryError):
             generate(pipeline, task)
-        assert [stage.name for stage in pipeline.stages.history] == ["text"]
+        assert [stage.stage for stage in pipeline.stages.history] == ["text"]
         assert not homeless(pipeline, gpu, False)
-    with VirtualGPU(capacity) as gpu:
+    with VirtualGPU(capacity, granularity=FINE) as gpu:
         pipeline = build(task, gpu, **largest)
         assert torch.equal(generate(pipeline, task), unlimited(task)[0])
         assert not homeless(pipeline, gpu, largest.get("vae_cpu", False))
@@ -324,7 +327,7 @@ class Injected(Exception):
     ids=[*PIPELINES, "i2v-low_vram", "vace-low_vram"],
 )
 def test_nothing_stays_after_an_exception(task, memory):
-    video, _, operators = unlimited(task)
+    video, *_, operators = unlimited(task)
     with VirtualGPU() as gpu:
         pipeline = build(task, gpu, **memory)
         left = {}  # how many operators of a stage run until one fails
@@ -341,7 +344,7 @@ def test_nothing_stays_after_an_exception(task, memory):
             left = {stage: operators[stage] // 2}
             with pytest.raises(Injected):
                 generate(pipeline, task)
-            assert pipeline.stages.history[-1].name == stage
+            assert pipeline.stages.history[-1].stage == stage
             assert not homeless(pipeline, gpu, True), stage
         left = {}
         assert torch.equal(generate(pipeline, task), video)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from virtual_gpu import least_capacity
 from virtual_gpu.allocator import MIB, CachingAllocator
+from virtual_gpu.replay import RecordingAllocator, replay
 
 PAGES = {True: 2 * MIB, False: 20 * MIB}  # of an expandable segment, by whether its requests are small
 
@@ -310,3 +312,44 @@ def test_it_gives_up_only_if_the_driver_has_too_little(steps, expandable, capaci
             most = -(-size // unit) * unit
             assert allocator.reserved == held([block for block, _ in used], expandable)
             assert allocator.reserved + most > capacity
+
+
+# Recorded requests
+
+
+@both
+def test_a_replay_reserves_what_the_run_did(expandable):
+    recorded = RecordingAllocator(None, expandable)
+    blocks = [recorded.alloc(n * MIB, stream) for n in range(1, 9) for stream in "ab"]
+    for block in blocks[::3]:
+        recorded.free(block)
+    recorded.free(recorded.alloc(60 * MIB, "a"))
+    recorded.empty_cache()
+    recorded.alloc(11 * MIB, "a")
+    again = replay(recorded.trace, CachingAllocator(None, expandable))
+    assert again.peak_reserved == recorded.peak_reserved > again.reserved == recorded.reserved
+    assert again.allocated == recorded.allocated
+
+
+@MODEL
+@settings(max_examples=30, deadline=None)
+def test_the_least_capacity_serves_all_and_less_does_not(steps, expandable, _):
+    recorded = RecordingAllocator(None, expandable)
+    for _ in play(recorded, [step for step in steps if step[0] != "free later"]):
+        pass
+    least = least_capacity(recorded)
+    assert recorded.peak_allocated <= least <= recorded.peak_reserved
+    replay(recorded.trace, CachingAllocator(least, expandable))
+    if least:
+        with pytest.raises(torch.OutOfMemoryError):
+            replay(recorded.trace, CachingAllocator(least - 2 * MIB, expandable))
+
+
+def test_a_finer_granularity_is_the_same_model_at_another_size():
+    toy = CachingAllocator(expandable_segments=False, granularity=4096)
+    toy.alloc(512)
+    assert toy.reserved == 4096
+    toy.alloc(2048 + 512)
+    assert toy.reserved == 4096 + 40960
+    toy.alloc(100 * 512)
+    assert toy.reserved == 4096 + 40960 + 53248

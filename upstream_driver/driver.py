@@ -51,8 +51,9 @@ class Result:
     """What a run of upstream gave.
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
-    report: {"peak_bytes", "stages": {name: peak bytes}, "out_of_memory": None or {"stage", "requested"},
-        "live_bytes"} on the virtual GPU and on CUDA, else {}.
+    report: {"peak_bytes", "stages": {name: peak bytes}, "peak_reserved", "reserved": {name: peak bytes},
+        "out_of_memory": None or {"stage", "requested"}, "live_bytes"} on the virtual GPU and on CUDA, else {};
+        "least_capacity" if find_least.
     """
 
     video: torch.Tensor | None = None
@@ -61,7 +62,8 @@ class Result:
 
 
 def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, device="cpu", dtype="float32", config=None,
-        capacity=None, meta=False, timeout=600) -> Result:  # fmt: skip
+        capacity=None, expandable_segments=False, granularity=None, find_least=False, meta=False,
+        timeout=600) -> Result:  # fmt: skip
     """Runs one pipeline of the upstream tree in a process of its own.
 
     Args:
@@ -76,7 +78,8 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
         device: cpu, vgpu or cuda.
         dtype: of the DiT's autocast and of T5: float32 (CLIP's too) or bfloat16 (CLIP's is float16).
         config: upstream's config to start from, a key of its WAN_CONFIGS.
-        capacity: bytes of the virtual GPU.
+        capacity, expandable_segments, granularity: of the virtual GPU; None: its defaults.
+        find_least: tell the least capacity that serves all that the run requests.
         meta: count at full size.
         timeout: seconds.
 
@@ -95,6 +98,12 @@ def run(tree, task, checkpoint=None, *, init=None, call=None, inputs=None, devic
             command += ["--config", config]
         if capacity is not None:
             command += ["--capacity", str(capacity)]
+        if granularity is not None:
+            command += ["--granularity", str(granularity)]
+        if find_least:
+            command += ["--find_least"]
+        if expandable_segments:
+            command += ["--expandable_segments"]
         if meta:
             command += ["--meta"]
         if inputs is not None:
@@ -147,7 +156,7 @@ def load_tree(tree, device="cpu", meta=False):
     if device != "cuda":
         torch.cuda.current_device = lambda: 0
         torch.cuda.synchronize = lambda device=None: None
-        torch.cuda.empty_cache = lambda: None
+        torch.cuda.empty_cache = torch.vgpu.empty_cache if device == "vgpu" else lambda: None
     torch.cuda.amp.autocast = partial(_Autocast, device)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
@@ -372,7 +381,7 @@ class Watch:
     def __init__(self, gpu=None):
         self.gpu = gpu
         self.stage = "load"
-        self.peaks = {}
+        self.peaks, self.reserved = {}, {}
         self.latents = None
 
     def begin(self, stage):
@@ -382,6 +391,7 @@ class Watch:
     def end(self):
         if self.gpu is not None:
             self.peaks[self.stage] = max(self.gpu.peak, self.peaks.get(self.stage, 0))
+            self.reserved[self.stage] = max(self.gpu.peak_reserved, self.reserved.get(self.stage, 0))
             self.gpu.reset_peak()
 
     def attach(self, pipeline, meta=False):
@@ -433,6 +443,8 @@ class Watch:
         return {
             "peak_bytes": max(self.peaks.values()),
             "stages": {stage: self.peaks[stage] for stage in STAGES if stage in self.peaks},
+            "peak_reserved": max(self.reserved.values()),
+            "reserved": {stage: self.reserved[stage] for stage in STAGES if stage in self.reserved},
             "out_of_memory": out_of_memory,
             "live_bytes": self.gpu.live,
         }
@@ -485,6 +497,9 @@ def main():
     parser.add_argument("--device", choices=("cpu", "vgpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--capacity", type=int)
+    parser.add_argument("--granularity", type=int)
+    parser.add_argument("--expandable_segments", action="store_true")
+    parser.add_argument("--find_least", action="store_true")
     parser.add_argument("--meta", action="store_true")
     parser.add_argument("--init", type=json.loads, default={})
     parser.add_argument("--call", type=json.loads, default={})
@@ -515,6 +530,8 @@ def main():
         except torch.OutOfMemoryError as error:
             out_of_memory = {"stage": watch.stage, "requested": getattr(error, "requested", None)}
         report = watch.report(out_of_memory)
+        if args.find_least and out_of_memory is None:
+            report["least_capacity"] = _least_capacity(gpu)
     tensors = {}
     if video is not None and not args.meta:
         tensors = {"video": video.contiguous(), "latents": watch.latents.contiguous()}
@@ -535,6 +552,10 @@ class _CudaMemory:
         return torch.cuda.max_memory_allocated()
 
     @property
+    def peak_reserved(self):
+        return torch.cuda.max_memory_reserved()
+
+    @property
     def live(self):
         return torch.cuda.memory_allocated()
 
@@ -545,7 +566,15 @@ class _CudaMemory:
 def _virtual_gpu(args):
     from virtual_gpu import VirtualGPU
 
-    return VirtualGPU(capacity=args.capacity, **({"meta": True} if args.meta else {}))
+    finer = {} if args.granularity is None else {"granularity": args.granularity}
+    finer |= {"expandable_segments": args.expandable_segments, "record_requests": args.find_least}
+    return VirtualGPU(args.capacity, args.meta, **finer)
+
+
+def _least_capacity(gpu):
+    from virtual_gpu import least_capacity
+
+    return least_capacity(gpu.allocator)
 
 
 if __name__ == "__main__":

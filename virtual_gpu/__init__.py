@@ -2,7 +2,8 @@
 
 from .backend import DEVICE
 from .device import Record, VirtualGPU
+from .replay import least_capacity
 from .streams import RaceError
 from .tensor import VirtualTensor
 
-__all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor"]
+__all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor", "least_capacity"]

@@ -29,12 +29,9 @@ import torch
 
 MIB = 2**20
 ROUNDING = 512
-SMALL = MIB  # the largest request of the small pool
-SMALL_SEGMENT = 2 * MIB
-LARGE_SEGMENT = 20 * MIB
-OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its size
-SEGMENT_ROUNDING = 2 * MIB
-ADDRESSES = LARGE_SEGMENT << 26  # of an expandable segment; whole pages of either size
+GRANULARITY = 2 * MIB  # of what is taken from the driver, and all of a small segment
+LARGE_SEGMENT = 10  # granules
+OWN_SEGMENT = 5  # granules; from here on a request gets a segment of its size
 
 
 def rounded(nbytes: int, unit: int = ROUNDING) -> int:
@@ -86,14 +83,13 @@ class Block:
 class Pool:
     """The blocks of one stream for small or for large requests."""
 
-    def __init__(self, small: bool, addresses: int | None):
+    def __init__(self, small: bool, granularity: int, expandable: bool):
         self.small = small
-        self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.expandable = addresses is not None
+        self.granularity = granularity
+        self.page = granularity if small else LARGE_SEGMENT * granularity
+        self.expandable = expandable
         self._free: list[tuple[int, int, Block]] = []  # by size, then address
         self._unmapped: list[tuple[int, Block]] = []  # by address
-        if addresses is not None:
-            self.keep(Block(self, addresses, ADDRESSES, mapped=False))
 
     def free_blocks(self) -> list[Block]:
         return [block for _, _, block in self._free]
@@ -143,21 +139,31 @@ class Pool:
 
     def split_off(self, rest: int) -> bool:
         """Whether what remains of a block becomes a block of its own."""
-        return rest >= ROUNDING if self.small or self.expandable else rest > SMALL
+        return rest >= ROUNDING if self.small or self.expandable else rest > self.granularity // 2
+
+    def segment(self, size: int) -> int:
+        """The bytes of a segment for a request that no block holds."""
+        if self.small or size < OWN_SEGMENT * self.granularity:
+            return self.page
+        return rounded(size, self.granularity)
 
 
 class CachingAllocator:
     """Hands out blocks of a device's memory. Not safe for use from several threads at once.
 
     capacity: bytes that the driver has, None for no limit. expandable_segments: as in PYTORCH_CUDA_ALLOC_CONF.
+    granularity: bytes; with a smaller one all limits and segments shrink, for models that are toys as well.
+
     limit: bytes that this process may take from the driver, as set_per_process_memory_fraction sets it, or None.
 
     allocated, reserved: bytes handed out, rounded up to 512 per request, and bytes taken from the driver.
     peak_allocated, peak_reserved: at most since the start or the last reset_peak().
     """
 
-    def __init__(self, capacity: int | None = None, expandable_segments: bool = False):
-        self.capacity, self.expandable_segments = capacity, expandable_segments
+    def __init__(
+        self, capacity: int | None = None, expandable_segments: bool = False, granularity: int = GRANULARITY
+    ):
+        self.capacity, self.expandable_segments, self.granularity = capacity, expandable_segments, granularity
         self.limit: int | None = None
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self._pools: dict[tuple[Hashable, bool], Pool] = {}
@@ -204,7 +210,7 @@ class CachingAllocator:
         if self._waiting:
             self._settle()
         size = rounded(nbytes)
-        pool = self._pool(stream, size <= SMALL)
+        pool = self._pool(stream, size <= self.granularity // 2)
         block = pool.best_fit(size) or self._grow(pool, size)
         if block is None:
             self._flush()
@@ -241,8 +247,10 @@ class CachingAllocator:
     def _pool(self, stream: Hashable, small: bool) -> Pool:
         pool = self._pools.get((stream, small))
         if pool is None:
-            addresses = self._new_addresses(ADDRESSES) if self.expandable_segments else None
-            pool = self._pools[stream, small] = Pool(small, addresses)
+            pool = self._pools[stream, small] = Pool(small, self.granularity, self.expandable_segments)
+            if pool.expandable:
+                endless = LARGE_SEGMENT * self.granularity << 30  # whole pages of either size
+                pool.keep(Block(pool, self._new_addresses(endless), endless, mapped=False))
         return pool
 
     def _new_addresses(self, nbytes: int) -> int:
@@ -251,17 +259,12 @@ class CachingAllocator:
 
     def _grow(self, pool: Pool, size: int) -> Block | None:
         """A block of at least `size` bytes, with memory that the driver gives; None if it refuses."""
-        if pool.small:
-            segment = SMALL_SEGMENT
-        else:
-            segment = LARGE_SEGMENT if size < OWN_SEGMENT else rounded(size, SEGMENT_ROUNDING)
+        segment = pool.segment(size)
         if self.limit is not None and self.reserved + segment > self.limit:
             return None
         if pool.expandable:
             return self._expand(pool, size)
-        if not self._take(segment):
-            return None
-        return Block(pool, self._new_addresses(segment), segment)
+        return Block(pool, self._new_addresses(segment), segment) if self._take(segment) else None
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
         block = pool.lowest_room(size)

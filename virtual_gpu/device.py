@@ -30,8 +30,9 @@ import threading
 import weakref
 from typing import NamedTuple
 
-from .allocator import CachingAllocator
+from .allocator import GRANULARITY, CachingAllocator
 from .host import host_side
+from .replay import RecordingAllocator
 from .streams import Timeline
 from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor
 
@@ -56,8 +57,9 @@ class VirtualGPU:
 
     capacity: bytes that the allocator can reserve, or None for no limit. An allocation that needs more raises
         torch.OutOfMemoryError, whose attribute `requested` is the bytes asked for.
-    expandable_segments: which of CUDA's ways to reserve; see allocator.py.
+    expandable_segments: which of CUDA's ways to reserve. granularity: of that; finer for toys. See allocator.py.
     meta: count without computing.
+    record_requests: keep the allocator's trace, for replay.py.
     pin_limit: bytes of host memory that can be pinned, or None for no limit; beyond it pinning raises RuntimeError.
     record_ops: note every operator in the record, not only memory, moves and events.
 
@@ -75,11 +77,14 @@ class VirtualGPU:
         meta: bool = False,
         *,
         expandable_segments: bool = False,
+        granularity: int = GRANULARITY,
+        record_requests: bool = False,
         pin_limit: int | None = None,
         record_ops: bool = False,
     ):
         self.meta, self.pin_limit, self.record_ops = meta, pin_limit, record_ops
-        self.allocator = CachingAllocator(capacity, expandable_segments)
+        allocator = RecordingAllocator if record_requests else CachingAllocator
+        self.allocator = allocator(capacity, expandable_segments, granularity)
         self.initialized = False
         self.pinned = 0
         self.timeline = Timeline(self)
