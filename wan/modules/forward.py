@@ -117,7 +117,7 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
-    if model.model_type in ("i2v", "flf2v") and (image is None or y is None):
+    if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
     with _full_precision(device):
