@@ -282,9 +282,12 @@ def load(value):
     from PIL import Image
     return Image.open(value[1]) if isinstance(value, list) and value[:1] == ["image"] else value
 
+def missing():
+    raise AttributeError
+
 BUTTONS = {}
 gradio = types.ModuleType("gradio")
-gradio.__getattr__ = lambda name: Exception if name == "Error" else Anything
+vars(gradio).update(Error=Exception, __getattr__=lambda name: missing() if name.startswith("__") else Anything)
 sys.modules["gradio"] = gradio
 
 script, toys, PRESS = sys.argv[1], *map(json.loads, sys.argv[2:4])
