@@ -2,7 +2,11 @@
 
 import sys
 
-from wan.cli import build_parser, main, parse_arguments
+try:
+    from wan.cli import build_parser, main, parse_arguments
+except KeyboardInterrupt:  # imports take seconds
+    print("generate.py: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 __all__ = ["build_parser", "main", "parse_arguments"]
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.loading                           # a 1.3B DiT's 5.3 GiB in fp32, kept in bf16
     python -m benchmarks.loading --offload_folder DIR      # converted into DIR, and mapped from there
+    python -m benchmarks.loading --lora_rank 64            # with a LoRA merged into every matrix
 
 The checkpoint is generated, sharded like the 14B files, in a temporary directory. Two peaks count, sampled every
 5 ms: resident memory, file pages that the process maps included, and anonymous memory, which the system cannot take
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from benchmarks.random_weights import dit_config, random
 from wan.modules.model import WanModel
 from wan.weights.converted import OffloadFolder
+from wan.weights.lora import Loras
 
 GIB = 2**30
 
@@ -43,18 +45,34 @@ def write_checkpoint(directory, task, layers, shards=4):
     (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def measure(directory, offload_folder=None):
+def write_lora(path, directory, rank):
+    """Writes a LoRA in bf16 for every matrix of a checkpoint's DiT."""
+    tensors = {}
+    for name, parameter in WanModel.from_config(directory).state_dict().items():
+        if name.endswith(".weight") and parameter.dim() == 2:
+            rows, columns = parameter.shape
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = random((rank, columns), torch.bfloat16)
+            tensors[f"{layer}.lora_B.weight"] = random((rows, rank), torch.bfloat16)
+    save_file(tensors, path)
+
+
+def measure(directory, offload_folder=None, lora=None):
     """Loads a checkpoint in a fresh process. Returns a dict of bytes: kept, anonymous, resident."""
     command = [sys.executable, "-m", "benchmarks.loading", "--load", directory]
     command += ["--offload_folder", offload_folder] if offload_folder else []
+    command += ["--lora", lora] if lora else []
     root = Path(__file__).resolve().parents[1]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def load(directory, offload_folder=None):
+def load(directory, offload_folder=None, lora=None):
     """Loads a checkpoint in this process. Returns what `measure` does."""
     folder = OffloadFolder(offload_folder) if offload_folder else None
+    parameters = WanModel.from_config(directory).state_dict()
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    loras = Loras([(lora, 1.0)], shapes) if lora else None
     before, peak, done = _memory(), _memory(), threading.Event()
 
     def sample():
@@ -65,7 +83,7 @@ def load(directory, offload_folder=None):
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    model = WanModel.from_pretrained(directory, torch.bfloat16, offload_folder=folder)
+    model = WanModel.from_pretrained(directory, torch.bfloat16, folder, loras)
     done.set()
     sampler.join()
     kept = sum(parameter.nbytes for parameter in model.parameters())
@@ -86,17 +104,22 @@ def main(argv=None):
     parser.add_argument("--task", default="t2v-1.3B", choices=["t2v-1.3B", "t2v-14B"])
     parser.add_argument("--layers", type=int, help="blocks of the DiT (default: all)")
     parser.add_argument("--offload_folder", metavar="DIR", help="convert into DIR first; measure both runs")
+    parser.add_argument("--lora_rank", type=int, help="rank of a generated LoRA to merge (default: none)")
+    parser.add_argument("--lora", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--load", metavar="CHECKPOINT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.load:
-        print(json.dumps(load(args.load, args.offload_folder)))
+        print(json.dumps(load(args.load, args.offload_folder, args.lora)))
         return
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(Path(name), args.task, args.layers)
-        stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+        lora = Path(name) / "lora.safetensors" if args.lora_rank else None
+        if lora:
+            write_lora(lora, Path(name), args.lora_rank)
+        stored = sum(file.stat().st_size for file in Path(name).glob("diffusion*.safetensors"))
         print(f"stored {stored / GIB:.2f} GiB in fp32")
         for run in ("first run", "later run") if args.offload_folder else ("",):
-            result = measure(name, args.offload_folder)
+            result = measure(name, args.offload_folder, lora)
             print(
                 f"{run or 'kept'} {result['kept'] / GIB:.2f} GiB; peak resident {result['resident'] / GIB:.2f} GiB "
                 f"({result['resident'] / result['kept']:.2f} times), anonymous {result['anonymous'] / GIB:.2f} GiB "

@@ -34,7 +34,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [
-    "modules/forward.py", "modules/vae_forward.py", "modules/vae_operations.py",
+    "modules/forward.py", "modules/tokens.py", "modules/vae_forward.py", "modules/vae_operations.py",
     "utils/errors.py", "utils/flags.py", "utils/accelerator.py",
 ]  # fmt: skip
 GRID, TOKENS = (3, 16, 18), 216  # of the DiT's latents; four chunks of tokens

@@ -12,7 +12,8 @@ import torch
 
 from wan import tiny
 from wan.modules.model import WanModel
-from wan.utils.latents import load_latents, save_latents
+from wan.run import Request
+from wan.run.state import State, read_state, write_state
 from wan.weights.converted import OffloadFolder
 
 ROOT = Path(__file__).parent.parent
@@ -80,12 +81,12 @@ def test_files_are_closed_and_places_empty_when_renamed(tmp_path, monkeypatch):
     folder = OffloadFolder(tmp_path / "converted")
     for _ in range(2):
         WanModel.from_pretrained(checkpoint, offload_folder=folder)
-    latents = tmp_path / "latents.safetensors"
+    path, state = tmp_path / "a.state", State(Request(task="t2v-tiny"), latent=torch.zeros(16, 1, 2, 2))
     for _ in range(2):
-        save_latents(latents, torch.zeros(16, 1, 2, 2), {})
-        load_latents(latents, {})
+        write_state(path, state)
+        read_state(path)
     (converted,) = folder.path.glob("*.safetensors")
-    assert renamed == [tmp_path / "toy", converted, latents, latents]
+    assert renamed == [tmp_path / "toy", converted, path, path]
 
 
 POSIX_NAMES = {

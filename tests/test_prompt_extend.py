@@ -466,6 +466,13 @@ def test_service_at_no_address(service, monkeypatch, url):
     assert service.requests == []
 
 
+@pytest.mark.parametrize("host", ["example.com", "127.0.0.1.example.com", "10.0.0.1"])
+def test_the_key_is_not_sent_in_clear(service, monkeypatch, host):
+    monkeypatch.setenv("DASH_API_URL", f"http://{host}/api/v1")
+    message = failed(remote())
+    assert "would send the key in clear" in message and KEY not in message
+
+
 def test_service_refuses(service, waits):
     service.replies = [(401, b'{"code": "InvalidApiKey", "message": "No such key."}')]
     message = failed(remote())

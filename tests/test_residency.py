@@ -17,6 +17,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, visit_when_called
+from wan.utils.stages import Stages
 
 # Components alone
 
@@ -221,7 +222,7 @@ def unlimited(task, vae_cpu=False, t5_cpu=False):
         pipeline = build(task, gpu, vae_cpu=vae_cpu, t5_cpu=t5_cpu)
         gpu.on_op(lambda name: operators.update([pipeline.stages.current]))
         video = generate(pipeline, task)
-        assert [stage.stage for stage in pipeline.stages.history] == STAGES[task]
+        assert [stage.name for stage in pipeline.stages.history] == STAGES[task]
         assert not homeless(pipeline, gpu, vae_cpu)
     peak = max(stage.allocated for stage in pipeline.stages.history)
     return video, peak, least_capacity(gpu.allocator), operators
@@ -245,7 +246,7 @@ def test_a_device_that_is_too_small_without_the_flags(task):
         pipeline = build(task, gpu)
         with pytest.raises(torch.OutOfMemoryError):
             generate(pipeline, task)
-        assert [stage.stage for stage in pipeline.stages.history] == ["text"]
+        assert [stage.name for stage in pipeline.stages.history] == ["text"]
         assert not homeless(pipeline, gpu, False)
     with VirtualGPU(capacity, granularity=FINE) as gpu:
         pipeline = build(task, gpu, **largest)
@@ -297,15 +298,14 @@ def test_only_half_of_the_vae_travels(task):
             task, {"encode": 1, "decode": 1}
         )
         moved = {}
-        stages = pipeline.stages
 
-        @contextlib.contextmanager
-        def labelled(name):
-            with gpu.label(name), stages(name):
-                yield
+        class Labelled(Stages):
+            @contextlib.contextmanager
+            def __call__(self, name):
+                with gpu.label(name), super().__call__(name):
+                    yield
 
-        labelled.history = stages.history
-        pipeline.stages = labelled
+        pipeline.stages = Labelled(gpu.device, lambda event: None)
         generate(pipeline, task)
         for r in gpu.record:
             if r.kind == "copy_in" and r.label in halves:
@@ -344,7 +344,7 @@ def test_nothing_stays_after_an_exception(task, memory):
             left = {stage: operators[stage] // 2}
             with pytest.raises(Injected):
                 generate(pipeline, task)
-            assert pipeline.stages.history[-1].stage == stage
+            assert pipeline.stages.history[-1].name == stage
             assert not homeless(pipeline, gpu, True), stage
         left = {}
         assert torch.equal(generate(pipeline, task), video)

@@ -10,6 +10,7 @@ from virtual_gpu import VirtualGPU
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
+from wan.utils.accelerator import initialise
 from wan.utils.events import MemorySample, Step
 from wan.utils.stages import Stages
 
@@ -83,6 +84,7 @@ def test_a_backend_that_counts_less(monkeypatch, missing):
 
 def test_a_stage_that_fails_is_measured():
     with VirtualGPU():
+        initialise("vgpu:0")
         stages = Stages("vgpu:0", ignore)
         with pytest.raises(KeyError), stages("text"):
             torch.empty(1024, dtype=torch.uint8, device="vgpu")

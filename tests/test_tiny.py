@@ -113,7 +113,7 @@ def test_never_overwrites(tmp_path, occupied):
 
 
 def test_unknown_task(tmp_path):
-    with pytest.raises(InputError, match="--task t2v-14B"):
+    with pytest.raises(InputError, match="task t2v-14B"):
         tiny.write_checkpoint(tmp_path / "new", "t2v-14B")
     assert not list(tmp_path.iterdir())
 

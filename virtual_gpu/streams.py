@@ -8,7 +8,9 @@ it, since its memory may have been in use there just before; likewise a tensor m
 did not make it may still use it, unless record_stream told so.
 
 Host memory that an asynchronous copy reads is compared, once the host knows that the copy is done, with what it was
-when the copy was submitted; host memory that one writes gets its values only then.
+when the copy was submitted; host memory that one writes gets its values only then, or when a later copy that streams
+and events order after it touches that memory. Copies that touch the same pinned memory must be so ordered if one of
+them writes it.
 
 The host is one actor: threads are expected to order themselves.
 """
@@ -120,6 +122,14 @@ class HostCopy:
         self.source, self.digest = source, None if source is None else digest(source)
         self.destination, self.values = destination, values
 
+    def touches(self, tensor):
+        """Whether it shares bytes with a tensor on the host."""
+        mine = self.source if self.destination is None else self.destination
+        if mine.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+            return False
+        (begin, end), (other_begin, other_end) = _bytes(mine), _bytes(tensor)
+        return begin < other_end and other_begin < end
+
     @property
     def disturbed(self):
         return self.source is not None and digest(self.source) != self.digest
@@ -204,6 +214,18 @@ class Timeline:
         return lambda: all(tick <= self.host.get(stream, 0) for stream, tick in ticks.items())
 
     @_exclusive
+    def touch_host(self, name, tensor, writes):
+        """The current stream is about to copy from pinned memory, or to it: what has to be done before is done."""
+        stream = self.current
+        for copy in [c for c in self.copies if c.touches(tensor) and (writes or c.destination is not None)]:
+            if copy.access.tick > stream.clock.get(copy.access.stream, 0):
+                access = self._now(name, tensor.nbytes, writes)
+                raise RaceError(f"nothing orders {access}, after {copy.access}, in pinned memory")
+            self._check([copy])
+            self.copies.remove(copy)
+            copy.finish()
+
+    @_exclusive
     def reads_host(self, name, source):
         """An asynchronous copy from pinned memory was just submitted."""
         same = [c for c in self.copies if c.source is not None and c.source.data_ptr() == source.data_ptr()]
@@ -248,6 +270,13 @@ class Timeline:
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise RaceError(fault)
+
+
+def _bytes(tensor):
+    """Where a tensor on the host begins and ends in its storage."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    begin = tensor.storage_offset() * tensor.itemsize
+    return begin, begin + (last + 1) * tensor.itemsize
 
 
 def merge(clock, other):

@@ -318,6 +318,9 @@ def copy_(destination, source, non_blocking=False):
     gpu = destination.allocation.gpu
     from_device = isinstance(source, VirtualTensor)
     gpu.submit("copy_", [source] if from_device else (), [destination])
+    pinned = not from_device and not source.is_meta and gpu.is_pinned(source)
+    if pinned:
+        gpu.timeline.touch_host("copy_in", source, writes=False)
     if not gpu.meta or (destination.known and (source.known if from_device else not source.is_meta)):
         _held(destination).copy_(_held(source))
     else:
@@ -326,7 +329,7 @@ def copy_(destination, source, non_blocking=False):
         gpu.note("copy_in", nbytes=destination.nbytes, allocation=destination.allocation.number)
         if not non_blocking:
             gpu.timeline.current.synchronize()
-        elif gpu.is_pinned(source) and not source.is_meta:
+        elif pinned:
             gpu.timeline.reads_host("copy_in", source)
     return destination
 
@@ -336,6 +339,8 @@ def _copy_out(destination, source, non_blocking=False, pinned=False):
     gpu = source.allocation.gpu
     gpu.submit("copy_", [source])
     gpu.note("copy_out", nbytes=source.nbytes, allocation=source.allocation.number)
+    if not destination.is_meta and gpu.is_pinned(destination):
+        gpu.timeline.touch_host("copy_out", destination, writes=True)
     late = non_blocking and (pinned or gpu.is_pinned(destination))
     if not late:
         gpu.timeline.current.synchronize()

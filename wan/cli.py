@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
-from .run.request import Request
+from .run.interrupts import Interrupted, Interrupts
+from .run.request import KEEPING, Request
 from .utils.accelerator import is_out_of_memory
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
 from .utils.progress import ProgressBars
+
+if TYPE_CHECKING:
+    from .run.batch import Entry
 
 PROGRAM = "generate.py"
 
@@ -22,25 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns the exit code: 0; 2 for bad input and 1 for a device, disk or program that fails, each told in one line;
-    130 for an interrupt.
+    130 for Ctrl-C and 143 for SIGTERM.
     """
+    logging.raiseExceptions = False  # a log that nobody reads, or a full disk behind it, is no reason to stop
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stdout)
     try:
-        request = parse_arguments(argv)
-        from .run import run  # with the libraries, which good arguments alone are worth waiting for
+        with Interrupts() as interrupts:
+            jobs = _parse(argv)
+            from .run import Runner  # with the libraries, which good arguments alone are worth waiting for
 
-        run(request, ProgressBars())
+            runner = Runner(ProgressBars(), interrupts)
+            if isinstance(jobs, Request):
+                runner.run(jobs)
+                return 0
+            from .run.batch import run_entries
+
+            return 1 if run_entries(jobs, runner.run) else 0
     except InputError as error:
         return _complain(error.told("--"), 2)
     except OSError as error:
         return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        return _complain(str(error) or "interrupted", 128 + number)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return _complain(f"out of memory, try --low_vram ({str(error).splitlines()[0]})", 1)
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.error = _fail  # type: ignore[method-assign]
     add_flags(parser, Request)
+    parser.add_argument(
+        "--like",
+        metavar="FILE",
+        help="Take the settings from an .mp4 or .png that this program made; flags override.",
+    )
     add_flags(parser, MemoryOptions)
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="Make many: a prompt in each line or, in a .jsonl, an object of settings. What is there is skipped.",
+    )
     add_low_vram(parser)
     parser.set_defaults(offload_model=None)  # upstream's default; the option has its own
     return parser
@@ -59,16 +83,53 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None = None) -> Request:
     """The Request that a command line makes.
 
-    Raises InputError for one that cannot work.
+    Raises InputError for one that cannot work, or that makes many.
     """
+    request = _parse(argv)
+    if not isinstance(request, Request):
+        raise InputError("makes many requests", "prompts")
+    return request
+
+
+def _parse(argv: Sequence[str] | None) -> Request | list[Entry]:
+    """The Request that a command line makes, or the entries of --prompts."""
     parser = build_parser()
-    names = [field.name for field in fields(Request) if is_option(field)]
-    parser.set_defaults(**dict.fromkeys(names))  # None is what is not given: the request has its own defaults
+    # None is what is not given: the request, a state or a file has its own values.
+    parser.set_defaults(**dict.fromkeys([*_OPTIONS, *_MEMORY]))
     set_low_vram(parser, argv)
     args = vars(parser.parse_args(argv))
-    given = {name: value for name, value in args.items() if value is not None}
-    memory = {field.name: given[field.name] for field in fields(MemoryOptions) if field.name in given}
-    return Request(**{name: given[name] for name in names if name in given}, memory=MemoryOptions(**memory))
+    given = {name: args[name] for name in _OPTIONS if args[name] is not None}
+    memory = {name: args[name] for name in _MEMORY if args[name] is not None}
+    if "resume" in given:
+        if args["like"] is not None or args["prompts"] is not None:
+            raise InputError("settled by the state that --resume names, leave them out", ("like", "prompts"))
+        return _resumed(given, memory)
+    if args["like"] is not None:
+        from .run.settings import read_settings
+
+        given = read_settings(args["like"]) | given
+    if args["prompts"] is not None:
+        from .run.batch import read_entries
+
+        return read_entries(args["prompts"], given, memory)
+    return Request(**given, memory=MemoryOptions(**memory))
+
+
+_OPTIONS = [field.name for field in fields(Request) if is_option(field)]
+_MEMORY = [field.name for field in fields(MemoryOptions)]
+# What may be given anew beside --resume: nothing of it changes the picture.
+_ANEW = [field.name for field in fields(Request) if field.metadata.get("group") == KEEPING]
+_ANEW += ["save_file", "ckpt_dir", "device"]
+
+
+def _resumed(given: dict[str, Any], memory: dict[str, Any]) -> Request:
+    """The Request that goes on from a state."""
+    settled = tuple(name for name in given if name not in _ANEW or name == "decode_latents")
+    if settled:
+        raise InputError("settled by the state that --resume names, leave it out", settled)
+    from .run.state import resumed_request
+
+    return resumed_request(given.pop("resume"), given, memory)
 
 
 def _complain(message: object, code: int) -> int:
@@ -79,3 +140,7 @@ def _complain(message: object, code: int) -> int:
 def _fail(message: str) -> None:
     """argparse's complaint, as one line."""
     raise InputError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,38 +1,62 @@
 """First and last frame to video."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .image2video import WanI2V, to_tensor
-from .pipeline import check_frame_num
+from .pipeline import Conditioning, check_frame_num
 from .utils.video import open_image
 
 
 class WanFLF2V(WanI2V):
     """Makes videos between two given images."""
 
-    def arguments(self, request):
-        """generate()'s own arguments for a request."""
+    def arguments(self, request: Any) -> dict[str, Any]:
+        """prepare()'s own arguments for a request."""
         width, height = request.pixels
         frames = {name: open_image(getattr(request, name), name) for name in ("first_frame", "last_frame")}
         return frames | {"max_area": width * height}
 
-    def generate(
+    def prepare(  # type: ignore[override]
         self,
-        input_prompt,
-        first_frame,
-        last_frame,
-        max_area=720 * 1280,
-        frame_num=81,
-        shift=16,
-        sample_solver="unipc",
-        sampling_steps=50,
-        guide_scale=5.5,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        first_frame: Image.Image,
+        last_frame: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes prompt and images. Arguments and errors as generate()'s."""
+        check_frame_num(frame_num, at_least=5)
+        first, last = to_tensor(first_frame), to_tensor(last_frame)
+        if first.shape != last.shape:
+            ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
+            # Height and width change places in the published pipeline, and so they do here.
+            last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
+        return self._prepare(input_prompt, n_prompt, [first, last], max_area, frame_num, offload_model)
+
+    def generate(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        first_frame: Image.Image,
+        last_frame: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 16,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.5,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what happens.
@@ -49,29 +73,19 @@ class WanFLF2V(WanI2V):
         Raises:
             InputError: a frame number that cannot be.
         """
-        check_frame_num(frame_num, at_least=5)
-        first, last = to_tensor(first_frame), to_tensor(last_frame)
-        if first.shape != last.shape:
-            ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
-            # Height and width change places in the published pipeline, and so they do here.
-            last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
-        return self._animate(
-            input_prompt,
-            n_prompt,
-            [first, last],
-            max_area,
-            frame_num,
-            seed,
+        return self._finish(
+            self.prepare(input_prompt, first_frame, last_frame, max_area, frame_num, n_prompt, offload_model),
             on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
 
 
-def center_crop(image, height, width):
+def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """[3, H, W] to [3, height, width] about the centre; where it is smaller it is padded with zeros."""
     short, narrow = max(0, height - image.shape[1]), max(0, width - image.shape[2])
     image = F.pad(image, (narrow // 2, (narrow + 1) // 2, short // 2, (short + 1) // 2))

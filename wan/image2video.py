@@ -1,10 +1,16 @@
 """Image to video."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from .pipeline import WanPipeline, check_frame_num
+from .pipeline import Conditioning, WanPipeline, check_frame_num
+from .utils.errors import InputError
 from .utils.video import open_image
 
 
@@ -15,43 +21,56 @@ class WanI2V(WanPipeline):
 
     def __init__(
         self,
-        config,
-        checkpoint_dir,
-        device_id=0,
-        rank=0,
-        t5_fsdp=False,
-        dit_fsdp=False,
-        use_usp=False,
-        t5_cpu=False,
-        init_on_cpu=True,
-        **options,
+        config: Any,
+        checkpoint_dir: str | Path,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_usp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+        **options: Any,
     ):
         """As WanPipeline's; `init_on_cpu` is accepted for call compatibility, loading is always on the CPU."""
         super().__init__(
             config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_usp, t5_cpu, **options
         )
 
-    def arguments(self, request):
-        """generate()'s own arguments for a request."""
+    def arguments(self, request: Any) -> dict[str, Any]:
+        """prepare()'s own arguments for a request."""
         width, height = request.pixels
         return {"img": open_image(request.image, "image"), "max_area": width * height}
 
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes prompt and image. Arguments and errors as generate()'s."""
+        check_frame_num(frame_num)
+        return self._prepare(input_prompt, n_prompt, [to_tensor(img)], max_area, frame_num, offload_model)
+
     def generate(
         self,
-        input_prompt,
-        img,
-        max_area=720 * 1280,
-        frame_num=81,
-        shift=5.0,
-        sample_solver="unipc",
-        sampling_steps=40,
-        guide_scale=5.0,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 40,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what happens.
@@ -67,60 +86,59 @@ class WanI2V(WanPipeline):
         Raises:
             InputError: a frame number that cannot be.
         """
-        check_frame_num(frame_num)
-        image = to_tensor(img)
-        return self._animate(
-            input_prompt,
-            n_prompt,
-            [image],
-            max_area,
-            frame_num,
-            seed,
+        return self._finish(
+            self.prepare(input_prompt, img, max_area, frame_num, n_prompt, offload_model),
             on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
 
-    def _animate(
-        self, prompt, n_prompt, images, max_area, frame_num, seed, on_latents, *, offload_model, **denoise
-    ):
-        """Makes the video whose first frame, and last if there are two, is given.
+    def _prepare(
+        self,
+        prompt: str,
+        n_prompt: str,
+        images: Sequence[torch.Tensor],
+        max_area: int,
+        frame_num: int,
+        offload_model: bool | None,
+    ) -> Conditioning:
+        """Encodes a prompt and the first frame of a video, and the last if there are two.
 
         images: one or two [3, H, W] in [-1, 1].
         """
         height, width = self._latent_size(images[0], max_area)
         shape = (self.vae.model.z_dim, (frame_num - 1) // self.vae_stride[0] + 1, height, width)
-        generator = self._generator(seed)
-        context, context_null = self._encode_prompts(prompt, n_prompt, offload_model)
+        contexts = self._encode_prompts(prompt, n_prompt, offload_model)
         features = self._encode_images([image[:, None] for image in images], offload_model)
         with self.stages("encode"):
             known = self._known_frames(images, frame_num, height, width)
             known = self.vae.encode([known])[0].to(self.device)
             known = torch.cat([known_mask(shape, last=len(images) > 1).to(self.device), known])
-        common = {"clip_fea": features, "y": [known], "seq_len": self._sequence_length(*shape[1:])}
-        latent = self._denoise(
-            shape,
-            generator,
-            {"context": context, **common},
-            {"context": context_null, **common},
-            offload_model=offload_model,
-            **denoise,
-        )
-        return self._decode(latent, on_latents)
+        return Conditioning(shape, *contexts, {"clip_fea": features, "y": [known]})
 
-    def _latent_size(self, image, max_area):
-        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches."""
+    def _latent_size(self, image: torch.Tensor, max_area: int) -> tuple[int, int]:
+        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches.
+
+        Raises InputError for an image so narrow that one patch across is more than the area has.
+        """
         aspect = image.shape[1] / image.shape[2]
         _, down, right = self.vae_stride
         _, patch_height, patch_width = self.patch_size
         height = np.sqrt(max_area * aspect) // down // patch_height * patch_height
         width = np.sqrt(max_area / aspect) // right // patch_width * patch_width
-        return max(patch_height, round(height)), max(patch_width, round(width))
+        if min(height, width) < 1:
+            raise InputError(
+                f"an image of {image.shape[2]}x{image.shape[1]} is too narrow for {max_area} pixels, crop it"
+            )
+        return round(height), round(width)
 
-    def _known_frames(self, images, frame_num, height, width):
+    def _known_frames(
+        self, images: Sequence[torch.Tensor], frame_num: int, height: int, width: int
+    ) -> torch.Tensor:
         """[3, frame_num, H, W]: the images scaled to the video's size at its ends, grey between them."""
         _, down, right = self.vae_stride
         frames = torch.zeros(3, frame_num, height * down, width * right)
@@ -129,13 +147,13 @@ class WanI2V(WanPipeline):
         return frames
 
 
-def to_tensor(image):
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """PIL image to [3, H, W] fp32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return pixels.float().div(255).sub_(0.5).div_(0.5)
 
 
-def known_mask(shape, last):
+def known_mask(shape: Sequence[int], last: bool) -> torch.Tensor:
     """[4, F, H, W]: 1 where a latent frame codes a known frame, a channel for each of the four that it codes.
 
     The first latent frame codes the first frame alone, so all four of its channels speak of that one.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
+from .memory.embeddings import embedded_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer
@@ -21,13 +25,15 @@ from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-from .sampling import Solver, denoise, guided
+from .sampling import OnStep, Solver, denoise, guided
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
+from .weights.lora import Loras
+from .weights.reading import checkpoint_files
 
 
 def _configured(name: str) -> Any:
@@ -35,8 +41,28 @@ def _configured(name: str) -> Any:
     return property(lambda pipeline: pipeline.config[name])
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What encoding leaves: all that denoising needs beside its settings and the noise.
+
+    Attributes:
+        shape: (C, F, H, W) of the latents.
+        context, context_null: [L, text_dim], the prompt's embedding and the negative prompt's.
+        inputs: other keyword arguments of the model: tensors and lists of them, on the device while it computes.
+        host_inputs: more of them, which stay on the CPU: tensors, lists of them, numbers.
+        references: latent frames at the front that are not part of the video.
+    """
+
+    shape: tuple[int, int, int, int]
+    context: torch.Tensor
+    context_null: torch.Tensor
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    host_inputs: Mapping[str, Any] = field(default_factory=dict)
+    references: int = 0
+
+
 class WanPipeline:
-    """A task's components and the steps between a prompt and a video.
+    """A task's components and the steps between a prompt and a video: prepare, denoise, decode.
 
     Components are loaded when they are first needed. They are at home on the CPU and visit the device; with
     `offload_model=False` they stay there once they came. The VAE's home is the device unless `vae_cpu`.
@@ -62,6 +88,8 @@ class WanPipeline:
         *,
         device: torch.device | str | None = None,
         on_event: Listener | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        lora_skip_unknown: bool = False,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -75,11 +103,13 @@ class WanPipeline:
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
+            loras: (file, strength) of LoRAs to merge into the DiT, in this order.
+            lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
-            InputError: missing files, or options that cannot work. Damaged and unfitting files are found when they
-                are loaded.
+            InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
+                files are found when they are loaded.
         """
         if rank or t5_fsdp or dit_fsdp or use_usp:
             raise InputError("several GPUs (FSDP, Ulysses, ring attention) are not supported yet, run on one")
@@ -94,6 +124,7 @@ class WanPipeline:
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
+        self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
     # What programs written for these pipelines read of them.
     num_train_timesteps = _configured("num_train_timesteps")
@@ -132,8 +163,11 @@ class WanPipeline:
             self.checkpoint_dir,
             dtype=self.config.param_dtype,
             offload_folder=OffloadFolder(folder) if folder else None,
+            loras=self._loras,
         )
         apply_chunking(model, self.options.dit_chunk)
+        if self.options.activation_offload:
+            apply_activation_offload(model, self.device, self.options.dit_chunk)
         return model
 
     @cached_property
@@ -147,13 +181,17 @@ class WanPipeline:
         visit_by_halves(vae, self.device)
         return vae
 
-    def load(self) -> None:
+    def load(self, encoders: bool = True) -> None:
         """Loads the components that are not loaded yet, so that a damaged file is found before hours of work.
+
+        Args:
+            encoders: those of text and images too, which denoising does not need.
 
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
-        for component in (self._text, *([self._image] if self.uses_clip else []), self._dit, self.vae):
+        for component in [self._text, *([self._image] if self.uses_clip else [])] if encoders else []:
             assert component is not None
+        assert self._dit is not None and self.vae is not None
 
     def _check_files(self) -> None:
         folder, config = self.checkpoint_dir, self.config
@@ -167,6 +205,21 @@ class WanPipeline:
         for path in (folder / "config.json", weights_path(folder), *(folder / name for name in names)):
             if not path.is_file():
                 raise InputError(f"{path}: no such file, the checkpoint is not complete", "ckpt_dir")
+
+    def weight_files(self, stage: str = "text") -> list[Path]:
+        """The files that the components are loaded from, of a run that starts with text, denoise or decode."""
+        folder, config = self.checkpoint_dir, self.config
+        files = [folder / config.vae_checkpoint]
+        if stage != "decode":
+            files += [folder / "config.json", *checkpoint_files(weights_path(folder))]
+        if stage == "text":
+            files.append(folder / config.t5_checkpoint)
+            files += [folder / config.clip_checkpoint] if self.uses_clip else []
+        return files
+
+    def _fitted(self, loras: Sequence[tuple[str | Path, float]], skip_unknown: bool) -> Loras:
+        parameters = self.model_class.from_config(self.checkpoint_dir).state_dict()
+        return Loras(loras, {name: tensor.shape for name, tensor in parameters.items()}, skip_unknown)
 
     @cached_property
     def _text(self) -> Component:
@@ -202,10 +255,14 @@ class WanPipeline:
     # Steps
 
     def arguments(self, request: Any) -> dict[str, Any]:
-        """The arguments of generate() that are this task's own, from what a wan.run.Request names.
+        """The arguments of prepare() that are this task's own, from what a wan.run.Request names.
 
         Raises InputError, naming the field and the file, for inputs that cannot be read.
         """
+        raise NotImplementedError
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """Encodes what generate() is given: takes those of its arguments that say what is to be seen."""
         raise NotImplementedError
 
     def _stay(self, offload_model: bool | None) -> bool:
@@ -214,8 +271,8 @@ class WanPipeline:
 
     def _encode_prompts(
         self, prompt: str, negative_prompt: str, offload_model: bool | None
-    ) -> list[list[torch.Tensor]]:
-        """Both prompts to embeddings: two lists with one [L, text_dim] on the device each."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both prompts to embeddings, [L, text_dim] on the device each."""
         self.load()
         stay = self._stay(offload_model)
         with self.stages("text"), torch.no_grad():
@@ -224,55 +281,90 @@ class WanPipeline:
                 if self.uses_clip:
                     self._image.leave()
             with self._text.on_device(stay):
-                return [
-                    [embedding.to(self.device) for embedding in self.text_encoder([text], self._text.device)]
+                context, context_null = (
+                    self.text_encoder([text], self._text.device)[0].to(self.device)
                     for text in (prompt, negative_prompt or self.sample_neg_prompt)
-                ]
+                )
+                return context, context_null
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
         with self.stages("image"), torch.no_grad(), self._image.on_device(self._stay(offload_model)):
             return self.clip.visual([video.to(self.device) for video in videos])
 
-    def _denoise(
+    def denoise(
         self,
-        shape: tuple[int, int, int, int],
-        generator: torch.Generator,
-        cond: Mapping[str, Any],
-        uncond: Mapping[str, Any],
+        conditioning: Conditioning,
         *,
         shift: float,
         sample_solver: str,
         sampling_steps: int,
         guide_scale: float,
-        offload_model: bool | None,
+        seed: int = -1,
+        offload_model: bool | None = None,
+        start: tuple[torch.Tensor, Mapping[str, Any]] | None = None,
+        on_step: OnStep | None = None,
     ) -> torch.Tensor:
         """Draws noise and walks from it to a latent video.
 
         Args:
-            shape: (C, F, H, W) of the latents.
-            generator: of the noise.
-            cond, uncond: keyword arguments of the model with the prompt and with the negative prompt.
+            conditioning: from prepare(), its tensors anywhere.
+            shift, sample_solver, sampling_steps, guide_scale, seed, offload_model: as generate()'s.
+            start: a latent on the way, and the state of the solver there, to go on from instead of from noise.
+            on_step: sees the latent and the solver after every step.
 
         Returns:
-            [C, F, H, W] fp32 on the device.
+            [C, F, H, W] fp32 on the device, without the references' frames.
         """
+        shape = conditioning.shape
         solver = Solver(
             sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps, self.param_dtype
         )
+        inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
+        seq_len = self._sequence_length(*shape[1:])
 
-        def flow(latent: torch.Tensor, t: torch.Tensor, **inputs: Any) -> torch.Tensor:
-            return self.model([latent], t=t, **inputs)[0]
+        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return self.model([latent], t=t, context=[context], seq_len=seq_len, **inputs)[0]
 
-        guided_flow = guided(partial(flow, **cond), partial(flow, **uncond), guide_scale)
-        with self.stages("denoise"), self._dit.on_device(self._stay(offload_model)):
+        contexts = [context.to(self.device) for context in (conditioning.context, conditioning.context_null)]
+        with_prompt, without = (partial(flow, context=context) for context in contexts)
+        guided_flow = guided(with_prompt, without, guide_scale)
+        generator = self._generator(seed)
+        if start:
+            solver.load_state_dict(start[1])
+        embedded = self._embedded_ahead(solver.timesteps, contexts)
+        with self.stages("denoise"), embedded, self._dit.on_device(self._stay(offload_model)):
             # Not by a name here, which would keep the noise on the device to the end.
-            return denoise(guided_flow, solver, self._noise(shape, generator), self.stages.steps)
+            latent = denoise(
+                guided_flow,
+                solver,
+                start[0].to(self.device) if start else self._noise(shape, generator),
+                self.stages.steps,
+                on_step,
+            )
+        return latent[:, conditioning.references :]
 
-    def _decode(
-        self, latent: torch.Tensor, on_latents: Callable[[torch.Tensor], None] | None = None
+    def _embedded_ahead(
+        self, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.options.dit_stream is None:
+            return contextlib.nullcontext()
+        times, prompts = [t[None] for t in timesteps], [[context] for context in contexts]
+        return embedded_ahead(self.model, self.device, times, prompts, self.param_dtype)
+
+    def _finish(
+        self,
+        conditioning: Conditioning,
+        on_latents: Callable[[torch.Tensor], None] | None,
+        **settings: Any,
     ) -> torch.Tensor:
-        """[C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU; `on_latents` sees it before."""
+        """The rest of generate(): a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU.
+
+        Args:
+            on_latents: sees the latents before they are decoded.
+            settings: of denoise().
+        """
+        latent = self.denoise(conditioning, **settings)
         if on_latents:
             on_latents(latent)
         return self.decode(latent)
@@ -304,6 +396,13 @@ class WanPipeline:
         """Tokens of a latent video."""
         patch = self.patch_size
         return (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Dicts and lists of tensors on a device."""
+    if isinstance(value, dict):
+        return {name: _to(item, device) for name, item in value.items()}
+    return [_to(item, device) for item in value] if isinstance(value, list) else value.to(device)
 
 
 def check_frame_num(frame_num: int, at_least: int = 1) -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas
 from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = ("unipc", "dpm++", "euler")
 
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OnStep = Callable[[torch.Tensor, "Solver"], None]
 
 
 def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
     """The flow under classifier-free guidance (Ho and Salimans, 2022): unconditional + scale (flow - unconditional).
 
+    A scale of 1 leaves the flow alone: the unconditional one is not asked, which halves the passes. The formula would
+    round otherwise, to within the last bits.
+
     Flows are functions of a latent [C, F, H, W] and a timestep [1], and return [C, F, H, W] fp32.
     """
+    if scale == 1:
+        return flow
 
     def flow_at(latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         conditional = flow(latent, t)
@@ -33,7 +41,10 @@ def denoise(
     flow: Flow,
     solver: Solver,
     latent: torch.Tensor,
-    steps: Callable[[Iterable[torch.Tensor], int], Iterable[torch.Tensor]] = lambda times, total: times,
+    steps: Callable[[Iterable[torch.Tensor], int, int], Iterable[torch.Tensor]] = lambda times, total, done: (
+        times
+    ),
+    on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Walks from a noisy latent to a clean one.
 
@@ -41,15 +52,17 @@ def denoise(
         flow: predicts the flow of a latent [C, F, H, W] at a timestep [1].
         solver: takes the steps that it has left.
         latent: [C, F, H, W] fp32, where the solver is.
-        steps: goes through the timesteps, their number being the second argument; a place to watch them.
+        steps: goes through the timesteps that are left, of so many in all, so many being done; a place to watch them.
+        on_step: is given the latent and the solver after every step.
 
     Returns:
         [C, F, H, W] fp32.
     """
     with torch.no_grad():
-        times = solver.timesteps
-        for t in steps(times, len(times)):
+        for t in steps(solver.timesteps, solver.steps, solver.done):
             latent = solver.step(flow(latent, t[None]), t, latent)
+            if on_step:
+                on_step(latent, solver)
     return latent
 
 
@@ -57,7 +70,8 @@ class Solver:
     """A solver of the flow's differential equation: diffusers' own, on the published sigma schedule.
 
     Args:
-        name: "unipc" (Zhao et al., UniPC, 2023) or "dpm++" (Lu et al., DPM-Solver++, 2022).
+        name: "unipc" (Zhao et al., UniPC, 2023), "dpm++" (Lu et al., DPM-Solver++, 2022) or "euler", the plain step
+            that models distilled to few steps are made for.
         steps: number of steps.
         shift: how far the schedule is shifted towards noise; sigma becomes shift s / (1 + (shift - 1) s).
         device: where the samples are.
@@ -79,15 +93,20 @@ class Solver:
     ):
         if name not in SOLVERS:
             raise ValueError(f"unknown solver {name!r}, choose one of {', '.join(SOLVERS)}")
-        make = _unipc if name == "unipc" else _dpm
-        self.name = name
-        self._dtype = dtype
+        make = {"unipc": _unipc, "dpm++": _dpm, "euler": _euler}[name]
+        self.name, self.steps = name, steps
+        self._device, self._dtype = device, dtype
         self._scheduler = make(steps, shift, device, num_train_timesteps)
 
     @property
     def timesteps(self) -> torch.Tensor:
         """[steps left], in [0, num_train_timesteps], in the order in which they are to be walked."""
-        return self._scheduler.timesteps[self._scheduler.step_index or 0 :]
+        return self._scheduler.timesteps[self.done :]
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return self._scheduler.step_index or 0
 
     def step(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """The latent one step further on. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
@@ -101,18 +120,21 @@ class Solver:
             name: _copy(getattr(self._scheduler, name)) for name in _MEMORY if hasattr(self._scheduler, name)
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another solver, made with the same arguments, gave this state."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another solver, made with the same arguments, gave this state; its tensors may be anywhere."""
         for name, value in state.items():
-            setattr(self._scheduler, name, _copy(value))
+            setattr(self._scheduler, name, _copy(value, self._device))
 
 
-# What diffusers' multistep solvers change while they step.
+# What diffusers' solvers change while they step, each some of it.
 _MEMORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
 
 
-def _copy(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
+def _copy(value: Any, device: torch.device | str | None = None) -> Any:
+    """Lists are copied, tensors are brought to a device if one is given."""
+    if isinstance(value, list):
+        return [_copy(item, device) for item in value]
+    return value.to(device) if isinstance(value, torch.Tensor) and device is not None else value
 
 
 def _unipc(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
@@ -124,4 +146,10 @@ def _unipc(steps: int, shift: float, device: torch.device | str, num_train_times
 def _dpm(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
     scheduler = FlowDPMSolverMultistepScheduler(num_train_timesteps)
     scheduler.set_timesteps(device=device, sigmas=get_sampling_sigmas(steps, shift))
+    return scheduler
+
+
+def _euler(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=shift)
+    scheduler.set_timesteps(steps, device=device, sigmas=np.linspace(1, 0, steps + 1)[:steps])
     return scheduler

@@ -62,17 +62,17 @@ class Task:
         return self.shift_at.get(size, self.sample_shift)
 
 
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "pipeline": "text2video:WanT2V",
     "prompt": "A red paper boat sails down a rainy street at dusk, lamps mirrored in the water.",
 }
-_STILL = {
+_STILL: dict[str, Any] = {
     "pipeline": "text2video:WanT2V",
     "prompt": "A lighthouse above a calm sea in the first light of the morning, soft colours.",
     "still": True,
     "frame_num": 1,
 }
-_IMAGE = {
+_IMAGE: dict[str, Any] = {
     "pipeline": "image2video:WanI2V",
     "prompt": "A white paper boat drifts across a calm lake at sunset, small waves lap around it.",
     "inputs": {"image": "i2v_input.png"},
@@ -81,7 +81,7 @@ _IMAGE = {
     "sample_steps": 40,
     "shift_at": {"832*480": 3.0, "480*832": 3.0},
 }
-_FIRST_LAST = {
+_FIRST_LAST: dict[str, Any] = {
     "pipeline": "first_last_frame2video:WanFLF2V",
     "prompt": "Noon turns to dusk over a little house with a red roof; the sun sinks, stars come out, "
     "the windows light up.",
@@ -91,7 +91,7 @@ _FIRST_LAST = {
     "least_frames": 5,
     "sample_shift": 16.0,
 }
-_EDIT = {
+_EDIT: dict[str, Any] = {
     "pipeline": "vace:WanVace",
     "prompt": "A red paper boat sails past a red and white striped lighthouse on a bright day.",
     "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "vace_ref_1.png,vace_ref_2.png"},
@@ -109,6 +109,7 @@ def _task(name: str, facts: dict[str, Any]) -> Task:
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
 
 
+DEFAULT_TASK = "t2v-14B"
 TASKS = {
     name: _task(name, facts)
     for name, facts in {

@@ -1,39 +1,57 @@
 """Text to video."""
 
-from .pipeline import WanPipeline, check_frame_num
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .pipeline import Conditioning, WanPipeline, check_frame_num
 
 
 class WanT2V(WanPipeline):
     """Makes videos, or with one frame images, from text."""
 
-    def arguments(self, request):
-        """generate()'s own arguments for a request."""
+    def arguments(self, request: Any) -> dict[str, Any]:
+        """prepare()'s own arguments for a request."""
         return {"size": request.pixels}
+
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes the prompt. Arguments and errors as generate()'s."""
+        check_frame_num(frame_num)
+        shape = self._latent_shape(size, frame_num)
+        return Conditioning(shape, *self._encode_prompts(input_prompt, n_prompt, offload_model))
 
     def generate(
         self,
-        input_prompt,
-        size=(1280, 720),
-        frame_num=81,
-        shift=5.0,
-        sample_solver="unipc",
-        sampling_steps=50,
-        guide_scale=5.0,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what to show.
             size: (width, height) in pixels; multiples of 16.
             frame_num: frames, 4n+1.
             shift: of the noise schedule.
-            sample_solver: "unipc" or "dpm++".
+            sample_solver: "unipc", "dpm++" or "euler".
             sampling_steps: solver steps.
-            guide_scale: strength of classifier-free guidance.
+            guide_scale: strength of classifier-free guidance; 1 is none, with one pass per step.
             n_prompt: what to avoid; empty for the config's.
             seed: of the noise; negative for a random one.
             offload_model: send each component home when it is done; default: as the option says, which is True.
@@ -45,20 +63,13 @@ class WanT2V(WanPipeline):
         Raises:
             InputError: a frame number or a size that cannot be.
         """
-        check_frame_num(frame_num)
-        shape = self._latent_shape(size, frame_num)
-        generator = self._generator(seed)
-        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
-        common = {"seq_len": self._sequence_length(*shape[1:])}
-        latent = self._denoise(
-            shape,
-            generator,
-            {"context": context, **common},
-            {"context": context_null, **common},
+        return self._finish(
+            self.prepare(input_prompt, size, frame_num, n_prompt, offload_model),
+            on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
-        return self._decode(latent, on_latents)

@@ -13,11 +13,13 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from easydict import EasyDict
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -111,14 +113,15 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     return directory
 
 
-def _write_dit(directory, config, seed, shards):
+def _write_dit(directory: Path, config: EasyDict, seed: int, shards: int) -> None:
     (directory / "config.json").write_text(json.dumps(config.dit_config, indent=2) + "\n")
     weights = dit_weights(config, seed)
     stem = "diffusion_pytorch_model"
     if shards == 1:
         save_file(weights, directory / f"{stem}.safetensors", metadata={"format": "pt"})
         return
-    names, weight_map = sorted(weights), {}
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
     for part in range(shards):
         shard = f"{stem}-{part + 1:05d}-of-{shards:05d}.safetensors"
         held = {name: weights[name] for name in names[part::shards]}
@@ -130,7 +133,7 @@ def _write_dit(directory, config, seed, shards):
     )
 
 
-def _write_tokenizer(directory, tokenizer):
+def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(directory)
     special = json.dumps(
         tokenizer.special_tokens_map, indent=2
@@ -141,14 +144,14 @@ def _write_tokenizer(directory, tokenizer):
 # Weights
 
 
-def _normal(seed, name, shape, mean=0.0, std=1.0):
+def _normal(seed: int, name: str, shape: Sequence[int], mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
     """Normal fp32 tensor that depends on the seed and the name alone."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     values = generator.standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(values * np.float32(std) + np.float32(mean))
 
 
-def _layer(seed, name, shape, gain=1.0):
+def _layer(seed: int, name: str, shape: Sequence[int], gain: float = 1.0) -> torch.Tensor:
     """A tensor by its kind: matrices and kernels keep their input's scale, times `gain`."""
     if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
         return _normal(seed, name, shape, mean=1.0, std=0.1)
@@ -157,7 +160,7 @@ def _layer(seed, name, shape, gain=1.0):
     return _normal(seed, name, shape, std=gain / math.sqrt(math.prod(shape[1:])))
 
 
-def dit_weights(config, seed=0) -> dict[str, torch.Tensor]:
+def dit_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The DiT's tensors, fp32, by their names in the file."""
     from .modules.model import WanModel
     from .modules.vace_model import VaceWanModel
@@ -179,7 +182,7 @@ def dit_weights(config, seed=0) -> dict[str, torch.Tensor]:
     return weights
 
 
-def vae_weights(config, seed=0) -> dict[str, torch.Tensor]:
+def vae_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The VAE's tensors, fp32, by their names in the file."""
     from .modules.vae import VAE
 
@@ -198,7 +201,7 @@ def vae_weights(config, seed=0) -> dict[str, torch.Tensor]:
     return weights
 
 
-def t5_weights(config, seed=0) -> dict[str, torch.Tensor]:
+def t5_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     """The T5 encoder's tensors, bf16, by their names in the file."""
     sizes = config.t5_config
     model, inner, ffn = sizes["d_model"], sizes["d_kv"] * sizes["num_heads"], sizes["d_ff"]
@@ -227,7 +230,7 @@ def t5_weights(config, seed=0) -> dict[str, torch.Tensor]:
     return weights
 
 
-def clip_weights(config, seed=0) -> dict[str, torch.Tensor]:
+def clip_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     """CLIP's tensors, image and text tower, fp16, by their names in the file."""
     width, mlp = 1280, config.clip_config["intermediate_size"]
     shapes = {
@@ -270,11 +273,11 @@ def clip_weights(config, seed=0) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _linear(name, inputs, outputs):
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def _affine(name, width):
+def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 

@@ -1,15 +1,21 @@
 """VACE: video from source frames, masks and reference images, each alone or together."""
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from .modules.vace_model import VaceWanModel
+from .modules.vae import WanVAE
+from .pipeline import Conditioning
 from .text2video import WanT2V
 from .utils.errors import InputError
-from .utils.vace_processor import VaceVideoProcessor, load_sources
+from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources
+
+References = Sequence[Sequence[torch.Tensor] | None] | None  # of each sample
 
 
 class WanVace(WanT2V):
@@ -31,8 +37,8 @@ class WanVace(WanT2V):
             keep_last=True,
         )
 
-    def arguments(self, request):
-        """generate()'s own arguments for a request."""
+    def arguments(self, request: Any) -> dict[str, Any]:
+        """prepare()'s own arguments for a request."""
         sources = self.prepare_source(
             [request.src_video],
             [request.src_mask],
@@ -44,7 +50,15 @@ class WanVace(WanT2V):
         names = ("input_frames", "input_masks", "input_ref_images")
         return dict(zip(names, sources)) | {"size": request.pixels}
 
-    def prepare_source(self, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+    def prepare_source(
+        self,
+        src_video: Sequence[str | None],
+        src_mask: Sequence[str | None],
+        src_ref_images: Sequence[Sequence[str] | None],
+        num_frames: int,
+        image_size: tuple[int, int],
+        device: torch.device | str,
+    ) -> Sources:
         """Loads the source files of each sample.
 
         Args:
@@ -62,25 +76,51 @@ class WanVace(WanT2V):
         """
         return load_sources(self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu")
 
+    def prepare(  # type: ignore[override]
+        self,
+        input_prompt: str,
+        input_frames: Sequence[torch.Tensor],
+        input_masks: Sequence[torch.Tensor] | None,
+        input_ref_images: References,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        context_scale: float = 1.0,
+        n_prompt: str = "",
+        offload_model: bool | None = None,
+    ) -> Conditioning:
+        """Encodes prompt and source material. Arguments as generate()'s."""
+        if input_masks is None:
+            input_masks = [torch.ones_like(frames[:1]) for frames in input_frames]
+        contexts = self._encode_prompts(input_prompt, n_prompt, offload_model)
+        with self.stages("encode"):
+            coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
+            masks = self.vace_encode_masks(input_masks, input_ref_images)
+            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
+            source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
+        channels, *shape = coded[0].shape
+        references = len((input_ref_images and input_ref_images[0]) or ())
+        inputs = {"vace_context": source, "vace_context_scale": context_scale}
+        return Conditioning((channels // 2, *shape), *contexts, host_inputs=inputs, references=references)
+
     def generate(
         self,
-        input_prompt,
-        input_frames,
-        input_masks,
-        input_ref_images,
-        size=(1280, 720),
-        frame_num=81,
-        context_scale=1.0,
-        shift=5.0,
-        sample_solver="unipc",
-        sampling_steps=50,
-        guide_scale=5.0,
-        n_prompt="",
-        seed=-1,
-        offload_model=None,
+        input_prompt: str,
+        input_frames: Sequence[torch.Tensor],
+        input_masks: Sequence[torch.Tensor] | None,
+        input_ref_images: References,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+        context_scale: float = 1.0,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool | None = None,
         *,
-        on_latents=None,
-    ):
+        on_latents: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_prompt: what to show.
@@ -94,36 +134,32 @@ class WanVace(WanT2V):
         Returns:
             [3, F, H, W] fp32 in [-1, 1] on the CPU.
         """
-        if input_masks is None:
-            input_masks = [torch.ones_like(frames[:1]) for frames in input_frames]
-        generator = self._generator(seed)
-        context, context_null = self._encode_prompts(input_prompt, n_prompt, offload_model)
-        with self.stages("encode"):
-            coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
-            masks = self.vace_encode_masks(input_masks, input_ref_images)
-            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
-            source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
-        channels, *shape = coded.pop().shape
-        common = {
-            "vace_context": source,
-            "vace_context_scale": context_scale,
-            "seq_len": self._sequence_length(*shape),
-        }
-        latent = self._denoise(
-            (channels // 2, *shape),
-            generator,
-            {"context": context, **common},
-            {"context": context_null, **common},
+        return self._finish(
+            self.prepare(
+                input_prompt,
+                input_frames,
+                input_masks,
+                input_ref_images,
+                context_scale=context_scale,
+                n_prompt=n_prompt,
+                offload_model=offload_model,
+            ),
+            on_latents,
             shift=shift,
             sample_solver=sample_solver,
             sampling_steps=sampling_steps,
             guide_scale=guide_scale,
+            seed=seed,
             offload_model=offload_model,
         )
-        (latent,) = _without_references([latent], input_ref_images)
-        return self._decode(latent, on_latents)
 
-    def vace_encode_frames(self, frames, ref_images, masks=None, vae=None):
+    def vace_encode_frames(
+        self,
+        frames: Sequence[torch.Tensor],
+        ref_images: References,
+        masks: Sequence[torch.Tensor] | None = None,
+        vae: WanVAE | None = None,
+    ) -> list[torch.Tensor]:
         """Codes what stays and what is to be made of each video, and its reference images before them.
 
         Returns a list of [32, references + F, h, w]; without masks, of [16, ...], all being coded alike.
@@ -145,7 +181,12 @@ class WanVace(WanT2V):
                 coded[i] = torch.cat([reference, coded[i]], dim=1)
         return coded
 
-    def vace_encode_masks(self, masks, ref_images=None, vae_stride=None):
+    def vace_encode_masks(
+        self,
+        masks: Sequence[torch.Tensor],
+        ref_images: References = None,
+        vae_stride: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
         """Masks [C, F, H, W], the first channel of them, to the latents' grid: list of [64, references + F', h, w].
 
         Each 8 x 8 square of pixels becomes 64 channels; references have a mask of zeros.
@@ -169,29 +210,33 @@ class WanVace(WanT2V):
             )
         return coded
 
-    def vace_latent(self, z, m):
+    def vace_latent(self, z: Sequence[torch.Tensor], m: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Joins coded videos and masks along the channels."""
         return [torch.cat([latent, mask.to(latent)]) for latent, mask in zip(z, m)]
 
-    def decode_latent(self, zs, ref_images=None, vae=None):
+    def decode_latent(
+        self, zs: Sequence[torch.Tensor], ref_images: References = None, vae: WanVAE | None = None
+    ) -> list[torch.Tensor]:
         """Decodes latents [16, references + F, h, w] without their reference images."""
-        return (vae or self.vae).decode(_without_references(zs, ref_images))
+        references = _per_sample(ref_images, len(zs))
+        return (vae or self.vae).decode([latent[:, len(images) :] for latent, images in zip(zs, references)])
 
 
 class WanVaceMP(WanVace):
     """WanVace on several GPUs, which is not supported yet."""
 
-    def __init__(self, config, checkpoint_dir, use_usp=False, ulysses_size=None, ring_size=None):
+    def __init__(
+        self,
+        config: Any,
+        checkpoint_dir: Any,
+        use_usp: bool = False,
+        ulysses_size: int | None = None,
+        ring_size: int | None = None,
+    ):
         """Raises InputError."""
         raise InputError("WanVaceMP: several GPUs are not supported yet, use WanVace on one")
 
 
-def _without_references(latents, ref_images):
-    """Latents [16, references + F, h, w] to [16, F, h, w]."""
-    references = _per_sample(ref_images, len(latents))
-    return [latent[:, len(images) :] for latent, images in zip(latents, references)]
-
-
-def _per_sample(ref_images, samples):
+def _per_sample(ref_images: References, samples: int) -> list[Sequence[torch.Tensor]]:
     """A list of references for each sample, empty where there are none."""
     return [references or [] for references in ref_images or [None] * samples]

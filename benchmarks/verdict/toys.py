@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import load_file
 
 import generate
+from wan.tasks import TASKS
 
 
 def compare(bench, task):
     """Every toy video fits one tile and one chunk, so that --low_vram only places weights: bit for bit the same."""
     few = ["--frame_num", "5", "--sample_steps", "2"] if bench.rehearse else ["--sample_steps", "4"]
-    if task.startswith("t2i"):
+    if TASKS[task].still:
         few = few[-2:]
     with bench.folder() as folder:
         plain = _run(bench, folder / "plain", task, few)
@@ -35,7 +36,7 @@ def compare(bench, task):
 
 def _run(bench, stem, task, options):
     """The latents and the bytes of the file that the command line makes, or None if it fails."""
-    image = task.startswith("t2i")
+    image = TASKS[task].still
     video, latents = stem.with_suffix(".png" if image else ".mp4"), stem.with_suffix(".safetensors")
     arguments = ["--task", task, "--base_seed", "5", *options]
     arguments += ["--save_file", str(video), "--save_latents", str(latents)]

@@ -4,6 +4,9 @@ Names ending in `-tiny` are toy twins with random weights: every path of the pro
 """
 
 import copy
+from typing import Any
+
+from easydict import EasyDict
 
 from .tiny import TINY_CONFIGS
 from .wan_i2v_14B import i2v_14B
@@ -11,7 +14,7 @@ from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2v_14B
 
 
-def _variant(config, name, **entries):
+def _variant(config: EasyDict, name: str, **entries: Any) -> EasyDict:
     config = copy.deepcopy(config)
     config.update(entries, __name__=f"Config: {name}")
     return config

@@ -1,5 +1,7 @@
 """What all Wan2.1 models have in common: files, types, patch and latent strides."""
 
+from typing import Any
+
 import torch
 from easydict import EasyDict
 
@@ -33,6 +35,6 @@ wan_shared_cfg = EasyDict(
 )
 
 
-def model_config(name, **entries):
+def model_config(name: str, **entries: Any) -> EasyDict:
     """The shared entries with a model's own."""
     return EasyDict({**wan_shared_cfg, **entries}, __name__=f"Config: {name}")

@@ -10,8 +10,10 @@ Beside the keys of the other configs they hold the sizes that the real models ha
 """
 
 import copy
+from typing import Any
 
 import torch
+from easydict import EasyDict
 
 from .wan_i2v_14B import i2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
@@ -34,7 +36,13 @@ DIT = {
 CLIP = {"num_hidden_layers": 2, "intermediate_size": 128}
 
 
-def _tiny(base, task, dit, t5=None, clip=None):
+def _tiny(
+    base: EasyDict,
+    task: str,
+    dit: dict[str, Any],
+    t5: dict[str, Any] | None = None,
+    clip: dict[str, Any] | None = None,
+) -> EasyDict:
     config = copy.deepcopy(base)
     config.__name__ = f"Config: Wan {task} tiny"
     config.t5_dtype = config.param_dtype = torch.float32
@@ -49,7 +57,7 @@ def _tiny(base, task, dit, t5=None, clip=None):
     return config
 
 
-def _image(task, also_negative=""):
+def _image(task: str, also_negative: str = "") -> EasyDict:
     config = _tiny(i2v_14B, task, {"model_type": task, "in_dim": 36}, t5={"num_layers": 6}, clip=CLIP)
     config.sample_neg_prompt = also_negative + config.sample_neg_prompt
     return config

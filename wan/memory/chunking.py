@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..modules.forward import dit_forward
+from ..modules.tokens import ON_DEVICE, Place
 from ..utils.errors import InputError
 from .known import check_known
 from .methods import Undo, layer_methods
@@ -53,7 +54,7 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
         return layer_methods(model, "dit_chunk", forward=lambda forward: partial(forward, chunk=tokens))
     attention = sys.modules[type(model.blocks[0].self_attn).__module__].flash_attention
 
-    def chunked(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    def chunked(*args: Any, place: Place = ON_DEVICE, **kwargs: Any) -> list[torch.Tensor]:
         call = signature.bind(model, *args, **kwargs).arguments
         inputs = {name: call[name] for name in ("x", "t", "context", "seq_len")}
         if inputs["t"].dim() != 1:
@@ -64,6 +65,6 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
             inputs["y"] = call.get("y")
             if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
                 inputs["image"] = model.img_emb(call["clip_fea"])
-        return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens)
+        return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens, place=place)
 
     return layer_methods(model, "dit_chunk", innermost=True, forward=lambda _: chunked)

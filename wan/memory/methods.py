@@ -1,6 +1,7 @@
 """Methods replaced on one object, with their undo."""
 
 from collections.abc import Callable
+from typing import Any
 
 Undo = Callable[[], None]
 
@@ -8,14 +9,14 @@ Undo = Callable[[], None]
 class _Layered:
     """What stands in for a method: its own function inside layers that were put around it."""
 
-    def __init__(self, function, replaced):
+    def __init__(self, function: Callable[..., Any], replaced: tuple[Any, ...]):
         self.function = function
         self.replaced = (
             replaced  # what the instance held under the name before, as (value,), or () for nothing
         )
-        self.layers = []  # (option, function of a function), the innermost first
+        self.layers: list[tuple[str, Callable]] = []  # (option, function of a function), the innermost first
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.function
         for _, around in self.layers:
             function = around(function)
@@ -59,7 +60,7 @@ def layer_methods(
             setattr(owner, name, held)
         held.layers.insert(0 if innermost else len(held.layers), layer)
 
-    def undo():
+    def undo() -> None:
         for name, layer in list(mine.items()):
             del mine[name]
             held = vars(owner)[name]

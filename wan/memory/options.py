@@ -56,6 +56,7 @@ class MemoryOptions:
         None,
         "Pass the DiT's layers through the GPU in turn; GIB of them stay there (default 0).",
         at_least=0,
+        at_most=2**20,
         bare=0.0,
         group=GROUP,
         metavar="GIB",
@@ -75,6 +76,11 @@ class MemoryOptions:
         group=GROUP,
         metavar="TOKENS",
     )
+    activation_offload: bool = option(
+        False,
+        "Keep what grows with the video in RAM while the DiT computes; pieces of --dit_chunk tokens visit the GPU.",
+        group=GROUP,
+    )
     offload_folder: str | os.PathLike | None = option(
         None,
         "Keep converted weights in DIR and map them from there, so that they take no RAM of their own.",
@@ -89,26 +95,33 @@ class MemoryOptions:
         check_chunk(self.dit_chunk)
         if self.t5_cpu and self.t5_stream:
             raise InputError("choose one, where the text encoder computes", ("t5_stream", "t5_cpu"))
+        folder = self.offload_folder
+        if folder is not None and (
+            not os.fspath(folder) or (os.path.exists(folder) and not os.path.isdir(folder))
+        ):
+            raise InputError("is no folder, give another place", "offload_folder", folder)
 
 
-# --low_vram: values that hold every task's peak to a few GiB at little cost in time.
+# --low_vram: values that hold every task's peak at 720p to about 1 GiB.
 LOW_VRAM = {
     "offload_model": True,
     "vae_cpu": True,
-    "vae_tile": 272,
+    "vae_tile": 128,
     "t5_stream": True,
     "dit_stream": 0.0,
-    "dit_chunk": 2048,
+    "dit_chunk": 1024,
+    "activation_offload": True,
 }
 
 
 def add_low_vram(parser: argparse.ArgumentParser) -> None:
     """Adds --low_vram to a parser that has the flags of the options; `set_low_vram` makes it work."""
+    offload = " --activation_offload" if parser.get_default("activation_offload") is not None else ""
     parser.add_argument(
         "--low_vram",
         action="store_true",
         help=f"All of it: --offload_model True --vae_cpu --vae_tile {LOW_VRAM['vae_tile']} --t5_stream --dit_stream "
-        "--dit_chunk; a flag given beside it keeps its own value.",
+        f"--dit_chunk {LOW_VRAM['dit_chunk']}{offload}; a flag given beside it keeps its own value.",
     )
 
 

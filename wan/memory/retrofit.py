@@ -128,8 +128,8 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
         InputError: options that cannot work.
         RuntimeError: an option that is applied already. Nothing is changed then.
     """
-    options = check_memory_options(t5_cpu=pipeline.t5_cpu, **options)
-    return _stream_and_chunk(pipeline, pipeline.device, pipeline.param_dtype, options)
+    chosen = check_memory_options(t5_cpu=pipeline.t5_cpu, **options)
+    return _stream_and_chunk(pipeline, pipeline.device, pipeline.param_dtype, chosen)
 
 
 def _stream_and_chunk(

@@ -97,11 +97,11 @@ class Streamer:
             return 0
         return self._ring_size * self._slot_bytes + sum(group.size for group in self._resident)
 
-    def __enter__(self):
+    def __enter__(self) -> Streamer:
         self.attach()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.detach()
 
     def attach(self) -> None:

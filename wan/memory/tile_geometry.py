@@ -6,7 +6,12 @@ pads with zeros as it does for the whole frame.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from ..modules.vae_operations import Operation
+
+Interval = tuple[int, int]  # [low, high)
 
 STRIDE = 8  # pixels that one latent cell covers
 
@@ -25,7 +30,9 @@ class Tile(NamedTuple):
     crops: list
 
 
-def tiles(operations, input_size, output_size, tile):
+def tiles(
+    operations: Sequence[Operation], input_size: Sequence[int], output_size: Sequence[int], tile: int
+) -> Iterator[Tile]:
     """The Tiles of a pass between latent cells and pixels, in either direction.
 
     Args:
@@ -47,17 +54,17 @@ def tiles(operations, input_size, output_size, tile):
         )
 
 
-def pixel_size(input_size, output_size):
+def pixel_size(input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, ...]:
     """(height, width) in pixels of the video that a pass takes or makes; of whole latent cells alone."""
     return tuple(STRIDE * min(lengths) for lengths in zip(input_size, output_size))
 
 
-def grid(height, width, tile):
+def grid(height: int, width: int, tile: int) -> list[tuple[Interval, Interval]]:
     """The tiles of a frame, row by row, as ((top, bottom), (left, right)) in pixels; one if `tile` is 0."""
     return [(rows, columns) for rows in split(height, tile) for columns in split(width, tile)]
 
 
-def split(length, tile):
+def split(length: int, tile: int) -> list[Interval]:
     """Cuts [0, length) into the fewest intervals of at most `tile`, near equal and aligned to the stride."""
     cells = length // STRIDE
     count = math.ceil(length / tile) if tile else 1
@@ -65,7 +72,7 @@ def split(length, tile):
     return list(zip(cuts, cuts[1:]))
 
 
-def needed_intervals(operations, low, high, length):
+def needed_intervals(operations: Sequence[Operation], low: int, high: int, length: int) -> list[Interval]:
     """What [low, high) of the output needs along one axis: an interval for the input of each operation.
 
     Args:
@@ -87,18 +94,18 @@ def needed_intervals(operations, low, high, length):
     return needed[::-1]
 
 
-def input_interval(operation, low, high):
+def input_interval(operation: Operation, low: int, high: int) -> Interval:
     """What an operation reads for [low, high) of its output, borders apart."""
     before, after = operation.halo
     return math.floor((low - before) / operation.scale), math.ceil((high + after) / operation.scale)
 
 
-def output_length(operation, length):
+def output_length(operation: Operation, length: int) -> int:
     """How many pixels an operation makes of `length`."""
     return int(length * operation.scale)
 
 
-def _relative(operations, needed):
+def _relative(operations: Sequence[Operation], needed: Sequence[Interval]) -> list[slice]:
     """The needed intervals as slices of what arrives at each operation and leaves the last one."""
     start, slices = needed[0][0], []
     for operation, (low, high) in zip([*operations, None], needed):
@@ -107,5 +114,5 @@ def _relative(operations, needed):
     return slices
 
 
-def _index(rows, columns):
+def _index(rows: Interval, columns: Interval) -> tuple[slice, ...]:
     return slice(None), slice(None), slice(*rows), slice(*columns)

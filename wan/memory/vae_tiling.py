@@ -19,14 +19,18 @@ import contextlib
 import functools
 import gc
 import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..modules import vae_forward
 from ..modules.vae_forward import FrameWriter, frames_of, run_pass
+from ..modules.vae_operations import Operation
 from ..utils.accelerator import is_out_of_memory
 from ..utils.errors import InputError
-from .methods import layer_methods
+from .methods import Undo, layer_methods
 from .predict.vae import decode_bytes, encode_bytes
 from .tile_geometry import pixel_size, tiles
 
@@ -38,7 +42,7 @@ RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 log = logging.getLogger(__name__)
 
 
-def check_tile(value):
+def check_tile(value: int | str) -> int | str:
     """Returns `value` if it is a tile size: "auto", 0 (whole frames) or a multiple of 16 pixels, at least 64.
 
     Raises InputError.
@@ -54,7 +58,7 @@ def check_tile(value):
     return value
 
 
-def apply_tiling(vae, tile="auto", capacity=None):
+def apply_tiling(vae: Any, tile: int | str = "auto", capacity: int | None = None) -> Undo:
     """Gives a VAE tiled `encode` and `decode` of the same signatures: a list or batch in, a list out.
 
     They compute on the device where the weights are when they are called, without autocast, one sample at a
@@ -84,26 +88,36 @@ def apply_tiling(vae, tile="auto", capacity=None):
 
 
 @torch.no_grad()
-def encode_each(vae, videos, tile, capacity=None):
+def encode_each(
+    vae: Any, videos: Iterable[torch.Tensor], tile: int | str, capacity: int | None = None
+) -> list[torch.Tensor]:
     """Encodes each video where the encoder's weights are now, without autocast; see `encode`."""
     with _no_autocast(vae.model.conv1.weight.device.type):
         return [encode(vae.model, video, vae.scale, tile, capacity) for video in videos]
 
 
 @torch.no_grad()
-def decode_each(vae, zs, tile, capacity=None):
+def decode_each(
+    vae: Any, zs: Iterable[torch.Tensor], tile: int | str, capacity: int | None = None
+) -> list[torch.Tensor]:
     """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
         return [decode(vae.model, z, vae.scale, tile, capacity) for z in zs]
 
 
-def _no_autocast(device_type):
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
-def decode(model, z, scale, tile=0, capacity=None):
+def decode(
+    model: nn.Module,
+    z: torch.Tensor,
+    scale: Sequence[torch.Tensor],
+    tile: int | str = 0,
+    capacity: int | None = None,
+) -> torch.Tensor:
     """As wan.modules.vae_forward.decode, by tiles.
 
     When the device runs out of memory over the tiles, goes on with tiles of half the size.
@@ -116,10 +130,16 @@ def decode(model, z, scale, tile=0, capacity=None):
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, tile))
+    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile)))
 
 
-def encode(model, video, scale, tile=0, capacity=None):
+def encode(
+    model: nn.Module,
+    video: torch.Tensor,
+    scale: Sequence[torch.Tensor],
+    tile: int | str = 0,
+    capacity: int | None = None,
+) -> torch.Tensor:
     """As wan.modules.vae_forward.encode, by tiles.
 
     When the device runs out of memory over the tiles, goes on with tiles of half the size.
@@ -130,10 +150,16 @@ def encode(model, video, scale, tile=0, capacity=None):
     """
     if tile == "auto":
         tile = _tile_for_device(encode_bytes, model, video.shape[1:], model.conv1.weight.device, capacity)
-    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, tile))
+    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, int(tile)))
 
 
-def by_tiles(tile, operations, source, target, weight):
+def by_tiles(
+    tile: int,
+    operations: Sequence[Operation],
+    source: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+) -> None:
     """As wan.modules.vae_forward.on_whole_frames in tiles of at most `tile` pixels, smaller ones if memory runs out."""
     longest = max(pixel_size(source.shape[2:], target.shape[2:]))
     tile = min(tile or longest, longest)
@@ -153,7 +179,9 @@ def by_tiles(tile, operations, source, target, weight):
         torch.get_device_module(weight.device).empty_cache()
 
 
-def fitting_tile(bytes_needed, model, shape, capacity):
+def fitting_tile(
+    bytes_needed: Callable[..., int], model: nn.Module, shape: Sequence[int], capacity: float
+) -> int:
     """The tile size with the fewest tiles that fit, 0 for whole frames; the smallest size if none does.
 
     Args:
@@ -169,7 +197,13 @@ def fitting_tile(bytes_needed, model, shape, capacity):
     return SMALLEST_TILE
 
 
-def _tile_for_device(bytes_needed, model, shape, device, capacity):
+def _tile_for_device(
+    bytes_needed: Callable[..., int],
+    model: nn.Module,
+    shape: Sequence[int],
+    device: torch.device,
+    capacity: int | None,
+) -> int:
     """`fitting_tile` on a device where the weights are now; 0 on the CPU.
 
     What counts is the capacity given or the size of the device, less what CUDA takes and what this process holds: not

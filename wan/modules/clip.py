@@ -1,7 +1,10 @@
 """The image encoder: the image tower of CLIP ViT-H/14, loaded from Wan2.1's file."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ from ..weights.loading import load_weights
 
 __all__ = ["CLIPModel"]
 
-VIT_H_14 = {
+VIT_H_14: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -93,7 +96,15 @@ class CLIPModel:
         InputError: a missing, damaged or unfitting checkpoint.
     """
 
-    def __init__(self, dtype, device, checkpoint_path, tokenizer_path, *, config=None):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        checkpoint_path: str | Path | None,
+        tokenizer_path: str | Path | None,
+        *,
+        config: dict[str, Any] | None = None,
+    ):
         self.dtype = dtype
         self.device = device
         self.checkpoint_path = checkpoint_path
@@ -113,7 +124,7 @@ class CLIPModel:
             self._load(checkpoint_path, num_layers)
             model.to(device)
 
-    def _load(self, checkpoint_path, num_layers: int) -> None:
+    def _load(self, checkpoint_path: str | Path, num_layers: int) -> None:
         """Fills the model; the file keeps leading dimensions of 1 where the library has none."""
         embeddings = self.model.embeddings
         positions = embeddings.position_embedding
@@ -129,7 +140,7 @@ class CLIPModel:
         """The blocks in the order of their visits."""
         return list(self.model.encoder.layers)
 
-    def visual(self, videos) -> torch.Tensor:
+    def visual(self, videos: Sequence[torch.Tensor]) -> torch.Tensor:
         """Encodes every frame of some videos.
 
         Args:

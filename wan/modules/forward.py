@@ -1,9 +1,9 @@
 """The DiT's forward pass, for every model type, by chunks of tokens; the whole sequence is one chunk.
 
 Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them.
-What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; everything
-else is computed for one chunk of tokens at a time and added in place. A chunk attends to all keys at once, so
-each row's arithmetic is the one of the whole pass.
+What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; where these
+live is handed in, see tokens.py. Everything else is computed for one chunk of tokens at a time and added in place.
+A chunk attends to all keys at once, so each row's arithmetic is the one of the whole pass.
 
 Precision is that of the published model: norms, modulation, time embedding, head and the residual stream in
 fp32, rotary embedding in fp64, linear and convolution layers and attention in the compute type, which is handed
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
@@ -102,6 +102,7 @@ def dit_forward(
     vace_context: Sequence[torch.Tensor] | None = None,
     vace_context_scale: float = 1.0,
     chunk: int = 0,
+    place: Place = ON_DEVICE,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
@@ -110,6 +111,7 @@ def dit_forward(
         dtype: the compute type; linear and convolution layers are kept in it, or an autocast to it is on.
         image: [B, 257 or 514, dim], what the model's `img_emb` makes of the image features.
         chunk: tokens per chunk, 0 for all.
+        place: where tensors over all tokens live.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -128,9 +130,9 @@ def dit_forward(
     flows = []
     for i, latent in enumerate(x):
         latent = latent if y is None else torch.cat([latent, y[i]])
-        tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype)
-        if tokens.size(1) > seq_len:
-            raise ValueError(f"{tokens.size(1)} tokens do not fit seq_len {seq_len}")
+        tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype, place, "tokens")
+        if tokens.length > seq_len:
+            raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = Layers(
             modulation[i : i + 1],
             text[i : i + 1],
@@ -138,7 +140,8 @@ def dit_forward(
             Rope(model.freqs.to(device), grid),
             attention,
             dtype,
-            chunk,
+            spans(tokens.length, chunk),
+            place,
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
@@ -146,7 +149,7 @@ def dit_forward(
         else:
             _run_with_hints(model, layers, tokens, vace_context[i], vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
-        flows.append(predict(model, tokens, time[i : i + 1], grid, chunk).to(dtype).float())
+        flows.append(predict(model, tokens, time[i : i + 1], grid, layers.spans).to(dtype).float())
     return flows
 
 
@@ -161,7 +164,8 @@ class Layers:
         rope: Rope,
         attention: Attention,
         dtype: torch.dtype,
-        chunk: int,
+        spans: list[slice],
+        place: Place,
     ):
         self.modulation = modulation  # [1, 6, dim] fp32
         self.text = text  # [1, text_len, dim]
@@ -169,14 +173,15 @@ class Layers:
         self.rope = rope
         self.attention = attention
         self.dtype = dtype
-        self.chunk = chunk
+        self.spans = spans
+        self.place = place
 
     def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The layer in the compute type."""
         return layer(x.to(self.dtype))
 
-    def run(self, block: nn.Module, x: torch.Tensor, *, first: bool) -> None:
-        """One block on x: [1, L, dim] fp32, changed in place.
+    def run(self, block: nn.Module, x: Tokens, *, first: bool) -> None:
+        """One block on the residual stream x, changed in place.
 
         first: whether it is the first of its stack. The stream is fp32 from the start, but what embeds the patches
         computes in the compute type, and the first block's norm gives its result in that type.
@@ -186,47 +191,49 @@ class Layers:
         )
         self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
         self._cross_attention(block, x)
-        for span in spans(x.size(1), self.chunk):
-            hidden = block.norm2(x[:, span]).mul_(1 + ffn_scale).add_(ffn_shift)
-            x[:, span].add_(self.linear(block.ffn, hidden) * ffn_gate)
+        for span, part in x.read(self.spans):
+            hidden = block.norm2(part).mul_(1 + ffn_scale).add_(ffn_shift)
+            x.add(span, self.linear(block.ffn, hidden) * ffn_gate)
+            del hidden
 
     def _self_attention(
         self,
         block: nn.Module,
-        x: torch.Tensor,
+        x: Tokens,
         shift: torch.Tensor,
         scale: torch.Tensor,
         gate: torch.Tensor,
         norm_dtype: torch.dtype,
     ) -> None:
-        attention, length = block.self_attn, x.size(1)
-        keys = values = None
+        attention = block.self_attn
+        shape = attention.num_heads, attention.q.out_features // attention.num_heads
+        keys, values = (self.place.heads(name, x.length, shape, self.dtype) for name in ("keys", "values"))
 
-        def modulated(span):
-            hidden = block.norm1(x[:, span].to(norm_dtype).float()).to(norm_dtype).float()
+        def modulated(part: torch.Tensor) -> torch.Tensor:
+            hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
             return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
 
-        for span in spans(length, self.chunk):
-            hidden = modulated(span)
-            value = _heads(attention, attention.v(hidden))
-            if keys is None:
-                keys, values = (value.new_empty(1, length, *value.shape[2:]) for _ in range(2))
-            values[:, span] = value
-            del value
+        for span, part in x.read(self.spans):
+            hidden = modulated(part)
+            values.write(span, _heads(attention, attention.v(hidden)))
             hidden = attention.k(hidden)
             hidden = attention.norm_k(hidden)
-            keys[:, span] = self.rope(_heads(attention, hidden).float(), span)
+            keys.write(span, self.rope(_heads(attention, hidden).float(), span))
             del hidden
 
-        def attended(span):
-            query = _heads(attention, attention.norm_q(attention.q(modulated(span)))).float()
-            query = self.rope(query, span).to(values.dtype)
-            return self.linear(attention.o, self.attention(query, keys, values).flatten(2))
+        def query(part: torch.Tensor, span: slice) -> torch.Tensor:
+            hidden = _heads(attention, attention.norm_q(attention.q(modulated(part)))).float()
+            return self.rope(hidden, span).to(self.dtype)
 
-        for span in spans(length, self.chunk):
-            x[:, span].add_(attended(span) * gate)
+        def queries() -> Iterator[Piece]:
+            for span, part in x.read(self.spans):
+                yield span, query(part, span)
 
-    def _cross_attention(self, block: nn.Module, x: torch.Tensor) -> None:
+        for span, out in self.place.attended(self.attention, queries(), keys, values):
+            x.add(span, self.linear(attention.o, out.flatten(2)) * gate)
+            del out
+
+    def _cross_attention(self, block: nn.Module, x: Tokens) -> None:
         attention = block.cross_attn
         value = _heads(attention, self.linear(attention.v, self.text))
         key = _heads(attention, attention.norm_k(self.linear(attention.k, self.text))).to(value.dtype)
@@ -234,31 +241,33 @@ class Layers:
             image_value = _heads(attention, self.linear(attention.v_img, self.image))
             image_key = _heads(attention, attention.norm_k_img(self.linear(attention.k_img, self.image)))
             image_key = image_key.to(value.dtype)
-        for span in spans(x.size(1), self.chunk):
-            query = _heads(attention, attention.norm_q(self.linear(attention.q, block.norm3(x[:, span]))))
+        for span, part in x.read(self.spans):
+            query = _heads(attention, attention.norm_q(self.linear(attention.q, block.norm3(part))))
             query = query.to(value.dtype)
             out = self.attention(query, key, value)
             if self.image is not None:
                 out = out + self.attention(query, image_key, image_value)
-            x[:, span].add_(self.linear(attention.o, out.flatten(2)))
+            x.add(span, self.linear(attention.o, out.flatten(2)))
+            del query, out
 
 
 def _run_with_hints(
-    model: nn.Module, layers: Layers, x: torch.Tensor, source: torch.Tensor, strength: float
+    model: nn.Module, layers: Layers, x: Tokens, source: torch.Tensor, strength: float
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
-    stream, _ = embed_patches(model.vace_patch_embedding, source, x.device, layers.dtype)
+    device = layers.text.device
+    stream, _ = embed_patches(model.vace_patch_embedding, source, device, layers.dtype, layers.place, "hints")
     before = model.vace_blocks[0].before_proj
-    for span in spans(x.size(1), layers.chunk):
-        stream[:, span] = layers.linear(before, stream[:, span]) + x[:, span].to(layers.dtype)
+    for (span, hint), (_, part) in zip(stream.read(layers.spans), x.read(layers.spans), strict=True):
+        stream.write(span, layers.linear(before, hint) + part.to(layers.dtype))
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
         if i in hinted:
             layers.run(hinted[i], stream, first=i == 0)
         layers.run(block, x, first=i == 0)
         if i in hinted:
-            for span in spans(x.size(1), layers.chunk):
-                x[:, span].add_(layers.linear(hinted[i].after_proj, stream[:, span]) * strength)
+            for span, hint in stream.read(layers.spans):
+                x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)
 
 
 def embed_text(
@@ -275,9 +284,14 @@ def embed_text(
 
 
 def embed_patches(
-    embedding: nn.Module, latent: torch.Tensor, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """[C, F, H, W] on any device to a residual stream [1, F' H' W', dim] fp32, and its grid (F', H', W')."""
+    embedding: nn.Module,
+    latent: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Place,
+    name: str,
+) -> tuple[Tokens, tuple[int, int, int]]:
+    """[C, F, H, W] on any device to a residual stream of F' H' W' tokens, and its grid (F', H', W')."""
     step = embedding.kernel_size[0]
     stream = None
     frames = latent.size(1) // step
@@ -286,25 +300,23 @@ def embed_patches(
         if stream is None:
             grid = (frames, *patch.shape[3:])
             area = math.prod(patch.shape[3:])
-            stream = torch.empty(1, frames * area, patch.size(1), device=patch.device)
-        stream[:, frame * area : (frame + 1) * area] = patch.flatten(2).transpose(1, 2)
+            stream = place.stream(name, frames * area, patch.size(1))
+        stream.write(slice(frame * area, (frame + 1) * area), patch.flatten(2).transpose(1, 2))
     return stream, grid
 
 
 def predict(
-    model: nn.Module, x: torch.Tensor, time: torch.Tensor, grid: tuple[int, int, int], chunk: int
+    model: nn.Module, x: Tokens, time: torch.Tensor, grid: tuple[int, int, int], spans: list[slice]
 ) -> torch.Tensor:
-    """The head and the way back from tokens to a latent video: [1, L, dim] to [out_dim, F, H, W] fp32."""
-    return patches_to_video(head_patches(model.head, x, time, chunk)[0], grid, model.patch_size)
+    """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
+    return patches_to_video(head_patches(model.head, x, time, spans)[0], grid, model.patch_size)
 
 
-def head_patches(head: nn.Module, x: torch.Tensor, time: torch.Tensor, chunk: int = 0) -> torch.Tensor:
-    """The head alone: [1, L, dim] fp32, and the embedded time [1, dim], to [1, L, values of a patch] fp32."""
-    with _full_precision(x.device):
+def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> torch.Tensor:
+    """The head alone: the residual stream and the embedded time [1, dim] to [1, L, values of a patch] fp32."""
+    with _full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        return torch.cat(
-            [head.head(head.norm(x[:, s]) * (1 + scale) + shift) for s in spans(x.size(1), chunk)], 1
-        )
+        return torch.cat([head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1)
 
 
 def patches_to_video(

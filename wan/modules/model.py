@@ -3,11 +3,15 @@
 The forward pass is in forward.py, written over these names.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -15,19 +19,27 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..utils.errors import InputError
+from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
+from ..weights.lora import Loras
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
 from .forward import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .parts import block_forward, head_forward, unpatchify
+from .tokens import ON_DEVICE, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+# Of what config.json may ask for.
+LARGEST = {"num_layers": 1000} | dict.fromkeys(
+    ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "text_dim", "text_len", "vace_in_dim"),
+    2**17,
+)
 
 
 @functools.lru_cache
-def rope_frequencies(head_dim, positions=1024, theta=10000.0):
+def rope_frequencies(head_dim: int, positions: int = 1024, theta: float = 10000.0) -> torch.Tensor:
     """Unit complex numbers of the rotary embedding of frame, row and column (Su et al., RoFormer, 2021).
 
     Returns [positions, head_dim / 2] complex128, the columns being those of the frame axis, the row axis and the
@@ -46,12 +58,12 @@ def rope_frequencies(head_dim, positions=1024, theta=10000.0):
 class WanRMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, in fp32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, dim, eps=1e-5):
+    def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean_square = x.to(torch.float32, copy=True).square_().mean(dim=-1, keepdim=True)
         scale = torch.rsqrt(mean_square + self.eps)
         return x.to(torch.float32, copy=True).mul_(scale).type_as(x) * self.weight
@@ -60,20 +72,27 @@ class WanRMSNorm(nn.Module):
 class WanLayerNorm(nn.LayerNorm):
     """Layer norm in fp32, its result in the input's type."""
 
-    def __init__(self, dim, eps=1e-6, elementwise_affine=False):
+    def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = False):
         super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = super().forward(x.float())
         return normed.to(x.dtype)
 
 
-def _query_key_norm(dim, wanted, eps):
+def _query_key_norm(dim: int, wanted: bool, eps: float) -> nn.Module:
     return WanRMSNorm(dim, eps) if wanted else nn.Identity()
 
 
 class WanSelfAttention(nn.Module):
-    def __init__(self, dim, num_heads, window_size=(-1, -1), qk_norm=True, eps=1e-6):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+    ):
         super().__init__()
         if tuple(window_size) != (-1, -1):
             raise InputError(f"config.json: window_size {window_size} is not supported, only (-1, -1)")
@@ -89,7 +108,14 @@ class WanT2VCrossAttention(WanSelfAttention):
 class WanI2VCrossAttention(WanSelfAttention):
     """Cross attention to the text and, with keys and values of its own, to the image features."""
 
-    def __init__(self, dim, num_heads, window_size=(-1, -1), qk_norm=True, eps=1e-6):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+    ):
         super().__init__(dim, num_heads, window_size, qk_norm, eps)
         self.k_img, self.v_img = (nn.Linear(dim, dim) for _ in range(2))
         self.norm_k_img = _query_key_norm(dim, qk_norm, eps)
@@ -103,14 +129,14 @@ class WanAttentionBlock(nn.Module):
 
     def __init__(
         self,
-        cross_attn_type,
-        dim,
-        ffn_dim,
-        num_heads,
-        window_size=(-1, -1),
-        qk_norm=True,
-        cross_attn_norm=False,
-        eps=1e-6,
+        cross_attn_type: str,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = False,
+        eps: float = 1e-6,
     ):
         super().__init__()
         self.norm1 = WanLayerNorm(dim, eps=eps)
@@ -128,7 +154,7 @@ class WanAttentionBlock(nn.Module):
 class Head(nn.Module):
     forward = head_forward
 
-    def __init__(self, dim, out_dim, patch_size, eps=1e-6):
+    def __init__(self, dim: int, out_dim: int, patch_size: Sequence[int], eps: float = 1e-6):
         super().__init__()
         self.norm = WanLayerNorm(dim, eps=eps)
         self.head = nn.Linear(dim, math.prod(patch_size) * out_dim)
@@ -138,7 +164,7 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """Image features to context tokens; the norms compute in fp32, the layers in their own type."""
 
-    def __init__(self, in_dim, out_dim, flf_pos_emb=False):
+    def __init__(self, in_dim: int, out_dim: int, flf_pos_emb: bool = False):
         super().__init__()
         self.proj = nn.Sequential(
             nn.LayerNorm(in_dim),
@@ -150,7 +176,7 @@ class MLPProj(nn.Module):
         if flf_pos_emb:
             self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
 
-    def forward(self, image_embeds, dtype=torch.float32):
+    def forward(self, image_embeds: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """image_embeds: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32.
 
         dtype: the type that the linear layers compute in, and are kept in.
@@ -163,12 +189,12 @@ class MLPProj(nn.Module):
         return self.proj[4](x.float())
 
 
-def keeps_config(init):
+def keeps_config(init: Callable[..., None]) -> Callable[..., None]:
     """The constructor, with all its arguments kept as `config`."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def keeping(model, *args, **kwargs):
+    def keeping(model: WanModel, *args: Any, **kwargs: Any) -> None:
         init(model, *args, **kwargs)
         given = signature.bind(model, *args, **kwargs)
         given.apply_defaults()
@@ -196,21 +222,21 @@ class WanModel(nn.Module):
     @keeps_config
     def __init__(
         self,
-        model_type="t2v",
-        patch_size=(1, 2, 2),
-        text_len=512,
-        in_dim=16,
-        dim=2048,
-        ffn_dim=8192,
-        freq_dim=256,
-        text_dim=4096,
-        out_dim=16,
-        num_heads=16,
-        num_layers=32,
-        window_size=(-1, -1),
-        qk_norm=True,
-        cross_attn_norm=True,
-        eps=1e-6,
+        model_type: str = "t2v",
+        patch_size: Sequence[int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
     ):
         super().__init__()
         if model_type not in ("t2v", "i2v", "flf2v", "vace"):
@@ -250,7 +276,18 @@ class WanModel(nn.Module):
         if image:
             self.img_emb = MLPProj(CLIP_WIDTH, dim, flf_pos_emb=model_type == "flf2v")
 
-    def forward(self, x, t, context, seq_len, clip_fea=None, y=None, *, chunk=0):
+    def forward(
+        self,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        context: list[torch.Tensor],
+        seq_len: int,
+        clip_fea: torch.Tensor | None = None,
+        y: list[torch.Tensor] | None = None,
+        *,
+        chunk: int = 0,
+        place: Place = ON_DEVICE,
+    ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
         Args:
@@ -261,6 +298,7 @@ class WanModel(nn.Module):
             clip_fea: [B, 257, 1280] image features ([2 B, 257, 1280] for first and last frames), or None.
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
+            place: where tensors over all tokens live.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -282,10 +320,17 @@ class WanModel(nn.Module):
             image=image,
             y=y,
             chunk=chunk,
+            place=place,
         )
 
     @classmethod
-    def from_pretrained(cls, checkpoint_dir, dtype=torch.float32, offload_folder=None):
+    def from_pretrained(
+        cls,
+        checkpoint_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        offload_folder: OffloadFolder | None = None,
+        loras: Loras | None = None,
+    ) -> WanModel:
         """Loads config.json and diffusion_pytorch_model.safetensors, or its shards, in their lossless types.
 
         Args:
@@ -293,6 +338,7 @@ class WanModel(nn.Module):
             dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
                 head are kept in fp32 whatever it is.
             offload_folder: an OffloadFolder that the weights, so converted, are to be mapped from.
+            loras: Loras to merge into the weights, before they are converted.
 
         Raises:
             InputError: missing or damaged files, or tensors that do not fit config.json.
@@ -301,13 +347,16 @@ class WanModel(nn.Module):
         model.compute_dtype = dtype
         source = weights_path(checkpoint_dir)
 
-        def kept(name):
+        def kept(name: str) -> torch.dtype:
             return cls.storage_dtype(name, dtype)
 
-        load_weights(model, offload_folder.converted(source, kept) if offload_folder else source, dtype=kept)
+        if offload_folder:
+            load_weights(model, offload_folder.converted(source, kept, loras), dtype=kept)
+        else:
+            load_weights(model, source, dtype=kept, merge=loras.merge if loras else None)
         return model
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and diffusion_pytorch_model.safetensors, which from_pretrained reads."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -317,20 +366,39 @@ class WanModel(nn.Module):
         save_file(weights, directory / SINGLE_FILE, metadata={"format": "pt"})
 
     @classmethod
-    def from_config(cls, checkpoint_dir):
+    def from_config(cls, checkpoint_dir: str | Path) -> WanModel:
         """Builds the model that config.json describes on the meta device, without weights."""
         path = Path(checkpoint_dir) / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file, --ckpt_dir must be a Wan2.1 checkpoint directory")
         try:
             config = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            _check_sizes(config)
             with torch.device("meta"):
                 return cls(**config)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: does not describe a {cls.__name__} ({error})") from error
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+            AssertionError,
+        ) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{path}: does not describe a {cls.__name__} ({reason})") from error
 
 
-def weights_path(checkpoint_dir):
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raises ValueError for sizes that no model has, on which building one would take for ever."""
+    for name, most in LARGEST.items():
+        value = config.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}, not 1 to {most}")
+    if not all(side > 0 for side in config.get("patch_size", ())):
+        raise ValueError(f"patch_size is {config['patch_size']}")
+
+
+def weights_path(checkpoint_dir: str | Path) -> Path:
     """The DiT's weight file, or the index of its shards."""
     single = Path(checkpoint_dir) / SINGLE_FILE
     index = single.with_name(single.name + ".index.json")

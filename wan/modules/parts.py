@@ -12,6 +12,7 @@ from torch import nn
 
 from .attention import flash_attention
 from .forward import Layers, Rope, head_patches, patches_to_video
+from .tokens import ON_DEVICE, Tokens
 
 TEXT_TOKENS = 512  # at the end of a context that starts with the tokens of an image
 
@@ -54,15 +55,19 @@ def block_forward(
             Rope(freqs.to(x.device), tuple(grid)),
             flash_attention,
             block.self_attn.q.weight.dtype,
-            chunk=0,
+            [slice(0, length)],
+            ON_DEVICE,
         )
-        layers.run(block, stream[i : i + 1, :length], first=x.dtype is not torch.float32)
+        layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32)
     return stream
 
 
 def head_forward(head: nn.Module, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     """The head, x: [B, L, dim], e: [B, dim], the embedded time: [B, L, values of a patch] fp32."""
-    return torch.cat([head_patches(head, tokens[None].float(), time[None]) for tokens, time in zip(x, e)])
+    span = slice(0, x.size(1))
+    return torch.cat(
+        [head_patches(head, _tokens(part[None]), time[None], [span]) for part, time in zip(x, e)]
+    )
 
 
 def unpatchify(model: nn.Module, x: Sequence[torch.Tensor], grid_sizes: torch.Tensor) -> list[torch.Tensor]:
@@ -72,3 +77,10 @@ def unpatchify(model: nn.Module, x: Sequence[torch.Tensor], grid_sizes: torch.Te
     """
     grids = (tuple(grid) for grid in grid_sizes.tolist())
     return [patches_to_video(patches, grid, model.patch_size) for patches, grid in zip(x, grids)]
+
+
+def _tokens(whole: torch.Tensor) -> Tokens:
+    """[1, L, dim] fp32, as the forward pass takes it; it is changed in place."""
+    tokens = Tokens(whole.size(1), tuple(whole.shape[2:]), torch.float32)
+    tokens.whole = whole
+    return tokens

@@ -1,6 +1,9 @@
 """The text encoder: the encoder half of UMT5-XXL, loaded from Wan2.1's file."""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,14 +75,14 @@ class T5EncoderModel:
 
     def __init__(
         self,
-        text_len,
-        dtype=torch.bfloat16,
-        device="cpu",
-        checkpoint_path=None,
-        tokenizer_path=None,
-        shard_fn=None,
+        text_len: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        checkpoint_path: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        shard_fn: Any = None,
         *,
-        config=None,
+        config: dict[str, Any] | None = None,
     ):
         self.text_len = text_len
         self.dtype = dtype
@@ -104,7 +107,7 @@ class T5EncoderModel:
         """The layers in the order of their visits: self attention, FFN of the first block, of the second, ..."""
         return [layer for block in self.model.block for layer in block.layer]
 
-    def __call__(self, texts, device) -> list[torch.Tensor]:
+    def __call__(self, texts: Sequence[str], device: torch.device | str) -> list[torch.Tensor]:
         """Encodes prompts.
 
         Args:

@@ -2,7 +2,9 @@
 
 import html
 import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
@@ -37,7 +39,12 @@ def _canonicalize(text: str) -> str:
     return _collapse(text.translate(str.maketrans("", "", string.punctuation)).lower())
 
 
-CLEANERS = {None: str, "whitespace": _whitespace, "lower": _lower, "canonicalize": _canonicalize}
+CLEANERS: dict[str | None, Callable[[str], str]] = {
+    None: str,
+    "whitespace": _whitespace,
+    "lower": _lower,
+    "canonicalize": _canonicalize,
+}
 
 
 class HuggingfaceTokenizer:
@@ -57,7 +64,7 @@ class HuggingfaceTokenizer:
         ValueError: unknown `clean`.
     """
 
-    def __init__(self, name, seq_len=None, clean=None, **kwargs):
+    def __init__(self, name: str | Path, seq_len: int | None = None, clean: str | None = None, **kwargs: Any):
         if clean not in CLEANERS:
             raise ValueError(f"clean={clean!r}: choose from {', '.join(map(repr, CLEANERS))}")
         if not Path(name).is_dir():
@@ -76,7 +83,9 @@ class HuggingfaceTokenizer:
             ) from error
         self.vocab_size = self.tokenizer.vocab_size
 
-    def __call__(self, sequence, **kwargs) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, sequence: str | Sequence[str], **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Token ids of one text or a list of texts.
 
         Args:
@@ -88,7 +97,7 @@ class HuggingfaceTokenizer:
             ids [B, L] int64, with `return_mask=True` (ids, mask), where mask [B, L] int64 is 1 at real tokens.
         """
         return_mask = kwargs.pop("return_mask", False)
-        options = {"return_tensors": "pt"}
+        options: dict[str, Any] = {"return_tensors": "pt"}
         if self.seq_len is not None:
             options |= {"padding": "max_length", "truncation": True, "max_length": self.seq_len}
         texts = [sequence] if isinstance(sequence, str) else sequence

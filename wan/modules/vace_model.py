@@ -1,12 +1,16 @@
 """The DiT of VACE (Jiang et al., VACE: All-in-One Video Creation and Editing, 2025): a second stack of blocks
 reads the source material and gives hints to the first."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 
 from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
 from .model import WanModel, keeps_config
+from .tokens import ON_DEVICE, Place
 
 
 class VaceWanModel(WanModel):
@@ -18,23 +22,23 @@ class VaceWanModel(WanModel):
     @keeps_config
     def __init__(
         self,
-        vace_layers=None,
-        vace_in_dim=None,
-        model_type="vace",
-        patch_size=(1, 2, 2),
-        text_len=512,
-        in_dim=16,
-        dim=2048,
-        ffn_dim=8192,
-        freq_dim=256,
-        text_dim=4096,
-        out_dim=16,
-        num_heads=16,
-        num_layers=32,
-        window_size=(-1, -1),
-        qk_norm=True,
-        cross_attn_norm=True,
-        eps=1e-6,
+        vace_layers: Sequence[int] | None = None,
+        vace_in_dim: int | None = None,
+        model_type: str = "vace",
+        patch_size: Sequence[int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
     ):
         super().__init__(
             model_type,
@@ -64,19 +68,20 @@ class VaceWanModel(WanModel):
             vace_in_dim or in_dim, self.dim, kernel_size=self.patch_size, stride=self.patch_size
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
-        x,
-        t,
-        vace_context,
-        context,
-        seq_len,
-        vace_context_scale=1.0,
-        clip_fea=None,
-        y=None,
+        x: list[torch.Tensor],
+        t: torch.Tensor,
+        vace_context: list[torch.Tensor],
+        context: list[torch.Tensor],
+        seq_len: int,
+        vace_context_scale: float = 1.0,
+        clip_fea: torch.Tensor | None = None,
+        y: list[torch.Tensor] | None = None,
         *,
-        chunk=0,
-    ):
+        chunk: int = 0,
+        place: Place = ON_DEVICE,
+    ) -> list[torch.Tensor]:
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
         clip_fea and y are accepted for call compatibility and not used.
@@ -92,4 +97,5 @@ class VaceWanModel(WanModel):
             vace_context=vace_context,
             vace_context_scale=vace_context_scale,
             chunk=chunk,
+            place=place,
         )

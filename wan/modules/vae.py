@@ -3,6 +3,9 @@
 What they compute is in vae_operations.py and vae_forward.py, written over these names.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -25,13 +28,13 @@ TEMPORAL = (False, True, True)  # which of the encoder's downsamplings halve the
 class RMSNorm(nn.Module):
     """L2 norm over the channels, scaled by sqrt(channels): each position for itself."""
 
-    def __init__(self, dim, extra_dims):
+    def __init__(self, dim: int, extra_dims: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * extra_dims))
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, in_dim, out_dim):
+    def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.residual = nn.Sequential(
             RMSNorm(in_dim, 3),
@@ -46,7 +49,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.norm = RMSNorm(dim, 2)
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
@@ -54,7 +57,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, dim, temporal):
+    def __init__(self, dim: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
@@ -64,7 +67,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, dim, temporal):
+    def __init__(self, dim: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         if temporal:
@@ -72,7 +75,7 @@ class Downsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, dim, z_dim):
+    def __init__(self, dim: int, z_dim: int):
         super().__init__()
         widths = [dim * width for width in WIDTHS]
         self.conv1 = nn.Conv3d(3, widths[0], 3, padding=1)
@@ -88,7 +91,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, dim, z_dim):
+    def __init__(self, dim: int, z_dim: int):
         super().__init__()
         widths = [dim * width for width in reversed(WIDTHS)]
         self.conv1 = nn.Conv3d(z_dim, widths[0], 3, padding=1)
@@ -103,18 +106,18 @@ class Decoder(nn.Module):
         self.head = _head(width, 3)
 
 
-def _middle(dim):
+def _middle(dim: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
 
 
-def _head(dim, out_dim):
+def _head(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(RMSNorm(dim, 3), nn.SiLU(inplace=True), nn.Conv3d(dim, out_dim, 3, padding=1))
 
 
 class VAE(nn.Module):
     """Encoder and decoder with the pointwise convolutions between them and the latents."""
 
-    def __init__(self, dim=96, z_dim=16):
+    def __init__(self, dim: int = 96, z_dim: int = 16):
         super().__init__()
         self.z_dim = z_dim
         self.encoder = Encoder(dim, z_dim * 2)
@@ -135,7 +138,13 @@ class WanVAE:
     """The VAE with its latent statistics. Computes where `mean` and `std` are, in fp32."""
 
     def __init__(
-        self, z_dim=16, vae_pth="cache/vae_step_411000.pth", dtype=torch.float, device="cuda", *, dim=96
+        self,
+        z_dim: int = 16,
+        vae_pth: str | Path = "cache/vae_step_411000.pth",
+        dtype: torch.dtype = torch.float,
+        device: torch.device | str = "cuda",
+        *,
+        dim: int = 96,
     ):
         """
         Args:
@@ -158,10 +167,10 @@ class WanVAE:
         load_weights(self.model, vae_pth, dtype=lambda name: dtype)
         self.model.to(device)
 
-    def encode(self, videos):
+    def encode(self, videos: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encodes each video, [3, F, H, W] in [-1, 1], to its latent mean, [z_dim, 1 + (F - 1) // 4, H / 8, W / 8]."""
         return [encode(self.model, video, self.scale) for video in videos]
 
-    def decode(self, zs):
+    def decode(self, zs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Decodes each latent, [z_dim, F, H, W], to a video, [3, 4 F - 3, 8 H, 8 W] fp32 in [-1, 1]."""
         return [decode(self.model, z, self.scale) for z in zs]

@@ -8,12 +8,26 @@ small, with their features on the CPU between the passes. How those at larger si
 or by tiles.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import torch
+from torch import nn
 
-from .vae_operations import TemporalCache, decoder_passes, encoder_passes
+from .vae_operations import Operation, TemporalCache, decoder_passes, encoder_passes
+
+Sink = Callable[[torch.Tensor], None]  # is given a frame
+Crop = tuple[slice, slice]  # rows, columns
+# See `on_whole_frames`.
+LargePass = Callable[[Sequence[Operation], torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def run(operations, frame, cache, sink, crops=None):
+def run(
+    operations: Sequence[Operation],
+    frame: torch.Tensor,
+    cache: TemporalCache,
+    sink: Sink,
+    crops: Sequence[Crop] | None = None,
+) -> None:
     """Pushes one frame through `operations`; calls `sink` with each frame that comes out, in order.
 
     Args:
@@ -37,14 +51,21 @@ def run(operations, frame, cache, sink, crops=None):
     sink(frame if crops is None else frame[(..., *crops[-1])])
 
 
-def run_pass(operations, frames, sink, crops=None):
+def run_pass(
+    operations: Sequence[Operation],
+    frames: Iterable[torch.Tensor],
+    sink: Sink,
+    crops: Sequence[Crop] | None = None,
+) -> None:
     """Runs `operations` over the frames of a video, with a temporal cache of their own; see `run`."""
     cache = TemporalCache()
     for frame in frames:
         run(operations, frame, cache, sink, crops)
 
 
-def on_whole_frames(operations, source, target, weight):
+def on_whole_frames(
+    operations: Sequence[Operation], source: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+) -> None:
     """The large pass over whole frames.
 
     Args:
@@ -57,7 +78,9 @@ def on_whole_frames(operations, source, target, weight):
 
 
 @torch.no_grad()
-def decode(model, z, scale, large_pass=on_whole_frames):
+def decode(
+    model: nn.Module, z: torch.Tensor, scale: Sequence[torch.Tensor], large_pass: LargePass = on_whole_frames
+) -> torch.Tensor:
     """Decodes one latent video on the device of the decoder's weights.
 
     Args:
@@ -81,7 +104,12 @@ def decode(model, z, scale, large_pass=on_whole_frames):
 
 
 @torch.no_grad()
-def encode(model, video, scale, large_pass=on_whole_frames):
+def encode(
+    model: nn.Module,
+    video: torch.Tensor,
+    scale: Sequence[torch.Tensor],
+    large_pass: LargePass = on_whole_frames,
+) -> torch.Tensor:
     """Encodes one video on the device of the encoder's weights.
 
     Args:
@@ -111,12 +139,12 @@ def encode(model, video, scale, large_pass=on_whole_frames):
     return latents
 
 
-def decoded_frames(latent_frames):
+def decoded_frames(latent_frames: int) -> int:
     """Frames that a latent video decodes to."""
     return 1 + 4 * (latent_frames - 1)
 
 
-def encoded_frames(frames):
+def encoded_frames(frames: int) -> int:
     """Latent frames of a video; as in the published encoder, frames after the last full four are left out."""
     return 1 + (frames - 1) // 4
 
@@ -124,33 +152,35 @@ def encoded_frames(frames):
 class FrameWriter:
     """Writes frames [1, C, H, W], in order, into a region of a preallocated video [C, F, H, W]."""
 
-    def __init__(self, video):
+    def __init__(self, video: torch.Tensor):
         self.video = video
         self.next = 0
 
-    def __call__(self, frame):
+    def __call__(self, frame: torch.Tensor) -> None:
         self.video[:, self.next] = frame[0].to(self.video.device)
         self.next += 1
 
 
-def frames_of(video, weight):
+def frames_of(video: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """The frames [1, C, H, W] of a video [C, F, H, W], each brought to where `weight` is when asked for."""
     for frame in video.unsqueeze(0).unbind(dim=2):
         yield frame.to(weight)
 
 
-def denormalized(z, scale, weight):
+def denormalized(
+    z: torch.Tensor, scale: Sequence[torch.Tensor], weight: torch.Tensor
+) -> Iterator[torch.Tensor]:
     """The latent frames [1, z_dim, h, w] of z, where and as `weight` is, in the decoder's own units."""
     mean, inverse_std = per_channel(scale, weight)
     for frame in frames_of(z, weight):
         yield frame / inverse_std + mean
 
 
-def frame_major(channels, frames, height, width):
+def frame_major(channels: int, frames: int, height: int, width: int) -> torch.Tensor:
     """Room on the CPU for features [C, F, h, w], each frame's contiguous."""
     return torch.empty(frames, channels, height, width).transpose(0, 1)
 
 
-def per_channel(scale, weight):
+def per_channel(scale: Sequence[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
     """The mean and 1 / std of the latent channels as [1, z_dim, 1, 1], as `weight` is."""
     return [statistic.to(weight).view(1, -1, 1, 1) for statistic in scale]

@@ -9,6 +9,9 @@ frames before. One frame comes out of at most three, which makes a convolution o
 their stacked channels: the same sum, and kernels that are faster and need less memory.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,21 +28,21 @@ class TemporalCache:
     `past[operation]` is a list of frames [B, C, H, W], oldest first. One that has not run has no entry.
     """
 
-    def __init__(self):
-        self.past = {}
+    def __init__(self) -> None:
+        self.past: dict[Operation, list[torch.Tensor]] = {}
 
-    def window(self, operation, frame):
+    def window(self, operation: Operation, frame: torch.Tensor) -> torch.Tensor:
         """What the operation remembers, then `frame`, which joins it: see `stacked`."""
         frames = [*self.past.get(operation, ()), frame]
         if operation.memory:
             self.past[operation] = frames[-operation.memory :]
         return stacked(frames, operation.memory + 1)
 
-    def __contains__(self, operation):
+    def __contains__(self, operation: Operation) -> bool:
         return operation in self.past
 
 
-def stacked(frames, count):
+def stacked(frames: Sequence[torch.Tensor], count: int) -> torch.Tensor:
     """`count` frames [B, C, count, H, W], zeros before those given; of a single frame a view without zeros."""
     if len(frames) == 1:
         return frames[0].unsqueeze(2)
@@ -64,32 +67,32 @@ class Operation:
     in_channels: int | None = None
     out_channels: int | None = None
     scale: float = 1
-    halo: tuple[float, float] = (0, 0)
+    halo: tuple[float, ...] = (0, 0)
     rate: float = 1
     memory: int = 0
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         raise NotImplementedError
 
 
 class InPlace(Operation):
     """A pointwise function that writes over its input, which the operation before has just made."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         self.function = function
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         return [self.function(frame)]
 
 
 class Norm(Operation):
     """L2 norm over the channels, scaled by sqrt(channels) and `gamma`: each position for itself."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module):
         self.module = module
         self.in_channels = self.out_channels = module.gamma.size(0)
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         scale = self.module.gamma.view(-1, 1, 1) * self.in_channels**0.5
         return [F.normalize(frame, dim=1).mul_(scale)]
 
@@ -97,16 +100,16 @@ class Norm(Operation):
 class Convolution(Operation):
     """A causal convolution with stride 1. Of the zeros before a video, the first frame's are left out of the sum."""
 
-    def __init__(self, conv):
+    def __init__(self, conv: nn.Conv3d):
         self.conv = conv
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.memory = conv.kernel_size[0] - 1
         self.halo = (conv.kernel_size[1] // 2,) * 2
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         return [self.of(cache.window(self, frame))]
 
-    def of(self, window):
+    def of(self, window: torch.Tensor) -> torch.Tensor:
         """The frame [B, C', H, W] that comes out of a window [B, C, frames, H, W]."""
         weight = self.conv.weight[:, :, -window.size(2) :]
         return F.conv2d(window.flatten(1, 2), weight.flatten(1, 2), self.conv.bias, padding=int(self.halo[0]))
@@ -117,11 +120,11 @@ class Double(Convolution):
 
     rate = 2
 
-    def __init__(self, conv):
+    def __init__(self, conv: nn.Conv3d):
         super().__init__(conv)
         self.out_channels = conv.out_channels // 2
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         if self not in cache:
             cache.past[self] = []
             return [frame]
@@ -133,7 +136,7 @@ class Halve(Convolution):
 
     rate = 0.5
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         if self not in cache:
             cache.past[self] = [frame]
             return [frame]
@@ -149,27 +152,27 @@ class Resize(Operation):
     """Twice the height and width: each pixel four times, then a 3x3 convolution. Or half of them: a 3x3 convolution
     at every other pixel, of that one and the two after it."""
 
-    def __init__(self, resample):
+    def __init__(self, resample: nn.Sequential):
         self.resample = resample
         conv = resample[-1]
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.scale, self.halo = (2, (1, 1)) if isinstance(resample[0], nn.Upsample) else (0.5, (0, 0.5))
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         return [self.resample(frame)]
 
 
 class Residual(Operation):
     """Operations whose result is added to what they were given, or to what `shortcut` makes of it."""
 
-    def __init__(self, parts, shortcut=None):
+    def __init__(self, parts: Sequence[Operation], shortcut: Operation | None = None):
         self.parts = parts
         self.shortcut = shortcut
         convolutions = [part for part in parts if isinstance(part, Convolution)]
         self.in_channels, self.out_channels = convolutions[0].in_channels, convolutions[-1].out_channels
         self.halo = tuple(sum(part.halo[side] for part in parts) for side in (0, 1))
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         out = frame
         for part in self.parts:
             (out,) = part(out, cache)
@@ -181,12 +184,12 @@ class Attention(Operation):
 
     halo = (float("inf"), float("inf"))
 
-    def __init__(self, block):
+    def __init__(self, block: nn.Module):
         self.block = block
         self.norm = Norm(block.norm)
         self.in_channels = self.out_channels = self.norm.in_channels
 
-    def __call__(self, frame, cache):
+    def __call__(self, frame: torch.Tensor, cache: TemporalCache) -> list[torch.Tensor]:
         height = frame.size(2)
         qkv = self.block.to_qkv(*self.norm(frame, cache))
         q, k, v = rearrange(qkv, "b (three c) h w -> three b 1 (h w) c", three=3).contiguous()
@@ -198,7 +201,7 @@ class Attention(Operation):
         return [frame + self.block.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=height))]
 
 
-def attention_rows(positions):
+def attention_rows(positions: int) -> int:
     """Rows of the score matrix that attention over so many positions takes at a time."""
     return min(positions, max(1, ATTENTION_SCORES // positions))
 
@@ -214,7 +217,7 @@ class Passes(NamedTuple):
     large: list  # those at larger sizes, and what changes the size
 
 
-def decoder_passes(model):
+def decoder_passes(model: nn.Module) -> Passes:
     """The Passes from latents, in the decoder's own units, to frames in [-1, 1].
 
     Args:
@@ -224,8 +227,7 @@ def decoder_passes(model):
         TypeError: a layer that is not one of this VAE's.
     """
     decoder = model.decoder
-    first, *upsampling = (_operations(layer) for layer in (model.conv2, *decoder.upsamples))
-    upsampling = [operation for operations in upsampling for operation in operations]
+    first, upsampling = _operations(model.conv2), _of_layers(decoder.upsamples)
     split = next(i for i, operation in enumerate(upsampling) if _resamples(operation))
     return Passes(
         whole=first + _of_layers([decoder.conv1, *decoder.middle]),
@@ -234,7 +236,7 @@ def decoder_passes(model):
     )
 
 
-def encoder_passes(model):
+def encoder_passes(model: nn.Module) -> Passes:
     """The Passes, the last one first, from frames to the moments of the latents' distribution, mean first.
 
     Args:
@@ -253,15 +255,15 @@ def encoder_passes(model):
     )
 
 
-def _resamples(operation):
+def _resamples(operation: Operation) -> bool:
     return operation.scale != 1 or operation.rate != 1
 
 
-def _of_layers(layers):
+def _of_layers(layers: Iterable[nn.Module]) -> list[Operation]:
     return [operation for layer in layers for operation in _operations(layer)]
 
 
-def _operations(layer):
+def _operations(layer: nn.Module) -> list[Operation]:
     """The operations of one layer, in order: two of a resampling that changes the rate too, none of an identity."""
     if hasattr(layer, "residual"):
         return [Residual(_of_layers(layer.residual), *_of_layers([layer.shortcut]))]

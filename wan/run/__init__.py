@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 from .request import Request
 
 if TYPE_CHECKING:
-    from .runner import run
+    from .runner import Runner, run
 
-__all__ = ["Request", "run"]
+__all__ = ["Request", "Runner", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `run`, with the libraries that it needs, when it is first named."""
-    if name == "run":
-        from .runner import run
+    """Imports what runs, with the libraries that it needs, when it is first named."""
+    if name in ("Runner", "run"):
+        from . import runner
 
-        return run
+        return getattr(runner, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

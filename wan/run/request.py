@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
-from ..tasks import EXAMPLES, TASKS, Task
+from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
+from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
+KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
+# Fields that are the path of one file.
+PATHS = (
+    *("save_file", "save_latents", "decode_latents", "resume"),
+    *("image", "first_frame", "last_frame", "src_video", "src_mask"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,14 +40,16 @@ class Request:
     Raises InputError, naming the field, for what cannot work.
     """
 
-    task: str = option("t2v-14B", "What to make, and with which model.", choices=tuple(TASKS))
+    task: str = option(DEFAULT_TASK, "What to make, and with which model.", choices=TASKS)
     size: str | None = option(
         None,
         "Width*height of the video. Tasks that start from an image take its area and keep the image's aspect.",
         choices=tuple(SIZE_CONFIGS),
         shown_default="1280*720",
     )
-    frame_num: int | None = option(None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).")
+    frame_num: int | None = option(
+        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=10001
+    )
     ckpt_dir: str | None = option(
         None,
         "Folder of the checkpoint, or its name on the Hugging Face hub, such as Wan-AI/Wan2.1-T2V-1.3B. "
@@ -44,7 +58,7 @@ class Request:
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
     prompt: str | None = option(None, "What to show.")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
-    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++"))
+    sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
         None, "Solver steps (default 50; 40 for image to video, 10 for toy tasks).", at_least=1, at_most=1000
     )
@@ -54,7 +68,19 @@ class Request:
         above=0,
         at_most=100,
     )
-    sample_guide_scale: float = option(5.0, "Strength of classifier-free guidance.", at_least=0, at_most=1000)
+    sample_guide_scale: float = option(
+        5.0,
+        "Strength of classifier-free guidance. 1 is none, with one pass per step instead of two.",
+        at_least=0,
+        at_most=1000,
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA to merge into the model, its strength 1 unless given; repeat it for several.",
+        repeat=True,
+        metavar="FILE[:STRENGTH]",
+    )
+    lora_skip_unknown: bool = option(False, "Go on without what a LoRA changes and the model does not have.")
     image: str | None = option(None, "First frame of image to video.", group=SOURCES)
     first_frame: str | None = option(None, "First frame of first and last frame to video.", group=SOURCES)
     last_frame: str | None = option(None, "Last frame of first and last frame to video.", group=SOURCES)
@@ -80,9 +106,26 @@ class Request:
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
     )
-    save_latents: str | None = option(None, "Save the latents, too, before they are decoded.", metavar="FILE")
+    overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
+    save_latents: str | None = option(
+        None, "Save the latents, too, before they are decoded.", group=KEEPING, metavar="FILE"
+    )
     decode_latents: str | None = option(
-        None, "Only decode latents that were saved, and save the video.", metavar="FILE"
+        None, "Only decode latents that were saved, and save the video.", group=KEEPING, metavar="FILE"
+    )
+    save_every: float = option(
+        5.0,
+        "Minutes between two writings of the run's state, from which --resume goes on (default 5).",
+        at_least=0,
+        group=KEEPING,
+        metavar="MINUTES",
+    )
+    resume: str | None = option(
+        None,
+        "Go on from the state of a run that stopped. It knows all other settings; memory options, --device, "
+        "--ckpt_dir and those of files may be given anew.",
+        group=KEEPING,
+        metavar="STATE",
     )
     ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
@@ -91,6 +134,7 @@ class Request:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_options(self)
         self._fill_in()
         check_options(self)
@@ -104,18 +148,40 @@ class Request:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
-        return SIZE_CONFIGS[self.size]
+        width, height = SIZE_CONFIGS[self.size]
+        return width, height
 
     @property
     def references(self) -> list[str] | None:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
 
+    def to_json(self) -> dict[str, Any]:
+        """The request as JSON's values, its paths absolute."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in PATHS:
+            if values[name] is not None:
+                values[name] = os.path.abspath(values[name])
+        if self.ckpt_dir is not None and Path(self.ckpt_dir).is_dir():
+            values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
+        if self.references:
+            values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
+        folder = self.memory.offload_folder
+        memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
+        lora = [f"{os.path.abspath(file)}:{strength}" for file, strength in self.loras]
+        return values | {"memory": memory, "lora": lora}
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """(file, strength) of each entry of `lora`."""
+        return [parse_lora(text) for text in self.lora]
+
     def _fill_in(self) -> None:
         task = self.facts
         size = self.size or task.size
         self._set(
             size=size,
+            lora=tuple(self.lora),
             frame_num=task.frame_num if self.frame_num is None else self.frame_num,
             sample_steps=task.sample_steps if self.sample_steps is None else self.sample_steps,
             sample_shift=task.shift(size) if self.sample_shift is None else self.sample_shift,
@@ -161,15 +227,41 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        for file, _ in self.loras:
+            if not Path(file).is_file():
+                raise InputError("no such file", "lora", file)
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)
+
+    def _check_types(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "bool" and not isinstance(value, bool):
+                raise InputError("give true or false", item.name, value)
+            if value is None or not str(item.type).startswith("str"):
+                continue
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                self._set(**{item.name: value})
+            if not isinstance(value, str):
+                raise InputError("give text", item.name, value)
+            if not value and item.name != "prompt":
+                raise InputError("is empty, give a value or leave it out", item.name)
+            if "\0" in value:
+                raise InputError("has a zero byte in it", item.name)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                if item.name not in PATHS:  # names of files may be any bytes
+                    raise InputError("is not UTF-8 text", item.name) from None
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def _default_name(self) -> str:
-        prompt = (self.prompt or "latents").replace(" ", "_").replace("/", "_")[:50]
+        prompt = re.sub(r'[\s/\\:*?"<>|]|[^ -~\w]', "_", self.prompt or "latents")[:50]
+        prompt = prompt.encode()[:NAME_BYTES].decode(errors="ignore")
         size = self.size.replace("*", "x") if sys.platform == "win32" else self.size
         time = datetime.now().strftime("%Y%m%d_%H%M%S")
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,110 +21,199 @@ from ..utils.accelerator import (
 )
 from ..utils.errors import InputError
 from ..utils.events import Finished, Listener
-from ..utils.files import check_target
-from ..utils.latents import load_latents, save_latents
 from ..utils.prompt_extend import extend_prompt
-from ..utils.video import check_writable, save_image, save_video
-from ..weights.fingerprints import vae_fingerprint
+from ..utils.video import save_image, save_video
+from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
+from ..weights.lora import lora_identity
+from .interrupts import Interrupts
+from .keeper import Keeper, check_finite
+from .outputs import check_outputs, final_path
 from .request import Request
+from .settings import settings_text
+from .state import State, read_state
 
 log = logging.getLogger(__name__)
 
+MERGED = "merged LoRAs"  # beside the names of files
 
-def run(request: Request, on_event: Listener | None = None) -> Path:
-    """Makes what a request asks for, or finishes it from its latents, and saves it.
 
-    Latents are on disk before they are decoded, so that hours of denoising survive whatever happens then; if it
-    fails, the log names the command that goes on from them.
+def run(request: Request, on_event: Listener | None = None, interrupts: Interrupts | None = None) -> Path:
+    """Makes what a request asks for, or goes on with it from its state or its latents, and saves it.
+
+    The state of the run is kept in a file beside the result until that is saved; if the run fails, the log names the
+    command that goes on from it.
 
     Args:
         request: what to make.
         on_event: is told of stages, steps, memory and the finished file, see wan.utils.events; default: nobody.
+        interrupts: asked after each step whether to stop.
 
     Returns:
         The path of the result.
 
     Raises:
         InputError: files that cannot be used; before any long work where that can be known.
+        Interrupted: as asked.
         torch.OutOfMemoryError, OSError: as they come.
     """
-    listener = on_event or (lambda event: None)
-    task = request.facts
-    check_writable(request.save_file, image=task.still)
-    latents_path = Path(request.save_latents or f"{request.save_file}.latents.safetensors")
-    if not request.decode_latents:
-        check_target(latents_path, "save_latents")
-    device = choose_device(request.device)
-    if not task.toy:
-        require_accelerator(device, request.device)
-    name = request.ckpt_dir
-    checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
-    configure_allocator(device)
-    hold_to_free(device)
-    with exact_arithmetic() if request.exact else contextlib.nullcontext():
-        pipeline = task.pipeline_class(
-            task.config, checkpoint, device=device, on_event=listener, **vars(request.memory)
+    return Runner(on_event, interrupts).run(request)
+
+
+class Runner:
+    """Runs requests one after the other. Those that follow each other with the same models share the loaded ones.
+
+    Args:
+        on_event, interrupts: as run()'s.
+    """
+
+    def __init__(self, on_event: Listener | None = None, interrupts: Interrupts | None = None):
+        self._listener = on_event or (lambda event: None)
+        self._interrupts = interrupts or Interrupts()
+        self._pipeline: Any = None
+        self._built: Any = None  # what the pipeline was built from
+
+    def run(self, request: Request) -> Path:
+        """As run()."""
+        check_outputs(request)
+        state = _start(request)
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            pipeline = self._pipeline_for(request)
+            keeper = Keeper(_identified(state, pipeline), self._interrupts)
+            with keeper.told():
+                latent = _latents(pipeline, keeper)
+                video = pipeline.decode(latent.to(pipeline.device))
+                check_finite(video, "decoding")
+                path = _save(video, keeper.state.request, pipeline)
+                keeper.remove()
+        self._listener(Finished(path))
+        return path
+
+    def _pipeline_for(self, request: Request) -> Any:
+        """The pipeline that a request needs: the last one, if it was built from the same."""
+        task, name = request.facts, request.ckpt_dir
+        built = (
+            task.pipeline,
+            task.config,
+            name,
+            request.task if task.toy else None,
+            request.device,
+            request.memory,
+            lora_identity(request.loras),
+            request.lora_skip_unknown,
         )
-        if request.decode_latents:
-            latents, _ = load_latents(request.decode_latents, _identity(request, checkpoint))
-            video = pipeline.decode(latents)
-            return _save(video, request, listener, pipeline)
-        arguments = pipeline.arguments(request)
-        log.info(f"Task {request.task}, {request.size}, {request.frame_num} frames, seed {request.base_seed}")
-        log.info(f"Prompt: {request.prompt}")
-        prompt = _extended(request, arguments) if request.use_prompt_extend else request.prompt
-        with _latents_kept(request, prompt, checkpoint, latents_path) as keep:
-            video = pipeline.generate(
-                prompt,
-                **arguments,
-                frame_num=request.frame_num,
-                shift=request.sample_shift,
-                sample_solver=request.sample_solver,
-                sampling_steps=request.sample_steps,
-                guide_scale=request.sample_guide_scale,
-                seed=request.base_seed,
-                on_latents=keep,
+        if built != self._built:
+            self._pipeline = self._built = None  # its room is needed
+            device = choose_device(request.device)
+            if not task.toy:
+                require_accelerator(device, request.device)
+            checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
+            configure_allocator(device)
+            hold_to_free(device)
+            self._pipeline = task.pipeline_class(
+                task.config,
+                checkpoint,
+                device=device,
+                on_event=self._listener,
+                loras=request.loras,
+                lora_skip_unknown=request.lora_skip_unknown,
+                **vars(request.memory),
             )
-            return _save(video, request, listener, pipeline)
+            self._built = built
+        return self._pipeline
 
 
-def _identity(request: Request, checkpoint: Path) -> dict[str, Any]:
-    """What latents must have in common with a run that decodes them."""
-    vae = vae_fingerprint(checkpoint / request.facts.config.vae_checkpoint)
-    return {"task": request.task, "size": request.size, "vae": vae}
+def _start(request: Request) -> State:
+    """Where a run starts: at the beginning, or where a file says."""
+    if request.resume:
+        return read_state(request.resume, **vars(request))
+    if not request.decode_latents:
+        return State(request)
+    own = (
+        "save_file",
+        "save_latents",
+        "overwrite",
+        "ckpt_dir",
+        "device",
+        "memory",
+        "decode_latents",
+        "resume",
+    )
+    changes = {name: getattr(request, name) for name in own}
+    state = read_state(request.decode_latents, "decode_latents", **changes)
+    if not state.finished:
+        raise InputError("is a run on its way; give it to --resume", "decode_latents", request.decode_latents)
+    for name in ("task", "size"):
+        made, asked = getattr(state.request, name), getattr(request, name)
+        if made != asked:
+            raise InputError(
+                f"was made with --{name} {made}, not {asked}; give --{name} {made}",
+                "decode_latents",
+                request.decode_latents,
+            )
+    return state
 
 
-@contextlib.contextmanager
-def _latents_kept(request: Request, prompt: str, checkpoint: Path, path: Path) -> Iterator[Any]:
-    """Yields a function that writes the latents; removes them at the end unless they were asked for or it failed."""
-    kept = False
+def _identified(state: State, pipeline: Any) -> State:
+    """The state with the identity of the weights.
 
-    def keep(latent: torch.Tensor) -> None:
-        nonlocal kept
-        made_from = {"prompt": prompt, "seed": request.base_seed, "frame_num": request.frame_num}
-        try:
-            save_latents(path, latent, _identity(request, checkpoint) | made_from)
-            kept = True
-        except InputError as error:
-            log.warning(f"The latents could not be kept: {error}")
-
-    try:
-        yield keep
-    except BaseException:
-        if kept:
-            log.error(f"The latents are safe; finish with: {way_back(request, path)}")
-        raise
-    if not request.save_latents:
-        path.unlink(missing_ok=True)
+    Raises InputError if they are others than those that it started with.
+    """
+    folder = pipeline.checkpoint_dir
+    found = {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(state.stage)}
+    if state.stage != "decode":
+        merged = lora_identity(state.request.loras)
+        if state.weights.get(MERGED, merged) != merged:
+            raise InputError("is not what the run started with; give the same files and strengths", "lora")
+        found[MERGED] = merged
+    for name, digest in found.items():
+        if state.weights.get(name, digest) != digest:
+            raise InputError(
+                f"{folder / name} is not the file that the run started with; give the folder that has it",
+                "ckpt_dir",
+            )
+    return replace(state, weights=found | dict(state.weights))
 
 
-def way_back(request: Request, latents: Path) -> str:
-    """The command that makes the video of latents that are on disk."""
-    words = ["python", "generate.py", "--task", request.task, "--size", request.size]
-    words += ["--ckpt_dir", str(request.ckpt_dir)] if request.ckpt_dir else []
-    words += ["--decode_latents", str(latents), "--save_file", str(request.save_file)]
-    return shlex.join(words)
+def _latents(pipeline: Any, keeper: Keeper) -> torch.Tensor:
+    """Encodes and denoises, as far as that is not done: [C, F, H, W] fp32."""
+    state = keeper.state
+    if state.finished:
+        return state.latent
+    if state.conditioning is None:
+        _encode(pipeline, keeper)
+    else:
+        pipeline.load(encoders=False)
+    request = state.request
+    with keeper.interrupts.patience():
+        latent = pipeline.denoise(
+            keeper.state.conditioning,
+            shift=request.sample_shift,
+            sample_solver=request.sample_solver,
+            sampling_steps=request.sample_steps,
+            guide_scale=request.sample_guide_scale,
+            seed=request.base_seed,
+            start=None if state.latent is None else (state.latent, state.solver),
+            on_step=keeper.after_step,
+        )
+    keeper.finish(latent)
+    return latent
+
+
+def _encode(pipeline: Any, keeper: Keeper) -> None:
+    """Reads the inputs, writes the prompt out if that is asked for, and encodes it all."""
+    request = keeper.state.request
+    arguments = pipeline.arguments(request)
+    log.info(f"Task {request.task}, {request.size}, {request.frame_num} frames, seed {request.base_seed}")
+    log.info(f"Prompt: {request.prompt}")
+    if request.use_prompt_extend:
+        request = replace(request, prompt=_extended(request, arguments), use_prompt_extend=False)
+    pipeline.load()
+    keeper.save(request=request)
+    conditioning = pipeline.prepare(request.prompt, **arguments, frame_num=request.frame_num)
+    for embedding in (conditioning.context, conditioning.context_null):
+        check_finite(embedding, "encoding the prompt")
+    keeper.save(conditioning=conditioning)
 
 
 def _extended(request: Request, arguments: dict[str, Any]) -> str:
@@ -146,13 +234,12 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
     return result.prompt
 
 
-def _save(video: torch.Tensor, request: Request, listener: Listener, pipeline: Any) -> Path:
+def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
     """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture."""
+    path, comment = final_path(request), settings_text(request)
     with pipeline.stages("save"):
         if request.facts.still:
-            save_image(video, request.save_file)
+            save_image(video, path, comment)
         else:
-            save_video(video, request.save_file, fps=request.facts.config.sample_fps)
-    path = Path(request.save_file)
-    listener(Finished(path))
+            save_video(video, path, request.facts.config.sample_fps, comment)
     return path

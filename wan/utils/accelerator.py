@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -205,7 +206,7 @@ def exact_arithmetic() -> Iterator[None]:
     cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
     cudnn, matmul, filling = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
-    settings = [
+    settings: list[tuple[Any, str, Any]] = [
         (cudnn, "allow_tf32", False),
         (cudnn, "benchmark", False),
         (cudnn, "deterministic", True),

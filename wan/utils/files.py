@@ -1,22 +1,35 @@
 """Files that appear whole or not at all."""
 
 import os
+import platform
+import re
 import secrets
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from .errors import InputError
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_TEMPORARY = re.compile(rf"\.wan-{_HOST}-(\d+)-[0-9a-f]{{8}}(\..*)?")
 
 
 def check_target(path: str | os.PathLike, field: str) -> None:
     """Fail now rather than after hours of work if `path` cannot become a file.
 
-    Raises InputError, naming `field`, if it is a directory or its folder is missing or refuses a new file.
+    Raises InputError, naming `field`, if it is a directory, a device or another special file, a link, or its folder is
+    missing or refuses a new file.
     """
     path = Path(path)
     if os.path.isdir(path):
         raise InputError("is a directory; add a file name", field, path)
+    if os.path.islink(path):
+        raise InputError("is a link, which would be replaced; give the file that it points to", field, path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("is no regular file and would be replaced; choose another place", field, path)
     if not os.path.isdir(path.parent):
         raise InputError(f"no folder {path.parent}; create it or choose another place", field, path)
     try:
@@ -42,10 +55,21 @@ def replacing(
             there is overwritten.
     """
     path = Path(path).absolute()
-    temporary = Path(temporary or path.with_name(f".wan-{secrets.token_hex(4)}{path.suffix}"))
+    name = f".wan-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    temporary = Path(temporary or path.with_name(name))
     try:
         yield temporary
         if keep:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | os.PathLike) -> None:
+    """Removes what killed processes of this machine left in a folder while they were `replacing` a file there."""
+    with suppress(OSError):
+        for entry in Path(folder).iterdir():
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and not psutil.pid_exists(int(found[1])):
+                with suppress(OSError):
+                    entry.unlink()

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -27,13 +27,14 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     bare: Any = None,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    repeat: bool = False,
     also: Sequence[str] = (),
     group: str | None = None,
     shown_default: Any = None,
@@ -43,11 +44,12 @@ def option(
     Args:
         default: its value unless given.
         help: one sentence for the command line.
-        choices: the values that it may have.
+        choices: the values that it may have, asked when a value is checked.
         at_least, above, at_most: the range of a number.
         bare: the value of a flag that is given without one.
         metavar: what stands for the value in the help text.
         parse: makes the value of the flag's text; the default is the annotated type.
+        repeat: whether the flag may be given several times, each adding to a tuple.
         also: other names of the flag, kept for those who know them.
         group: title of the flag's group in the help text.
         shown_default: the flag's default where the field's is None, "depends on others".
@@ -104,6 +106,9 @@ def _flag(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     text = facts["help"].replace("%", "%%")
     if hint is bool and facts["parse"] is None:
         return {"action": "store_true", "help": text}
+    if facts["repeat"]:
+        (hint, _) = typing.get_args(hint)
+        return {"action": "append", "help": text, "metavar": facts["metavar"], "type": facts["parse"] or hint}
     default = field.default if facts["shown_default"] is None else facts["shown_default"]
     flag = {"default": default, "help": text, "type": facts["parse"] or _plain_type(hint)}
     if facts["choices"] is not None:

@@ -21,8 +21,9 @@ class ProgressBars:
         if isinstance(event, StageStarted):
             self._close()
         elif isinstance(event, Step):
-            if self._bar is None:
-                self._bar = tqdm(total=event.total, desc=event.stage.capitalize())
+            if self._bar is None:  # steps before the first that is told were taken by an earlier run
+                initial = event.done - 1
+                self._bar = tqdm(total=event.total, desc=event.stage.capitalize(), initial=initial)
             self._bar.update(event.done - self._bar.n)
         elif isinstance(event, StageDone):
             self._close()

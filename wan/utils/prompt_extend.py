@@ -12,9 +12,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
+from typing import Any
 
 import torch
 from PIL import Image
@@ -107,17 +109,17 @@ class PromptOutput:
 
 
 def extend_prompt(
-    prompt,
+    prompt: str,
     *,
-    method,
-    model=None,
-    target_lang="zh",
-    images=None,
-    seed=-1,
-    device=None,
-    instructions=None,
-    api_key=None,
-):
+    method: str,
+    model: str | None = None,
+    target_lang: str = "zh",
+    images: Sequence[Image.Image] | None = None,
+    seed: int = -1,
+    device: torch.device | str | None = None,
+    instructions: str | None = None,
+    api_key: str | None = None,
+) -> PromptOutput:
     """Rewrite `prompt` into a fuller one for a video model. Whatever goes wrong is reported, not raised.
 
     Args:
@@ -153,7 +155,7 @@ def extend_prompt(
         result = PromptOutput(False, prompt, seed, instructions, reason)
     if method == "local_qwen":  # only now, when no traceback keeps the model alive
         gc.collect()
-        if device.type != "cpu":
+        if torch.device(device).type != "cpu":
             torch.get_device_module(device).empty_cache()
     return result
 
@@ -169,14 +171,21 @@ class PromptExpander:
 
     method = ""
 
-    def __init__(self, model_name=None, is_vl=False, device=0, **kwargs):
+    def __init__(self, model_name: str | None = None, is_vl: bool = False, device: Any = 0, **kwargs: Any):
         self.model_name = model_name
         self.is_vl = is_vl
         self.device = device
         self.api_key = None
 
     def __call__(
-        self, prompt, system_prompt=None, tar_lang="zh", image=None, seed=-1, *args, **kwargs
+        self,
+        prompt: str,
+        system_prompt: str | None = None,
+        tar_lang: str = "zh",
+        image: Any = None,
+        seed: int = -1,
+        *args: Any,
+        **kwargs: Any,
     ) -> PromptOutput:
         """Extends a prompt, whatever goes wrong being reported, not raised.
 
@@ -213,7 +222,13 @@ class DashScopePromptExpander(PromptExpander):
     method = "dashscope"
 
     def __init__(
-        self, api_key=None, model_name=None, max_image_size=512 * 512, retry_times=4, is_vl=False, **kwargs
+        self,
+        api_key: str | None = None,
+        model_name: str | None = None,
+        max_image_size: int = 512 * 512,
+        retry_times: int = 4,
+        is_vl: bool = False,
+        **kwargs: Any,
     ):
         super().__init__(model_name, is_vl, **kwargs)
         self.api_key = api_key
@@ -224,11 +239,11 @@ class QwenPromptExpander(PromptExpander):
 
     method = "local_qwen"
 
-    def __init__(self, model_name=None, device=0, is_vl=False, **kwargs):
+    def __init__(self, model_name: str | None = None, device: Any = 0, is_vl: bool = False, **kwargs: Any):
         super().__init__(model_name, is_vl, device, **kwargs)
 
 
-def _shrink(image, area):
+def _shrink(image: Image.Image, area: int) -> Image.Image:
     """The PIL image in RGB, scaled down to at most about `area` pixels."""
     scale = math.sqrt(area / (image.width * image.height))
     image = image.convert("RGB")
@@ -238,7 +253,14 @@ def _shrink(image, area):
 
 
 @torch.no_grad()
-def _ask_local(prompt, instructions, images, model, seed, device):
+def _ask_local(
+    prompt: str,
+    instructions: str,
+    images: Sequence[Image.Image] | None,
+    model: str | None,
+    seed: int,
+    device: torch.device | str | None,
+) -> tuple[str, str]:
     """The name of a transformers model, and its answer."""
     from transformers import (
         AutoConfig,
@@ -286,7 +308,7 @@ def _ask_local(prompt, instructions, images, model, seed, device):
     return name, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _repeat_each(text, token, counts):
+def _repeat_each(text: str, token: str, counts: Sequence[int]) -> str:
     """`text` with its i-th `token` repeated counts[i] times."""
     first, *rest = text.split(token)
     if len(rest) != len(counts):
@@ -294,21 +316,33 @@ def _repeat_each(text, token, counts):
     return first + "".join(token * count + piece for count, piece in zip(counts, rest))
 
 
-def _ask_dashscope(prompt, instructions, images, model, seed, device, key=None):
+def _ask_dashscope(
+    prompt: str,
+    instructions: str,
+    images: Sequence[Image.Image] | None,
+    model: str | None,
+    seed: int,
+    device: torch.device | str | None,
+    key: str | None = None,
+) -> tuple[str, str]:
     """The name of a model of the DashScope API, and its answer."""
     key = key or os.environ.get("DASH_API_KEY", "").strip()
     if not key:
         raise RuntimeError("DASH_API_KEY is not set; put your DashScope key in this environment variable")
     url = os.environ.get("DASH_API_URL") or DASHSCOPE_URL
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
         raise RuntimeError(f"DASH_API_URL {url} is not an http(s) address")
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise RuntimeError(f"DASH_API_URL {url} would send the key in clear; give an https:// address")
     if images:
         name, service = model or "qwen-vl-max", "multimodal-generation"
-        question = [{"image": _data_url(_shrink(image, DASHSCOPE_IMAGE_AREA))} for image in images]
+        question: Any = [{"image": _data_url(_shrink(image, DASHSCOPE_IMAGE_AREA))} for image in images]
         question.append({"text": prompt})
-        instructions = [{"text": instructions}]
+        rules: Any = [{"text": instructions}]
     else:
         name, service, question = model or "qwen-plus", "text-generation", prompt
+        rules = instructions
     reply = _post(
         f"{url.rstrip('/')}/services/aigc/{service}/generation",
         key,
@@ -316,7 +350,7 @@ def _ask_dashscope(prompt, instructions, images, model, seed, device, key=None):
             "model": name,
             "input": {
                 "messages": [
-                    {"role": "system", "content": instructions},
+                    {"role": "system", "content": rules},
                     {"role": "user", "content": question},
                 ]
             },
@@ -330,14 +364,14 @@ def _ask_dashscope(prompt, instructions, images, model, seed, device, key=None):
         raise RuntimeError(f"{name} gave an answer of an unknown form: {reply[:200]!r}") from error
 
 
-def _data_url(image):
+def _data_url(image: Image.Image) -> str:
     """The PIL image as a data: URL that holds a PNG."""
     png = io.BytesIO()
     image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
-def _post(url, key, body):
+def _post(url: str, key: str, body: dict[str, Any]) -> bytes:  # type: ignore[return]
     """The reply's bytes to a JSON request, tried again while the server is out of reach or busy."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {key}")

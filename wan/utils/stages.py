@@ -51,10 +51,10 @@ class Stages:
             self.history.append(done)
             self._tell(done)
 
-    def steps(self, items: Iterable[T], total: int) -> Iterator[T]:
-        """The items, one after the other; tells when each is done with."""
+    def steps(self, items: Iterable[T], total: int, start: int = 0) -> Iterator[T]:
+        """The items that are left of `total`, one after the other; tells when each is done with."""
         stage = self.current or ""
-        for done, item in enumerate(items, 1):
+        for done, item in enumerate(items, start + 1):
             yield item
             self._tell(Step(stage, done, total))
             allocated, reserved = self._ask("memory_allocated"), self._ask("memory_reserved")

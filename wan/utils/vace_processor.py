@@ -1,11 +1,21 @@
 """What VACE works from: a source video, its mask and reference images, read and brought to the model's size."""
 
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .errors import InputError
 from .video import VideoFile, open_image
+
+Source = str | os.PathLike[str]
+Box = tuple[int, int, int, int]  # (x1, x2, y1, y2)
+# Of each sample its video, mask and references.
+Sources = tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor] | None]]
 
 # Latent frames that a clip of the full area may have: 21, that is 81 frames.
 MAX_LATENT_FRAMES = 21
@@ -25,7 +35,17 @@ class VaceVideoProcessor:
     Raises ValueError if `seq_len` cannot hold one frame of `min_area`.
     """
 
-    def __init__(self, downsample, min_area, max_area, min_fps, max_fps, zero_start, seq_len, keep_last):
+    def __init__(
+        self,
+        downsample: Sequence[int],
+        min_area: int,
+        max_area: int,
+        min_fps: float,
+        max_fps: float,
+        zero_start: bool,
+        seq_len: int,
+        keep_last: bool,
+    ):
         self.downsample = tuple(downsample)
         self.min_area, self.max_area = min_area, max_area
         self.min_fps, self.max_fps = min_fps, max_fps
@@ -34,15 +54,15 @@ class VaceVideoProcessor:
         if seq_len * self.downsample[1] * self.downsample[2] < min_area:
             raise ValueError(f"seq_len {seq_len} is less than one frame of {min_area} pixels")
 
-    def set_area(self, area):
+    def set_area(self, area: int) -> None:
         """Make `area`, in pixels, both limits."""
         self.min_area = self.max_area = area
 
-    def set_seq_len(self, seq_len):
+    def set_seq_len(self, seq_len: int) -> None:
         """Set the token budget."""
         self.seq_len = seq_len
 
-    def load_video(self, data_key, crop_box=None, seed=2024):
+    def load_video(self, data_key: Source, crop_box: Box | None = None, seed: int = 2024) -> tuple[Any, ...]:
         """Load the chosen frames of the clip at path `data_key`, the one that --src_video names.
 
         Args:
@@ -56,7 +76,9 @@ class VaceVideoProcessor:
         """
         return self._load(open_clips(data_key, None), crop_box, seed)
 
-    def load_video_pair(self, data_key, data_key2, crop_box=None, seed=2024):
+    def load_video_pair(
+        self, data_key: Source, data_key2: Source, crop_box: Box | None = None, seed: int = 2024
+    ) -> tuple[Any, ...]:
         """Load the same frames of a clip and its mask, the ones that --src_video and --src_mask name.
 
         As `load_video`, with the mask after the clip in the result. A mask of another size is scaled to the clip.
@@ -64,7 +86,7 @@ class VaceVideoProcessor:
         """
         return self._load(open_clips(data_key, data_key2), crop_box, seed)
 
-    def _load(self, files, crop_box, seed):
+    def _load(self, files: Sequence[VideoFile], crop_box: Box | None, seed: int) -> tuple[Any, ...]:
         first = files[0]
         x1, x2, y1, y2 = crop_box or (0, first.width, 0, first.height)
         ids, size, fps = self._choose(first, y2 - y1, x2 - x1, np.random.default_rng(seed))
@@ -78,7 +100,9 @@ class VaceVideoProcessor:
             clips.append(clip.div_(127.5).sub_(1.0))
         return *clips, ids, size, fps
 
-    def _choose(self, file, height, width, rng):
+    def _choose(
+        self, file: VideoFile, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[list[int], tuple[int, int], float]:
         """Frame numbers, (H, W) and frame rate for a clip of which a part of height x width pixels is used."""
         stride_t, stride_h, stride_w = self.downsample
         duration = float(file.timestamps[-1].mean())  # to the middle of the last frame
@@ -109,7 +133,7 @@ class VaceVideoProcessor:
             times = np.linspace(start, start + frame_num / fps, frame_num)
         return self._frames_at(times, file.timestamps), (rows * stride_h, columns * stride_w), fps
 
-    def _frames_at(self, times, timestamps):
+    def _frames_at(self, times: np.ndarray, timestamps: np.ndarray) -> list[int]:
         """Numbers of the frames on screen at `times`, ascending; in a gap between two frames it is the earlier one.
 
         At the instant where one frame ends and the next starts, `keep_last` takes the first of the two.
@@ -120,7 +144,7 @@ class VaceVideoProcessor:
         return np.where(inside.any(axis=1), inside.argmax(axis=1), latest.clip(min=0)).tolist()
 
 
-def _fill(frame, height, width):
+def _fill(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Scale a frame [H, W, 3], uint8, until it covers height x width, and crop its centre: [3, height, width], uint8.
 
     Bicubic with antialiasing, rounded to 8 bits as interpolation of uint8 tensors does.
@@ -136,7 +160,7 @@ def _fill(frame, height, width):
     return frame[0]
 
 
-def fit_reference(image, height, width):
+def fit_reference(image: Image.Image, height: int, width: int) -> torch.Tensor:
     """A reference picture, PIL RGB, as [3, 1, height, width] in [-1, 1]: scaled to fit and centred on white."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(255).sub_(0.5).div_(0.5)
     if pixels.shape[2:] == (height, width):
@@ -151,7 +175,7 @@ def fit_reference(image, height, width):
     return canvas
 
 
-def open_clips(video_path, mask_path):
+def open_clips(video_path: Source | None, mask_path: Source | None) -> list[VideoFile]:
     """The source video and its mask, as far as there are paths for them, as a list of VideoFile.
 
     Raises InputError, naming field and file, for a file that cannot be read, a mask without a video, or one of
@@ -172,14 +196,24 @@ def open_clips(video_path, mask_path):
     return clips
 
 
-def check_source(video_path, mask_path, image_paths):
+def check_source(
+    video_path: Source | None, mask_path: Source | None, image_paths: Iterable[Source] | None
+) -> None:
     """Raises the InputError that `load_sources` would raise for these files, before any long work."""
     open_clips(video_path, mask_path)
     for path in image_paths or ():
         open_image(path, "src_ref_images")
 
 
-def load_sources(processor, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+def load_sources(
+    processor: VaceVideoProcessor,
+    src_video: Sequence[str | None],
+    src_mask: Sequence[str | None],
+    src_ref_images: Sequence[Sequence[str] | None],
+    num_frames: int,
+    image_size: tuple[int, int],
+    device: torch.device | str,
+) -> Sources:
     """Load each sample's source video, mask and reference images as tensors on `device`.
 
     Args:

@@ -4,25 +4,32 @@ Writers work on a temporary name beside the target and rename it when the file i
 either complete or untouched. Readers turn whatever is wrong with a file into an `InputError` that names it.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
 from .files import check_target, replacing
 
+log = logging.getLogger(__name__)
+
+ORIENTATION = 0x0112  # EXIF's tag
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
+COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def check_writable(path, image=False):
+def check_writable(path: str | os.PathLike[str], image: bool = False) -> None:
     """Fail now rather than after hours of work if `path` cannot become a video (or, with `image`, a picture).
 
     Raises InputError, naming --save_file, if the suffix is not one that can be written or `check_target` objects.
@@ -36,7 +43,7 @@ def check_writable(path, image=False):
     check_target(path, "save_file")
 
 
-def to_uint8(video):
+def to_uint8(video: torch.Tensor) -> torch.Tensor:
     """Values in [-1, 1], any shape, as the 8-bit values of a video's frames: clamped, scaled and cut, not rounded.
 
     A uint8 tensor is returned as it is.
@@ -46,7 +53,9 @@ def to_uint8(video):
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
-def save_video(video, path, fps=16):
+def save_video(
+    video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16, comment: str | None = None
+) -> None:
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
     Args:
@@ -55,6 +64,7 @@ def save_video(video, path, fps=16):
             multiples of 16 that the models make is the same thing.
         path: the target, ending in one of VIDEO_SUFFIXES.
         fps: frames per second.
+        comment: text without line breaks for the file's metadata.
 
     Raises:
         ValueError: another shape.
@@ -65,7 +75,13 @@ def save_video(video, path, fps=16):
     _, frame_num, height, width = video.shape
     with replacing(path) as temporary:
         encoder = imageio_ffmpeg.write_frames(
-            str(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1
+            str(temporary),
+            (width, height),
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=1,
+            output_params=["-metadata", f"comment={comment}"] if comment else [],
         )
         try:
             encoder.send(None)
@@ -80,7 +96,7 @@ def save_video(video, path, fps=16):
             raise OSError(f"{path}: only {written} of {frame_num} frames could be written; is the disk full?")
 
 
-def _count_frames(path):
+def _count_frames(path: str | os.PathLike[str]) -> int:
     """Frames in a file, without decoding; 0 if it cannot be read."""
     try:
         with av.open(str(path)) as container:
@@ -89,17 +105,47 @@ def _count_frames(path):
         return 0
 
 
-def save_image(image, path):
-    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix."""
+def save_image(image: torch.Tensor, path: str | os.PathLike[str], comment: str | None = None) -> None:
+    """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix.
+
+    A comment becomes part of the metadata of a .png.
+    """
     if image.ndim == 4:
         image = image.squeeze(1)
     if image.dtype != torch.uint8:
         image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
     with replacing(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary)
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+        if comment and temporary.suffix.lower() == ".png":
+            metadata = PngInfo()
+            metadata.add_text(COMMENT, comment)
+            picture.save(temporary, pnginfo=metadata)
+        else:
+            picture.save(temporary)
 
 
-def open_image(path, field):
+def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
+    """The comment in the metadata of a picture or video, or None.
+
+    Raises InputError, naming `field` and the file, if it cannot be read.
+    """
+    _check_file(path, field)
+    try:
+        with Image.open(path) as file:
+            return file.info.get(COMMENT)
+    except UnidentifiedImageError:
+        pass
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError("not a readable image", field, path) from error
+    try:
+        with av.open(os.fspath(path)) as container:
+            tags = {name.lower(): value for name, value in container.metadata.items()}
+            return tags.get(COMMENT.lower())
+    except av.FFmpegError as error:
+        raise InputError(f"not a readable video ({error.strerror})", field, path) from error
+
+
+def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
     """The picture at `path` as PIL RGB, read completely.
 
     Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read.
@@ -107,7 +153,13 @@ def open_image(path, field):
     _check_file(path, field)
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            if file.getexif().get(ORIENTATION, 1) != 1:
+                log.warning(
+                    f"{path} is stored turned (EXIF) and is used as it is stored; turn it first if need be"
+                )
+            if "A" in file.getbands() or "transparency" in file.info:
+                log.warning(f"{path} has transparent parts, which are used as if they were not")
+            image = _to_8_bits(file).convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError("not a readable image; give a PNG or JPEG file", field, path) from error
     if 0 in image.size:
@@ -115,7 +167,14 @@ def open_image(path, field):
     return image
 
 
-def _check_file(path, field):
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A PIL image of 16-bit grey, whose values PIL would cut off at 255, in 8 bits; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+
+
+def _check_file(path: str | os.PathLike[str], field: str) -> None:
     if not os.path.isfile(path):
         wrong = "is a directory" if os.path.isdir(path) else "no such file"
         raise InputError(f"{wrong}; check the path", field, path)
@@ -136,7 +195,7 @@ class VideoFile:
     Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames.
     """
 
-    def __init__(self, path, field="video"):
+    def __init__(self, path: str | os.PathLike[str], field: str = "video"):
         self.path, self.field = path, field
         _check_file(path, field)
         with self._open() as (container, stream):
@@ -160,7 +219,7 @@ class VideoFile:
         self.timestamps = seconds.astype(np.float32)
         self.height, self.width = next(self.frames([0])).shape[:2]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.timestamps)
 
     def frames(self, ids: Sequence[int] | None = None) -> Iterator[np.ndarray]:
@@ -183,7 +242,7 @@ class VideoFile:
         )
 
     @contextmanager
-    def _open(self):
+    def _open(self) -> Iterator[tuple[Any, Any]]:
         try:
             with av.open(os.fspath(self.path)) as container:
                 if not container.streams.video:

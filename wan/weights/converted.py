@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from filelock import FileLock
 from ..utils.errors import InputError
 from ..utils.files import replacing
 from .fingerprints import checkpoint_fingerprint
+from .lora import Loras
 from .mapped import MappedFile, write_mapped
 from .reading import read_tensors
 
@@ -27,14 +29,16 @@ class OffloadFolder:
         InputError: it cannot be made or written to.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._error(error) from error
 
-    def converted(self, source: str | Path, dtype: Callable[[str], torch.dtype]) -> MappedFile:
+    def converted(
+        self, source: str | Path, dtype: Callable[[str], torch.dtype], loras: Loras | None = None
+    ) -> MappedFile:
         """The tensors of a checkpoint in the types that `dtype` names, mapped from the folder.
 
         Converts them if no run has done so before; an interrupted conversion leaves nothing behind that counts.
@@ -42,18 +46,19 @@ class OffloadFolder:
         Args:
             source: a .safetensors, .pth or index .json file.
             dtype: maps a tensor's name to the type to keep it in.
+            loras: to be merged into the tensors before they are converted.
 
         Raises:
             InputError: a folder that is full or read-only, a missing or damaged source, a damaged file in the folder.
         """
         source = Path(source)
-        fingerprint = checkpoint_fingerprint(source, dtype, FORMAT)
+        fingerprint = checkpoint_fingerprint(source, dtype, f"{FORMAT} {loras.identity}" if loras else FORMAT)
         target = self.path / f"{source.name.split('.')[0]}-{fingerprint[:16]}.safetensors"
         try:
             with self._locked(target):
                 # Never over a file that is there: a run may have it mapped, and Windows keeps what is mapped.
                 if not target.exists():
-                    self._convert(source, dtype, target, fingerprint)
+                    self._convert(source, dtype, loras, target, fingerprint)
         except (OSError, NotImplementedError) as error:  # the latter where the disk's format has no locks
             raise self._error(error) from error
         return MappedFile(target, fingerprint)
@@ -68,10 +73,16 @@ class OffloadFolder:
             yield
 
     def _convert(
-        self, source: Path, dtype: Callable[[str], torch.dtype], target: Path, fingerprint: str
+        self,
+        source: Path,
+        dtype: Callable[[str], torch.dtype],
+        loras: Loras | None,
+        target: Path,
+        fingerprint: str,
     ) -> None:
+        merge, title = loras.merge if loras else None, f"Converting {source.name}"
         with replacing(target, temporary=target.with_suffix(".partial")) as partial:
-            write_mapped(partial, read_tensors(source), dtype, fingerprint, f"Converting {source.name}")
+            write_mapped(partial, read_tensors(source), dtype, fingerprint, title, merge)
 
     def _error(self, error: Exception) -> InputError:
         if getattr(error, "errno", None) == errno.ENOSPC:

@@ -21,6 +21,7 @@ def load_weights(
     *,
     names: Callable[[str], str | list[str] | None] | None = None,
     dtype: Callable[[str], torch.dtype | None] | None = None,
+    merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Fills a module that was built on the meta device.
 
@@ -33,14 +34,16 @@ def load_weights(
         names: maps a name in the file to the module's; None skips the tensor; a list splits it along
             dimension 0 into equal parts. Default: the same name.
         dtype: maps the module's name to the type to keep it in, or None for the type in the file.
+        merge: makes of the module's name and the tensor in the file the tensor to load, of the same shape.
 
     Raises:
         InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
     """
-    if hasattr(source, "read"):
-        path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
-    else:
+    tensors: list[tuple[str, Callable[[], torch.Tensor]]]
+    if isinstance(source, (str, Path)):
         path, tensors = Path(source), list(read_tensors(Path(source)))
+    else:
+        path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
     expected = module.state_dict()
     loaded, unexpected, misshaped = {}, [], []
     for stored_name, read in tqdm(tensors, desc=f"Loading {path.name}", leave=False):
@@ -60,6 +63,7 @@ def load_weights(
                     f"{stored_name} {tuple(part.shape)} instead of {tuple(expected[name].shape)}"
                 )
             else:
+                part = merge(name, part) if merge else part
                 kept = dtype(name) if dtype else None
                 loaded[name] = _aligned(part.to(kept or part.dtype))
     missing = [name for name in expected if name not in loaded]

@@ -73,6 +73,7 @@ def write_mapped(
     dtype: Callable[[str], torch.dtype],
     fingerprint: str,
     title: str,
+    merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Writes a file for MappedFile, one tensor in RAM at a time, and waits until it is on the disk.
 
@@ -81,6 +82,7 @@ def write_mapped(
         dtype: maps a tensor's name to the type to keep it in.
         fingerprint: to be asked for when it is opened.
         title: of the progress bar.
+        merge: makes of a name and a tensor the tensor to write, of the same shape.
     """
     tensors, entries, offset = list(tensors), {}, 0
     for name, read in tensors:
@@ -96,7 +98,8 @@ def write_mapped(
         file.write(_header(entries, fingerprint, checksum=0))
         checksum = 0
         for name, read in tqdm(tensors, desc=title):
-            data = read().to(dtype(name)).contiguous().view(-1).view(torch.uint8).numpy()
+            tensor = merge(name, read()) if merge else read()
+            data = tensor.to(dtype(name)).contiguous().view(-1).view(torch.uint8).numpy()
             for start in range(0, data.size, _PIECE):
                 piece = data[start : start + _PIECE]
                 checksum = zlib.crc32(piece, checksum)

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -30,7 +30,7 @@ class _SafetensorsFile:
         with self._open() as file:
             self.names = list(file.keys())
 
-    def _open(self):
+    def _open(self) -> Any:
         try:
             return safetensors.safe_open(self.path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
@@ -53,6 +53,12 @@ class _PickleFile:
                 if "mmap" not in str(error):
                     raise
                 self._tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(self._tensors, dict):
+                raise TypeError(f"it holds a {type(self._tensors).__name__}, not named tensors")
+            for name, tensor in self._tensors.items():
+                dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+                if not isinstance(name, str) or not dense:
+                    raise TypeError(f"{name} in it is no dense tensor")
             self.names = list(self._tensors)
         except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
             raise _damaged(path, error) from error
@@ -74,7 +80,9 @@ def checkpoint_files(path: Path) -> list[Path]:
         return [path]
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("it names files that are not beside it")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from error
     for shard in shards:
         if not (path.parent / shard).is_file():

@@ -7,6 +7,9 @@ tensors that one operation needs at a time. A tile counts with its margins, the 
 
 import functools
 import math
+from collections.abc import Sequence
+
+from torch import nn
 
 from ...modules.vae_forward import decoded_frames, encoded_frames
 from ...modules.vae_operations import (
@@ -28,7 +31,7 @@ BYTES = 4  # of an fp32 number
 ALLOCATION = 512  # bytes, granularity of the device's allocator
 
 
-def decode_peak_bytes(model, frames, height, width, tile=0):
+def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
     """Device memory that decoding takes at most, with the decoder's weights, without the latents it is given.
 
     Args:
@@ -39,7 +42,7 @@ def decode_peak_bytes(model, frames, height, width, tile=0):
     return _weight_bytes(model.decoder, model.conv2) + decode_bytes(model, frames, height, width, tile)
 
 
-def encode_peak_bytes(model, frames, height, width, tile=0):
+def encode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
     """Device memory that encoding takes at most, with the encoder's weights and the latents that it returns.
 
     The arguments are those of `decode_peak_bytes`; frames, height and width are of the video that goes in.
@@ -47,7 +50,7 @@ def encode_peak_bytes(model, frames, height, width, tile=0):
     return _weight_bytes(model.encoder, model.conv1) + encode_bytes(model, frames, height, width, tile)
 
 
-def decode_bytes(model, frames, height, width, tile):
+def decode_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int) -> int:
     """As `decode_peak_bytes`, without the weights."""
     passes, frames = decoder_passes(model), encoded_frames(frames)
     size = (height // STRIDE, width // STRIDE)
@@ -59,7 +62,7 @@ def decode_bytes(model, frames, height, width, tile):
     )
 
 
-def encode_bytes(model, frames, height, width, tile):
+def encode_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int) -> int:
     """As `encode_peak_bytes`, without the weights."""
     passes, frames = encoder_passes(model), encoded_frames(frames)
     size = (height // STRIDE, width // STRIDE)
@@ -72,19 +75,21 @@ def encode_bytes(model, frames, height, width, tile):
     )
 
 
-def _weight_bytes(*modules):
+def _weight_bytes(*modules: nn.Module) -> int:
     return sum(_allocated(1, p.numel()) for module in modules for p in module.parameters())
 
 
-def _allocated(channels, area):
-    return -(-BYTES * channels * area // ALLOCATION) * ALLOCATION
+def _allocated(channels: float, area: int) -> int:
+    return -int(-BYTES * channels * area // ALLOCATION) * ALLOCATION
 
 
-def _whole(operations, size):
+def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:
     return [[length] * (len(operations) + 1) for length in size]
 
 
-def _longest(operations, input_size, pixels, unit, tile):
+def _longest(
+    operations: Sequence[Operation], input_size: Sequence[int], pixels: Sequence[int], unit: int, tile: int
+) -> list[list[int]]:
     """Rows and columns of each operation's input and of the last one's output, the most of all tiles.
 
     Args:
@@ -101,7 +106,9 @@ def _longest(operations, input_size, pixels, unit, tile):
     return longest
 
 
-def _pass_bytes(operations, frames, rows, columns):
+def _pass_bytes(
+    operations: Sequence[Operation], frames: int, rows: Sequence[int], columns: Sequence[int]
+) -> int:
     """The most that a pass holds at a time, weights apart.
 
     Args:
@@ -130,7 +137,9 @@ def _pass_bytes(operations, frames, rows, columns):
 
 
 @functools.singledispatch
-def _held(operation: Operation, frames, frame, channels, height, width):
+def _held(
+    operation: Operation, frames: int, frame: int, channels: int, height: int, width: int
+) -> tuple[int, int]:
     """What an operation remembers between frames, and the most that it holds beside that while it works.
 
     Args:
@@ -143,13 +152,15 @@ def _held(operation: Operation, frames, frame, channels, height, width):
 
 
 @_held.register
-def _(operation: Norm, frames, frame, channels, height, width):
+def _(operation: Norm, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
     norms = 2 * _allocated(1, height * width)
     return 0, frame + _allocated(channels, height * width) + norms + _allocated(channels, 1)
 
 
 @_held.register
-def _(operation: Convolution, frames, frame, channels, height, width):
+def _(
+    operation: Convolution, frames: int, frame: int, channels: int, height: int, width: int
+) -> tuple[int, int]:
     """The window of frames, and then the frame that comes out; of three the window drops one when it is made."""
     if not operation.memory:
         return 0, frame + _allocated(operation.out_channels, height * width)
@@ -160,28 +171,30 @@ def _(operation: Convolution, frames, frame, channels, height, width):
 
 
 @_held.register
-def _(operation: Double, frames, frame, channels, height, width):
+def _(operation: Double, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
     if frames == 1:
         return 0, frame
     return _held.dispatch(Convolution)(operation, frames - 1, frame, channels, height, width)
 
 
 @_held.register
-def _(operation: Halve, frames, frame, channels, height, width):
+def _(operation: Halve, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
     area = height * width
     window = _allocated(3 * channels, area) + _allocated(operation.out_channels, area)
     return min(frames, 2) * frame, frame + (window if frames > 2 else 0)
 
 
 @_held.register
-def _(operation: Resize, frames, frame, channels, height, width):
+def _(operation: Resize, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
     out = _allocated(operation.out_channels, math.prod(output_length(operation, n) for n in (height, width)))
     padded = 4 * height * width if operation.scale == 2 else (height + 1) * (width + 1)
     return 0, frame + _allocated(channels, padded) + out
 
 
 @_held.register
-def _(operation: Residual, frames, frame, channels, height, width):
+def _(
+    operation: Residual, frames: int, frame: int, channels: int, height: int, width: int
+) -> tuple[int, int]:
     area, remembered, most = height * width, 0, 0
     for part in operation.parts:
         channels = part.in_channels or channels
@@ -196,7 +209,9 @@ def _(operation: Residual, frames, frame, channels, height, width):
 
 
 @_held.register
-def _(operation: Attention, frames, frame, channels, height, width):
+def _(
+    operation: Attention, frames: int, frame: int, channels: int, height: int, width: int
+) -> tuple[int, int]:
     """The keys, queries and values and their transpose; then these, what comes of them, and a piece's scores."""
     area = height * width
     one, scores = _allocated(channels, area), _allocated(attention_rows(area), area)

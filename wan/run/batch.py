@@ -1,0 +1,171 @@
+"""Many requests in one go: an output for each, what is done is skipped, what is half done goes on."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..memory.options import MemoryOptions
+from ..utils.errors import InputError
+from ..utils.flags import is_option
+from .request import Request
+from .settings import read_settings, settings
+
+log = logging.getLogger(__name__)
+
+_FIELDS = [field.name for field in fields(Request) if is_option(field)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request of many.
+
+    Attributes:
+        name: what it is called in messages.
+        request: what to make.
+        open: settings that another run of it may have chosen otherwise, such as a random seed.
+    """
+
+    name: str
+    request: Request
+    open: frozenset[str] = frozenset()
+
+    def made_by(self, found: Mapping[str, Any]) -> bool:
+        """Whether these settings are the entry's."""
+        mine = settings(self.request)
+        names = (set(mine) | set(found)) - self.open
+        return all(mine.get(name) == found.get(name) for name in names)
+
+
+def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapping[str, Any]) -> list[Entry]:
+    """The requests that a file lists.
+
+    Args:
+        path: a text with a prompt in each line; or JSON lines, each an object with any fields of a Request. Empty
+            lines do not count.
+        given, memory: fields of the Request and of its memory options for all of them. Results are numbered after
+            save_file, or after the list itself.
+
+    Raises:
+        InputError: a file that cannot be read; or a line that cannot work, which is named.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot be read: {reason}", "prompts", path) from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise InputError("has no line with a prompt in it", "prompts", path)
+    as_json = path.suffix.lower() in (".jsonl", ".json")
+    entries: list[Entry] = []
+    for number, line in numbered:
+        try:
+            own = _object(line) if as_json else {"prompt": line}
+            values = {"save_file": _numbered(path, given, number), **given, **own}
+            if "save_file" not in own:
+                values["save_file"] = _numbered(path, given, number)
+            request = Request(**values, memory=MemoryOptions(**memory))
+            if request.resume or request.decode_latents:
+                raise InputError("belongs to one run, leave it out", ("resume", "decode_latents"))
+        except (InputError, TypeError) as error:
+            raise InputError(f"line {number}: {error}", "prompts", path) from error
+        unset = {"base_seed"} if int(values.get("base_seed", -1)) < 0 else set()
+        if request.use_prompt_extend:
+            unset.add("prompt")
+        entries.append(Entry(f"line {number}", request, frozenset(unset)))
+    _check_names(path, entries)
+    return entries
+
+
+def run_entries(entries: Sequence[Entry], run: Callable[[Request], Path]) -> int:
+    """Runs what is not done yet, one after the other; a failure does not stop the rest.
+
+    Args:
+        run: makes a request.
+
+    Returns:
+        How many failed; they are logged.
+    """
+    made, there, failed = 0, 0, []
+    for entry in entries:
+        try:
+            if _is_done(entry):
+                there += 1
+                continue
+            run(_begun(entry) or entry.request)
+            made += 1
+        except Exception as error:
+            expected = isinstance(error, (InputError, OSError))
+            log.error(f"{entry.name}: {' '.join(str(error).split())}", exc_info=None if expected else error)
+            failed.append(entry.name)
+    told = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
+    log.info(f"{made} made, {there} were there{told}")
+    return len(failed)
+
+
+def _is_done(entry: Entry) -> bool:
+    """Whether the result is there, made by the entry's settings."""
+    path = entry.request.save_file
+    if entry.request.overwrite or not os.path.isfile(path):
+        return False
+    try:
+        return entry.made_by(read_settings(path, "save_file"))
+    except InputError:
+        return False
+
+
+def _begun(entry: Entry) -> Request | None:
+    """The request that goes on from the newest state of the entry, if there is one."""
+    from .state import read_state
+
+    paths = glob.glob(f"{glob.escape(entry.request.save_file)}.*.state")
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        try:
+            request = read_state(path, memory=entry.request.memory, ckpt_dir=entry.request.ckpt_dir).request
+        except InputError as error:
+            log.warning(str(error))
+            continue
+        if entry.made_by(settings(request)):
+            log.info(f"{entry.name} goes on from {path}")
+            return request
+    return None
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError("not a JSON object")
+    unknown = [name for name in values if name not in _FIELDS]
+    if unknown:
+        raise InputError(f"no such setting: {', '.join(unknown)}")
+    return values
+
+
+def _numbered(path: Path, given: Mapping[str, Any], number: int) -> str:
+    """The name of a result."""
+    from ..tasks import TASKS
+
+    still = given.get("task") in TASKS and TASKS[given["task"]].still
+    base = Path(given.get("save_file") or path.with_suffix(".png" if still else ".mp4").name)
+    return str(base.with_name(f"{base.stem}_{number:03}{base.suffix}"))
+
+
+def _check_names(path: Path, entries: Sequence[Entry]) -> None:
+    taken: dict[str, Entry] = {}
+    for entry in entries:
+        other = taken.setdefault(os.path.realpath(entry.request.save_file), entry)
+        if other is not entry:
+            raise InputError(
+                f"{other.name} and {entry.name} have one save_file, give each its own", "prompts", path
+            )

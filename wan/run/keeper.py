@@ -1,0 +1,145 @@
+"""Where and when a run's state is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..sampling import Solver
+from ..utils.errors import InputError
+from .interrupts import Interrupts
+from .state import State, write_state
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps the state of a run in a file beside its result.
+
+    Attributes:
+        state: the last one, without what denoising has done since.
+        path: of the file; `save` changes it where that place takes no more.
+        kept: whether the file is there.
+        interrupts: whether the run is to stop.
+
+    Args:
+        state: where the run starts.
+        interrupts: see above.
+    """
+
+    def __init__(self, state: State, interrupts: Interrupts):
+        request = state.request
+        self.state = state
+        self.kept = request.resume is not None
+        self.path = Path(request.resume or state_path(request.save_file)).absolute()
+        self.interrupts = interrupts
+        self._seconds = request.save_every * 60
+        self._saved_at = time.monotonic()
+
+    def save(self, **changes: Any) -> None:
+        """Writes the state with the changes; in another folder if its own takes no more, which is told."""
+        self._write(replace(self.state, **changes))
+        self.state = replace(self.state, **changes)
+
+    def after_step(self, latent: torch.Tensor, solver: Solver) -> None:
+        """Writes the state if it is time, or if the run is to stop, and then stops it.
+
+        Raises:
+            InputError: the latent is not finite.
+            Interrupted: the run is to stop.
+        """
+        check_finite(latent, f"denoising, step {solver.done}")
+        asked = self.interrupts.asked
+        if asked or time.monotonic() - self._saved_at >= self._seconds:
+            # Not remembered: the solver goes on, and what it drops is to be freed.
+            self._write(replace(self.state, latent=latent, solver=solver.state_dict()))
+        if asked:
+            self.interrupts.check()
+
+    def finish(self, latent: torch.Tensor) -> None:
+        """Writes the finished latents; in a file of their own, too, if that is asked for.
+
+        Raises Interrupted if the run is to stop.
+        """
+        changes = {"conditioning": None, "latent": latent, "solver": None, "finished": True}
+        self.save(**changes)
+        wanted = self.state.request.save_latents
+        if wanted:
+            try:
+                write_state(wanted, self.state)
+            except OSError as error:
+                log.warning(f"The latents could not be saved: {error}")
+        self.interrupts.check()
+
+    def remove(self) -> None:
+        """The result is there: the state is needed no more."""
+        self.path.unlink(missing_ok=True)
+        self.kept = False
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """If the body fails, the log names the command that goes on; a run that is refused leaves nothing."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, InputError) and self.state.stage == "text" and not self.state.request.resume:
+                self.remove()
+            if self.kept:
+                log.error(f"Nothing is lost; go on with: {way_back(self.path)}")
+            raise
+
+    def _write(self, state: State) -> None:
+        places = [self.path, *(folder / self.path.name for folder in _other_folders(self.path.parent))]
+        for place in places:
+            try:
+                write_state(place, state)
+            except OSError as error:
+                log.warning(f"The state could not be kept in {place.parent}: {error}")
+                continue
+            if place != self.path:
+                log.warning(f"The state is kept in {place}")
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
+                self.path = place
+            self.kept = True
+            break
+        self._saved_at = time.monotonic()
+
+
+def state_path(save_file: str) -> Path:
+    """A name for the state of a new run, beside its result."""
+    return Path(f"{save_file}.{secrets.token_hex(4)}.state")
+
+
+def way_back(path: Path) -> str:
+    """The command that goes on from a state, to be given in any folder."""
+    program = Path(__file__).resolve().parents[2] / "generate.py"
+    way_in = [str(program)] if program.is_file() else ["-m", "wan.cli"]
+    words = [sys.executable, *way_in, "--resume", str(path)]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
+def check_finite(values: torch.Tensor, stage: str) -> None:
+    """Raises InputError, naming the stage, if a value is infinite or not a number."""
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"{stage} gave values that are infinite or not numbers: weights are damaged, or a setting is extreme"
+        )
+
+
+def _other_folders(folder: Path) -> Iterator[Path]:
+    for other in (Path(tempfile.gettempdir()), Path.home()):
+        if other.is_dir() and other != folder:
+            yield other

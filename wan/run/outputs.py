@@ -1,0 +1,80 @@
+"""Whether what a run writes has a place, before any work is done."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from ..utils.errors import InputError
+from ..utils.files import check_target, sweep
+from ..utils.video import check_writable
+from .keeper import state_path
+from .request import PATHS, Request
+from .settings import read_settings, settings
+
+log = logging.getLogger(__name__)
+
+
+def check_outputs(request: Request) -> None:
+    """Sweeps the folder of the result.
+
+    Raises InputError for a file that cannot be written, would be lost, or is read by the same run.
+    """
+    check_writable(request.save_file, image=request.facts.still)
+    check_target(state_path(request.save_file), "save_file")
+    sweep(Path(request.save_file).absolute().parent)
+    if request.save_latents:
+        check_target(request.save_latents, "save_latents")
+    outputs = {
+        name: getattr(request, name) for name in ("save_file", "save_latents") if getattr(request, name)
+    }
+    used = {name: getattr(request, name) for name in PATHS if getattr(request, name)}
+    for name, path in outputs.items():
+        for other, other_path in used.items():
+            if name != other and os.path.realpath(path) == os.path.realpath(other_path):
+                raise InputError("are the same file, give two", (name, other), path)
+        if not _may_replace(request, name):
+            raise InputError("exists; choose another name, or replace it with --overwrite", name, path)
+    room = shutil.disk_usage(Path(request.save_file).absolute().parent).free
+    if room < _least_bytes(request):
+        raise InputError(
+            f"the disk has only {room >> 20} MB left, make room or choose another place",
+            "save_file",
+            request.save_file,
+        )
+
+
+def final_path(request: Request) -> Path:
+    """Where the result goes: a free name beside save_file if another run has put its own there meanwhile."""
+    path = Path(request.save_file)
+    if _may_replace(request, "save_file"):
+        return path
+    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    free = next(name for name in names if not name.exists())
+    log.warning(f"{path} was made meanwhile by another run")
+    return free
+
+
+def _may_replace(request: Request, name: str) -> bool:
+    """Whether an output has its place free, or may take it: by --overwrite, or since it is this very run's.
+
+    A run that was stopped between saving and forgetting its state finds its own result.
+    """
+    path = getattr(request, name)
+    if not os.path.exists(path) or request.overwrite:
+        return True
+    if not request.resume or name != "save_file":
+        return request.resume is not None
+    try:
+        return read_settings(path) == settings(request)
+    except InputError:
+        return False
+
+
+def _least_bytes(request: Request) -> int:
+    """What the state takes at least, to which the video is small: the latent, and three of the solver's."""
+    width, height = request.pixels
+    return 4 * 16 * (request.frame_num // 4 + 1) * (height // 8) * (width // 8) * 4

@@ -1,0 +1,51 @@
+"""The settings that decide a result, in the metadata of its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from typing import Any
+
+from .. import __version__
+from ..utils.errors import InputError
+from ..utils.flags import is_option
+from ..utils.video import read_comment
+from .request import GPUS, KEEPING, PROMPT_EXTENSION, Request
+
+PROGRAM = "wan-low-memory"
+# Where it is computed and kept changes nothing; an extended prompt stands among the settings itself.
+_APART = (KEEPING, PROMPT_EXTENSION, GPUS)
+_NAMES = [
+    field.name
+    for field in fields(Request)
+    if is_option(field)
+    and field.metadata["group"] not in _APART
+    and field.name not in ("save_file", "device")
+]
+
+
+def settings(request: Request) -> dict[str, Any]:
+    """The fields that decide the result of a request, as they come back from JSON; paths are absolute."""
+    values = request.to_json()
+    return json.loads(json.dumps({name: values[name] for name in _NAMES if values[name] is not None}))
+
+
+def settings_text(request: Request) -> str:
+    """The settings as ASCII text, for a file's metadata."""
+    return json.dumps({"program": PROGRAM, "version": __version__, "settings": settings(request)})
+
+
+def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
+    """The fields of the Request that a file was made by.
+
+    Raises InputError, naming `field`, for a file that cannot be read or has no settings in it.
+    """
+    try:
+        found = json.loads(read_comment(path, field) or "{}")
+        if found["program"] == PROGRAM:
+            return {name: value for name, value in found["settings"].items() if name in _NAMES}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+    raise InputError("has no settings in it; give an .mp4 or .png that this program made", field, path)

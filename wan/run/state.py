@@ -1,0 +1,210 @@
+"""How far a run has come, and all that the rest of it needs: one file, from which it goes on to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .. import __version__
+from ..memory.options import MemoryOptions
+from ..pipeline import Conditioning
+from ..utils.errors import InputError
+from ..utils.files import replacing
+from .request import Request
+
+log = logging.getLogger(__name__)
+
+FORMAT = "wan-state-1"
+
+
+@dataclass(frozen=True)
+class State:
+    """A run on its way.
+
+    Attributes:
+        request: with the prompt as it was written out, if it was. Its result goes where save_file says.
+        weights: name of each weight file in the checkpoint, and its digest when the run started.
+        conditioning: what encoding left; None before it, and when denoising is done.
+        latent: None before denoising.
+        solver: its state at `latent`.
+        finished: whether `latent` is the finished one, without the references' frames.
+    """
+
+    request: Request
+    weights: Mapping[str, str] = field(default_factory=dict)
+    conditioning: Conditioning | None = None
+    latent: torch.Tensor | None = None
+    solver: Mapping[str, Any] | None = None
+    finished: bool = False
+
+    @property
+    def stage(self) -> str:
+        """What comes next: text, denoise or decode."""
+        if self.finished:
+            return "decode"
+        return "text" if self.conditioning is None else "denoise"
+
+
+def write_state(path: str | os.PathLike, state: State) -> None:
+    """Writes a state as a safetensors file, whole or not at all, on the disk when it returns.
+
+    The place of the result is kept relative to the file's, so that they can be moved together.
+
+    Raises OSError: no room, or no right to write.
+    """
+    path = Path(path).absolute()
+    tensors: dict[str, torch.Tensor] = {}
+    request = state.request.to_json()
+    values = {
+        "version": __version__,
+        "torch": str(torch.__version__),
+        "request": request | {"save_file": _relative(request["save_file"], path.parent)},
+        "weights": dict(state.weights),
+        "conditioning": _pack(vars(state.conditioning), tensors) if state.conditioning else None,
+        "latent": _pack(state.latent, tensors),
+        "solver": _pack(dict(state.solver), tensors) if state.solver else None,
+        "finished": state.finished,
+    }
+    text = json.dumps(values)
+    metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, tensors)}
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as any new file's; safetensors gives its own
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # how it tells of a full disk
+            raise OSError(f"{path} cannot be written ({_one_line(error)})") from error
+        temporary.chmod(mode)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any) -> State:
+    """Reads a state; its tensors are on the CPU.
+
+    Args:
+        field: named by the errors.
+        overrides: other values of the request's fields.
+
+    Raises:
+        InputError: no such file, damaged, or written by another version of this program.
+    """
+    values, tensors = _read(Path(path), field)
+    if values["torch"] != str(torch.__version__):
+        log.warning(f"{path} was written under PyTorch {values['torch']}: the rest may be rounded otherwise")
+    try:
+        conditioning, solver = values["conditioning"], values["solver"]
+        return State(
+            request=_request(values, Path(path), overrides),
+            weights=values["weights"],
+            conditioning=Conditioning(**_unpack(conditioning, tensors)) if conditioning else None,
+            latent=_unpack(values["latent"], tensors),
+            solver=_unpack(solver, tensors) if solver else None,
+            finished=values["finished"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"not a state of this program ({_one_line(error)})", field, path) from error
+
+
+def resumed_request(
+    path: str | os.PathLike, overrides: Mapping[str, Any], memory: Mapping[str, Any]
+) -> Request:
+    """The request of a run that goes on from its state.
+
+    Args:
+        path: of the state.
+        overrides, memory: other values of the request's fields and of its memory options.
+
+    Raises:
+        InputError: as read_state, and as the request itself.
+    """
+    values, _ = _read(Path(path), "resume")
+    stored = MemoryOptions(**values["request"]["memory"] | dict(memory))
+    return _request(values, Path(path), dict(overrides) | {"memory": stored})
+
+
+def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:
+    """The request of a state in the file `path`."""
+    stored = dict(values["request"])
+    save_file = os.path.normpath(path.absolute().parent / stored["save_file"])
+    memory = MemoryOptions(**stored["memory"])
+    places = {"memory": memory, "save_file": save_file, "resume": str(path.absolute())}
+    return Request(**stored | places | dict(overrides))
+
+
+def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The values and tensors of a state that is whole and this version's."""
+    if not path.is_file():
+        raise InputError("no such file", field, path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            known = metadata.get("format") == FORMAT
+            # Copies: what is mapped keeps Windows from writing the next state over the file.
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())} if known else {}  # noqa: SIM118
+        if not known:
+            raise InputError("not a state that this program wrote", field, path)
+        text = metadata["state"]
+        if metadata["checksum"] != _checksum(text, tensors):
+            raise InputError("damaged: its checksum is another", field, path)
+        values = json.loads(text)
+    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"damaged or not a state ({_one_line(error)})", field, path) from error
+    if values["version"] != __version__:
+        raise InputError(
+            f"was written by version {values['version']}, this is {__version__}; go on with that version",
+            field,
+            path,
+        )
+    return values, tensors
+
+
+def _relative(target: str, folder: Path) -> str:
+    try:
+        return os.path.relpath(target, folder)
+    except ValueError:  # on another drive
+        return target
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value as JSON, with the tensors in it put into `tensors` and named."""
+    if isinstance(value, torch.Tensor):
+        name = f"tensor {len(tensors):03}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": {name: _pack(item, tensors) for name, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, tensors) for item in value]
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {name: _unpack(item, tensors) for name, item in value["dict"].items()}
+    return [_unpack(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
