@@ -270,7 +270,7 @@ class Anything:
         return self
     def click(self, fn, inputs, outputs, **options):
         BUTTONS[fn.__name__] = (fn, inputs)
-    change = click
+    change = input = click
     def launch(self, **options):
         for name, values in PRESS:
             fn, inputs = BUTTONS[name]
