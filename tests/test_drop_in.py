@@ -22,6 +22,7 @@ from wan.configs import WAN_CONFIGS
 from wan.modules import VaceWanModel, WanModel, WanVAE
 from wan.modules.forward import embed_patches
 from wan.modules.model import sinusoidal_embedding_1d
+from wan.modules.tokens import ON_DEVICE
 from wan.utils import prompt_extend
 from wan.utils.errors import InputError
 from wan.utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas, retrieve_timesteps
@@ -447,9 +448,9 @@ def test_a_forward_pass_written_out_by_its_parts(task, first):
     image = {"clip_fea": features, "y": [part[16:] for part in x]} if task == "i2v-tiny" else {}
     expected = model([part[:16] for part in x] if image else x, t, context, 18, **image)
 
-    embedded = [embed_patches(model.patch_embedding, part, "cpu", first) for part in x]
+    embedded = [embed_patches(model.patch_embedding, part, "cpu", first, ON_DEVICE, "x") for part in x]
     grid = torch.tensor([grid for _, grid in embedded])
-    stream = torch.cat([tokens for tokens, _ in embedded]).to(first)
+    stream = torch.cat([tokens.whole for tokens, _ in embedded]).to(first)
     time = model.time_embedding(sinusoidal_embedding_1d(model.freq_dim, t).float())
     modulation = model.time_projection(time).unflatten(1, (6, -1))
     padded = torch.stack([torch.cat([row, row.new_zeros(512 - len(row), 4096)]) for row in context]).to(first)
