@@ -64,7 +64,7 @@ def weights_from(make):
     Types are those in which files are kept, see wan.weights.loading.load_weights.
     """
 
-    def load_weights(module, path, *, names=None, dtype=None):
+    def load_weights(module, path, *, names=None, dtype=None, merge=None):
         weights = {
             name: make(tuple(tensor.shape), dtype(name)) for name, tensor in module.state_dict().items()
         }

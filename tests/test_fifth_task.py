@@ -19,8 +19,8 @@ from wan.utils.events import Finished
 class WanMirror(WanT2V):
     """What its parent makes, left and right exchanged."""
 
-    def generate(self, *args, **options):
-        return super().generate(*args, **options).flip(-1)
+    def decode(self, latent):
+        return super().decode(latent).flip(-1)
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_defaults_of_the_tasks(arguments, expected):
 
 def test_low_vram_is_one_switch():
     memory = generate.parse_arguments(["--task", "t2v-tiny", "--low_vram"]).memory
-    assert memory.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == 272
-    assert memory.dit_stream == 0.0 and memory.dit_chunk > 0
+    assert memory.offload_model is True and memory.vae_cpu and memory.t5_stream and memory.vae_tile == 128
+    assert memory.dit_stream == 0.0 and memory.dit_chunk > 0 and memory.activation_offload
     own = generate.parse_arguments(
         ["--task", "t2v-tiny", "--low_vram", "--dit_chunk", "128", "--t5_cpu"]
     ).memory
@@ -122,6 +122,7 @@ def test_low_vram_is_one_switch():
         (["--vae_tile", "0"], {"vae_tile": 0}),
         (["--offload_model", "False"], {"offload_model": False}),
         (["--dit_stream", "1.5"], {"dit_stream": 1.5}),
+        (["--activation_offload", "False"], {"activation_offload": False}),
     ],
 )
 def test_a_flag_beside_low_vram_keeps_its_value_also_if_it_is_the_default(arguments, kept):

@@ -320,7 +320,17 @@ def quick_text(monkeypatch):
     "task, options",
     [
         ("t2v", [{}, {"dit_stream": 0.0}, {"offload_model": False}, {"offload_folder": "converted"}]),
-        ("vace", [{"offload_folder": "converted", "dit_stream": 0.0001, "dit_chunk": 64}]),
+        (
+            "vace",
+            [
+                {
+                    "offload_folder": "converted",
+                    "dit_stream": 0.0001,
+                    "dit_chunk": 64,
+                    "activation_offload": True,
+                }
+            ],
+        ),
     ],
 )
 def test_videos_are_those_of_a_checkpoint_merged_by_hand(

@@ -237,6 +237,17 @@ def test_outputs_are_equal_and_peaks_ordered(task):
 
 
 @every_task
+def test_streams_and_activations_in_ram_change_no_bit(task):
+    videos = []
+    for memory in ({}, {"dit_stream": 0.0, "activation_offload": True, "vae_cpu": True}):
+        with VirtualGPU() as gpu:
+            pipeline = build(task, gpu, dit_chunk=64, **memory)
+            videos.append(generate(pipeline, task, sampling_steps=2))
+            assert not homeless(pipeline, gpu, "vae_cpu" in memory)
+    assert torch.equal(*videos)
+
+
+@every_task
 def test_a_device_that_is_too_small_without_the_flags(task):
     """At the least capacity that the flags need at most, a run without them is out of memory as T5 works."""
     needed = [unlimited(task, **flags)[2] for flags in FLAGS]

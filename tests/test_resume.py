@@ -117,9 +117,9 @@ def finish(arguments):
 # Events of a run of text to video: text 1 2, denoise 3 (steps 4 to 7) 8, decode 9 10, save 11 12, finished 13. Those
 # of images have image 3 4 (not VACE) and encode before denoise.
 KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
-STOPS = [("t2v-tiny", number, KILL) for number in (1, 2, 5, 8, 10, 12)]
-STOPS += [("t2v-tiny", 1, INT), ("t2v-tiny", 4, TERM), ("t2v-tiny", 7, INT), ("t2v-tiny", 9, TERM)]
-STOPS += [("i2v-tiny", 6, KILL), ("i2v-tiny", 9, INT), ("flf2v-tiny", 9, KILL), ("vace-tiny", 7, TERM)]
+STOPS = [("t2v-tiny", number, KILL) for number in (1, 5, 10, 12)]
+STOPS += [("t2v-tiny", 4, TERM), ("t2v-tiny", 7, INT)]
+STOPS += [("i2v-tiny", 6, KILL), ("flf2v-tiny", 9, INT), ("vace-tiny", 7, TERM)]
 if os.environ.get("WAN_EVERY_KILL"):  # for an hour when nothing else is to be done
     tasks = ("t2v-tiny", "i2v-tiny", "flf2v-tiny", "vace-tiny")
     STOPS = [(task, number, kind) for task in tasks for number in range(1, 18) for kind in (KILL, INT, TERM)]
@@ -136,7 +136,7 @@ def test_a_run_stopped_at_an_event_goes_on_to_the_same_bytes(task, number, kind,
     assert os.listdir() == ["out.mp4"]
 
 
-@pytest.mark.parametrize("number, before", [(1, True), (2, False), (4, True), (8, True), (8, False)])
+@pytest.mark.parametrize("number, before", [(2, False), (4, True), (8, False)])
 def test_a_run_killed_about_a_rename_leaves_nothing_half_written(number, before, whole):
     """Files of the run: the state at the start, encoded, after four steps, finished; the video is the eighth."""
     arguments = ["--task", "t2v-tiny", *SETTINGS, *OFTEN, "--save_file", "out.mp4"]

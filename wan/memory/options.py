@@ -79,7 +79,10 @@ class MemoryOptions:
     activation_offload: bool = option(
         False,
         "Keep what grows with the video in RAM while the DiT computes; pieces of --dit_chunk tokens visit the GPU.",
+        parse=boolean,
+        bare=True,
         group=GROUP,
+        metavar="BOOL",
     )
     offload_folder: str | os.PathLike | None = option(
         None,
