@@ -133,7 +133,7 @@ def dit_forward(
         tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
-        layers = _Layers(
+        layers = Layers(
             modulation[i : i + 1],
             text[i : i + 1],
             None if image is None else image[i : i + 1],
@@ -153,7 +153,7 @@ def dit_forward(
     return flows
 
 
-class _Layers:
+class Layers:
     """Runs blocks over one sample's residual stream, in place."""
 
     def __init__(
@@ -252,7 +252,7 @@ class _Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: _Layers, x: Tokens, source: torch.Tensor, strength: float
+    model: nn.Module, layers: Layers, x: Tokens, source: torch.Tensor, strength: float
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     device = layers.text.device
@@ -316,14 +316,24 @@ def predict(
     model: nn.Module, x: Tokens, time: torch.Tensor, grid: tuple[int, int, int], spans: list[slice]
 ) -> torch.Tensor:
     """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
-    head = model.head
+    return patches_to_video(head_patches(model.head, x, time, spans)[0], grid, model.patch_size)
+
+
+def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> torch.Tensor:
+    """The head alone: the residual stream and the embedded time [1, dim] to [1, L, values of a patch] fp32."""
     with _full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        patches = torch.cat(
-            [head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1
-        )
-    (f, h, w), (p, q, r) = grid, model.patch_size
-    return rearrange(patches[0], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+        return torch.cat([head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1)
+
+
+def patches_to_video(
+    patches: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """Patches [L, values], L being what the grid has or more, to a latent video [out_dim, F, H, W]."""
+    (f, h, w), (p, q, r) = grid, patch_size
+    return rearrange(
+        patches[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r
+    )
 
 
 class Rope:
