@@ -102,7 +102,7 @@ class WanVace(WanT2V):
         inputs = {"vace_context": source, "vace_context_scale": context_scale}
         return Conditioning((channels // 2, *shape), *contexts, host_inputs=inputs, references=references)
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_prompt: str,
         input_frames: Sequence[torch.Tensor],

@@ -60,8 +60,8 @@ class FlowSchedule:
             raise ValueError("use_dynamic_shifting: not supported, give the shift itself")
         if options["final_sigmas_type"] != "zero":
             raise ValueError(f"final_sigmas_type {options['final_sigmas_type']!r}: only 'zero' is supported")
-        super().__init__(**options, use_flow_sigmas=True)
-        self.register_to_config(shift=shift)
+        super().__init__(**options, use_flow_sigmas=True)  # type: ignore[call-arg]
+        self.register_to_config(shift=shift)  # type: ignore[attr-defined]
 
     def set_timesteps(
         self,
@@ -82,12 +82,12 @@ class FlowSchedule:
         """
         if mu is not None:
             raise ValueError("mu: belongs to dynamic shifting, which is not supported; give the shift itself")
-        times, own = self.config.num_train_timesteps, self.config.shift
+        times, own = self.config.num_train_timesteps, self.config.shift  # type: ignore[attr-defined]
         if sigmas is None:
             largest = shifted(torch.tensor(1 - 1 / times, dtype=torch.float64).float(), own).item()
             sigmas = np.linspace(largest, 0, num_inference_steps + 1)[:-1]
         sigmas = shifted(np.asarray(sigmas), own if shift is None else shift)
-        super().set_timesteps(len(sigmas), device=device)
+        super().set_timesteps(len(sigmas), device=device)  # type: ignore[misc]
         self.timesteps = torch.from_numpy(sigmas * times).to(device, torch.int64)
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
 

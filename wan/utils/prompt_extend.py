@@ -175,7 +175,7 @@ class PromptExpander:
         self.model_name = model_name
         self.is_vl = is_vl
         self.device = device
-        self.api_key = None
+        self.api_key: str | None = None
 
     def __call__(
         self,
