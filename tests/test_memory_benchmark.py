@@ -28,7 +28,7 @@ STAGES = ["text", "image", "encode", "denoise", "decode"]
 
 @pytest.fixture
 def shortcuts(monkeypatch):
-    run_block, all_tiles = forward._Layers.run, tile_geometry.grid
+    run_block, all_tiles = forward.Layers.run, tile_geometry.grid
 
     def some_blocks(layers, *args, **kwargs):
         layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
@@ -43,7 +43,7 @@ def shortcuts(monkeypatch):
         rows = len(tiles) // columns
         return [tiles[(rows - 1) // 2 * columns + (columns - 1) // 2]]
 
-    monkeypatch.setattr(forward._Layers, "run", some_blocks)
+    monkeypatch.setattr(forward.Layers, "run", some_blocks)
     monkeypatch.setattr(tile_geometry, "grid", largest_tile)
 
 

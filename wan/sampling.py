@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from .utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas
+from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
 SOLVERS = ("unipc", "dpm++", "euler")
 
@@ -135,30 +138,14 @@ def _copy(value: Any, device: torch.device | str | None = None) -> Any:
 
 
 def _unipc(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
-    scheduler = UniPCMultistepScheduler(
-        num_train_timesteps=num_train_timesteps,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-    )
-    largest = float(np.float32(1 - 1 / num_train_timesteps))
-    scheduler.set_timesteps(steps, device=device, sigmas=np.linspace(largest, 0, steps + 1)[:-1])
+    scheduler = FlowUniPCMultistepScheduler(num_train_timesteps)
+    scheduler.set_timesteps(steps, device=device, shift=shift)
     return scheduler
 
 
 def _dpm(steps: int, shift: float, device: torch.device | str, num_train_timesteps: int) -> Any:
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=num_train_timesteps,
-        algorithm_type="dpmsolver++",
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-    )
-    scheduler.set_timesteps(steps, device=device)
-    sigmas = np.linspace(1, 0, steps + 1)[:steps]
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    scheduler.timesteps = torch.from_numpy(sigmas * num_train_timesteps).to(device, torch.int64)
-    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+    scheduler = FlowDPMSolverMultistepScheduler(num_train_timesteps)
+    scheduler.set_timesteps(device=device, sigmas=get_sampling_sigmas(steps, shift))
     return scheduler
 
 

@@ -1,6 +1,7 @@
 """VACE: video from source frames, masks and reference images, each alone or together."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,27 +10,28 @@ from einops import rearrange
 
 from .modules.vace_model import VaceWanModel
 from .modules.vae import WanVAE
-from .pipeline import Conditioning, WanPipeline
+from .pipeline import Conditioning
+from .text2video import WanT2V
 from .utils.errors import InputError
-from .utils.vace_source import Sources, VaceVideoProcessor, prepare_source
+from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources
 
 References = Sequence[Sequence[torch.Tensor] | None] | None  # of each sample
 
 
-class WanVace(WanPipeline):
+class WanVace(WanT2V):
     """Makes videos from text and source material: edits, extends, fills in, or shows what is referred to."""
 
     model_class = VaceWanModel
 
-    def __init__(self, config: Any, *args: Any, **options: Any):
-        """As WanPipeline's."""
-        super().__init__(config, *args, **options)
-        self.vid_proc = VaceVideoProcessor(
+    @cached_property
+    def vid_proc(self) -> VaceVideoProcessor:
+        """Chooses size and frames of source videos."""
+        return VaceVideoProcessor(
             downsample=tuple(stride * patch for stride, patch in zip(self.vae_stride, self.patch_size)),
             min_area=720 * 1280,
             max_area=720 * 1280,
-            min_fps=config.sample_fps,
-            max_fps=config.sample_fps,
+            min_fps=self.config.sample_fps,
+            max_fps=self.config.sample_fps,
             zero_start=True,
             seq_len=75600,
             keep_last=True,
@@ -72,9 +74,7 @@ class WanVace(WanPipeline):
         Raises:
             InputError: files that cannot be read or do not belong together.
         """
-        return prepare_source(
-            self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu"
-        )
+        return load_sources(self.vid_proc, src_video, src_mask, src_ref_images, num_frames, image_size, "cpu")
 
     def prepare(  # type: ignore[override]
         self,
@@ -102,7 +102,7 @@ class WanVace(WanPipeline):
         inputs = {"vace_context": source, "vace_context_scale": context_scale}
         return Conditioning((channels // 2, *shape), *contexts, host_inputs=inputs, references=references)
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_prompt: str,
         input_frames: Sequence[torch.Tensor],
@@ -213,6 +213,28 @@ class WanVace(WanPipeline):
     def vace_latent(self, z: Sequence[torch.Tensor], m: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Joins coded videos and masks along the channels."""
         return [torch.cat([latent, mask.to(latent)]) for latent, mask in zip(z, m)]
+
+    def decode_latent(
+        self, zs: Sequence[torch.Tensor], ref_images: References = None, vae: WanVAE | None = None
+    ) -> list[torch.Tensor]:
+        """Decodes latents [16, references + F, h, w] without their reference images."""
+        references = _per_sample(ref_images, len(zs))
+        return (vae or self.vae).decode([latent[:, len(images) :] for latent, images in zip(zs, references)])
+
+
+class WanVaceMP(WanVace):
+    """WanVace on several GPUs, which is not supported yet."""
+
+    def __init__(
+        self,
+        config: Any,
+        checkpoint_dir: Any,
+        use_usp: bool = False,
+        ulysses_size: int | None = None,
+        ring_size: int | None = None,
+    ):
+        """Raises InputError."""
+        raise InputError("WanVaceMP: several GPUs are not supported yet, use WanVace on one")
 
 
 def _per_sample(ref_images: References, samples: int) -> list[Sequence[torch.Tensor]]:

@@ -1,0 +1,30 @@
+"""Less memory for models that are built already: nothing here knows a task.
+
+`attach` does all of it, for this package's pipelines' kin in other trees; its parts are functions of their own, each
+of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `visit_when_called` for any module,
+`apply_chunking` for a DiT, and `Streamer`, a context manager, for modules that are called in turn.
+
+It needs of the package this folder, modules/forward.py, tokens.py, vae_forward.py and vae_operations.py, and of utils
+errors.py, flags.py and accelerator.py, under a package of any name.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "MemoryOptions": "options",
+    "Streamer": "streaming",
+    "apply_chunking": "chunking",
+    "apply_tiling": "vae_tiling",
+    "attach": "retrofit",
+    "visit_by_halves": "residency",
+    "visit_when_called": "residency",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

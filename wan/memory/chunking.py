@@ -16,6 +16,7 @@ from torch import nn
 from ..modules.forward import dit_forward
 from ..modules.tokens import ON_DEVICE, Place
 from ..utils.errors import InputError
+from .known import check_known
 from .methods import Undo, layer_methods
 
 SMALLEST_CHUNK = 64  # tokens; chunks are cut in blocks of 32, and each leaves at least one
@@ -41,12 +42,13 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
         What undoes it.
 
     Raises:
-        InputError: a number of tokens that cannot work.
+        InputError: a number of tokens that cannot work, or a model that is not made of what forward.py runs.
         RuntimeError: applied already.
     """
     check_chunk(tokens)
     if not tokens:
         return lambda: None
+    check_known(model, "dit_chunk")
     signature = inspect.signature(type(model).forward)
     if "chunk" in signature.parameters:
         return layer_methods(model, "dit_chunk", forward=lambda forward: partial(forward, chunk=tokens))
@@ -55,6 +57,8 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
     def chunked(*args: Any, place: Place = ON_DEVICE, **kwargs: Any) -> list[torch.Tensor]:
         call = signature.bind(model, *args, **kwargs).arguments
         inputs = {name: call[name] for name in ("x", "t", "context", "seq_len")}
+        if inputs["t"].dim() != 1:
+            raise InputError("takes one time for each sample; stream the layers without it", "dit_chunk")
         if "vace_context" in call:
             inputs |= {name: call[name] for name in ("vace_context", "vace_context_scale") if name in call}
         else:

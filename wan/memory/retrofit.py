@@ -1,26 +1,103 @@
 """Streaming and chunking for pipelines that move their models by hand: the original code, through the patches.
 
 Such a pipeline says `model.to(device)` wherever a model is needed next and `model.cpu()` where it has to make room.
-A streamed model comes by itself, when it is called, so that `to` has nothing to do; `cpu` sends it home.
+A streamed model comes by itself, when it is called, so that `to` has nothing to do; `cpu`, or `to` the CPU, sends it
+home.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..modules.forward import embedding_layers, layer_groups, storage_dtype
+from ..modules.vae_operations import decoder_passes, encoder_passes
 from ..utils.errors import InputError
 from .chunking import apply_chunking
+from .known import check_known
 from .methods import Undo, layer_methods
 from .options import MemoryOptions
-from .residency import Component, visit_when_called
+from .residency import Component, release_memory, visit_by_halves, visit_when_called
 from .streaming import Streamer
+from .vae_tiling import apply_tiling
+
+DITS = (
+    "model",
+    "low_noise_model",
+    "high_noise_model",
+)  # one, or two experts of which each takes some of the steps
+
+
+def attach(
+    pipeline: Any,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    vae_tile: int | str | None = None,
+    vae_cpu: bool = False,
+    t5_stream: bool = False,
+    dit_stream: float | None = None,
+    dit_chunk: int = 0,
+) -> Undo:
+    """Makes what is built already need less memory; its own code goes on as before.
+
+    Args:
+        pipeline: an object with some of these attributes, or a mapping of their names: `vae` (what codes: with the
+            modules as its `model`, and `scale`), `text_encoder` and `clip` (with `model`), and `model`, or
+            `low_noise_model` and `high_noise_model`. Modules are named as the checkpoints name them.
+        device: where to compute; default: the pipeline's.
+        dtype: the type that the DiT's autocast computes in; default: the pipeline's `param_dtype`, or fp32.
+        vae_tile: decode and encode by tiles: see MemoryOptions; None leaves the VAE's own way.
+        vae_cpu: keep the VAE on the CPU; the half that a call needs comes for it.
+        t5_stream, dit_stream, dit_chunk: see MemoryOptions. CLIP is streamed with T5. A DiT is streamed if it has
+            `blocks`, whatever they are; chunks are refused for one that is not Wan2.1's, see wan.memory.known.
+
+    Returns:
+        What undoes all of it; modules return to where they were. A streamed or chunked DiT of Wan2.1's stays in the
+        types that it computes in.
+
+    Raises:
+        InputError: options that cannot work, or that nothing in the pipeline takes.
+        RuntimeError: an option that is applied already. Nothing is changed then.
+        TypeError: a VAE with other layers than Wan2.1's.
+    """
+    parts = SimpleNamespace(**pipeline) if isinstance(pipeline, Mapping) else pipeline
+    device = torch.device(device if device is not None else parts.device)
+    with ExitStack() as undo:
+        for option, wanted, takers in (
+            ("vae_tile", vae_tile is not None, ["vae"]),
+            ("vae_cpu", vae_cpu, ["vae"]),
+            ("t5_stream", t5_stream, ["text_encoder", "clip"]),
+            ("dit_stream", dit_stream is not None, DITS),
+            ("dit_chunk", dit_chunk, DITS),
+        ):
+            if wanted and not any(hasattr(parts, name) for name in takers):
+                raise InputError(f"there is no {' or '.join(takers)}", option)
+        if vae_tile is not None:
+            decoder_passes(parts.vae.model), encoder_passes(parts.vae.model)  # raise for other layers
+            undo.callback(apply_tiling(parts.vae, vae_tile))
+        if vae_cpu:
+            undo.callback(visit_by_halves(parts.vae, device))
+            undo.callback(_send_to_cpu(parts.vae.model, device))
+        encoders = [getattr(parts, name).model for name in ("text_encoder", "clip") if hasattr(parts, name)]
+        dits = [getattr(parts, name) for name in DITS if hasattr(parts, name)]
+        for model in (*(encoders if t5_stream else ()), *(dits if dit_stream is not None else ())):
+            undo.callback(_send_to_cpu(model, device))
+        undo.callback(
+            _stream_and_chunk(
+                parts,
+                device,
+                dtype or getattr(parts, "param_dtype", torch.float32),
+                MemoryOptions(t5_stream=t5_stream, dit_stream=dit_stream, dit_chunk=dit_chunk),
+            )
+        )
+        return undo.pop_all().close
 
 
 def check_memory_options(
@@ -52,20 +129,44 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
         RuntimeError: an option that is applied already. Nothing is changed then.
     """
     chosen = check_memory_options(t5_cpu=pipeline.t5_cpu, **options)
-    device = pipeline.device
+    return _stream_and_chunk(pipeline, pipeline.device, pipeline.param_dtype, chosen)
+
+
+def _stream_and_chunk(
+    pipeline: Any, device: torch.device, dtype: torch.dtype, options: MemoryOptions
+) -> Undo:
     with ExitStack() as undo:
-        if chosen.t5_stream:
-            _stream_text_encoder(undo, pipeline.text_encoder.model, device)
+        if options.t5_stream:
+            if hasattr(pipeline, "text_encoder"):
+                _stream_text_encoder(undo, pipeline.text_encoder.model, device)
             if hasattr(pipeline, "clip"):
                 _stream_image_encoder(undo, pipeline.clip.model, device)
-        if chosen.dit_chunk:
-            undo.callback(apply_chunking(pipeline.model, chosen.dit_chunk, pipeline.param_dtype))
-        if chosen.dit_stream is not None:
-            groups = layer_groups(pipeline.model) if chosen.dit_chunk else _stack_by_stack(pipeline.model)
-            _stream_dit(undo, pipeline.model, groups, device, int(chosen.dit_stream * 2**30))
-        if chosen.dit_chunk or chosen.dit_stream is not None:
-            _keep_in_lossless_types(pipeline.model, pipeline.param_dtype)
+        for model in (getattr(pipeline, name) for name in DITS if hasattr(pipeline, name)):
+            if options.dit_chunk:
+                undo.callback(apply_chunking(model, options.dit_chunk, dtype))
+            if options.dit_stream is not None:
+                groups = layer_groups(model) if options.dit_chunk else _stack_by_stack(model)
+                _stream_dit(undo, model, groups, device, int(options.dit_stream * 2**30))
+            if (options.dit_chunk or options.dit_stream is not None) and _is_known(model):
+                _keep_in_lossless_types(model, dtype)
         return undo.pop_all().close
+
+
+def _send_to_cpu(model: nn.Module, device: torch.device) -> Undo:
+    """Moves a model to the CPU; undone, it is where it was."""
+    before = next(model.parameters()).device
+    model.cpu()
+    release_memory(device)
+    return lambda: model.to(before)
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether it is known of every parameter what it computes in."""
+    try:
+        check_known(model, "dit_stream")
+    except InputError:
+        return False
+    return True
 
 
 def _stream_text_encoder(undo: ExitStack, model: nn.Module, device: torch.device) -> None:
@@ -110,22 +211,28 @@ def _stream_dit(
 
 
 def _stack_by_stack(model: nn.Module) -> list[nn.Module]:
-    """The groups of a DiT in the order of the original forward pass: all VACE blocks come before the others."""
+    """The groups of a DiT in the order of the original forward pass: all VACE blocks come before the others.
+
+    Blocks of other trees have more parts, which are not streamed, or other ones, and are streamed whole.
+    """
     names = ("before_proj", "self_attn", "cross_attn", "ffn", "after_proj")
-    blocks = [*getattr(model, "vace_blocks", ()), *model.blocks]
-    return [getattr(block, name) for block in blocks for name in names if hasattr(block, name)]
+    groups = []
+    for block in (*getattr(model, "vace_blocks", ()), *model.blocks):
+        groups += [getattr(block, name) for name in names if hasattr(block, name)] or [block]
+    return groups
 
 
 def _keep_in_lossless_types(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Casts once what autocast would cast at each use."""
+    """Casts once what autocast would cast at each use; what is narrow already stays."""
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(storage_dtype(name, compute_dtype))
+        if parameter.dtype is torch.float32:
+            parameter.data = parameter.data.to(storage_dtype(name, compute_dtype))
 
 
 def _come_when_called(
     undo: ExitStack, option: str, model: nn.Module, called: nn.Module, make_visit: Callable[[], Component]
 ) -> None:
-    """`called`, a part of the model, brings the visiting Component; `model.cpu()` sends it home."""
+    """`called`, a part of the model, brings the visiting Component; `model.cpu()` or `.to("cpu")` sends it home."""
 
     def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -134,14 +241,15 @@ def _come_when_called(
 
         return call
 
-    def stay(*args: Any, **kwargs: Any) -> nn.Module:
-        return model
+    def move(*args: Any, **kwargs: Any) -> nn.Module:
+        target = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return go_home() if target is not None and target.type == "cpu" else model
 
     def go_home() -> nn.Module:
         visit.leave()
         return model
 
     undo.callback(layer_methods(called, option, forward=with_weights))
-    undo.callback(layer_methods(model, option, to=lambda _: stay, cpu=lambda _: go_home))
+    undo.callback(layer_methods(model, option, to=lambda _: move, cpu=lambda _: go_home))
     visit = make_visit()  # refused above if it is there already
     undo.callback(visit.leave)

@@ -129,11 +129,11 @@ def dit_forward(
 
     flows = []
     for i, latent in enumerate(x):
-        latent = latent if y is None else torch.cat([latent, y[i]])
-        tokens, grid = embed_patches(model.patch_embedding, latent, device, dtype, place, "tokens")
+        joined = [latent] if y is None else [latent, y[i]]
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
-        layers = _Layers(
+        layers = Layers(
             modulation[i : i + 1],
             text[i : i + 1],
             None if image is None else image[i : i + 1],
@@ -153,7 +153,7 @@ def dit_forward(
     return flows
 
 
-class _Layers:
+class Layers:
     """Runs blocks over one sample's residual stream, in place."""
 
     def __init__(
@@ -252,11 +252,13 @@ class _Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: _Layers, x: Tokens, source: torch.Tensor, strength: float
+    model: nn.Module, layers: Layers, x: Tokens, source: torch.Tensor, strength: float
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     device = layers.text.device
-    stream, _ = embed_patches(model.vace_patch_embedding, source, device, layers.dtype, layers.place, "hints")
+    stream, _ = embed_patches(
+        model.vace_patch_embedding, [source], device, layers.dtype, layers.place, "hints"
+    )
     before = model.vace_blocks[0].before_proj
     for (span, hint), (_, part) in zip(stream.read(layers.spans), x.read(layers.spans), strict=True):
         stream.write(span, layers.linear(before, hint) + part.to(layers.dtype))
@@ -285,18 +287,23 @@ def embed_text(
 
 def embed_patches(
     embedding: nn.Module,
-    latent: torch.Tensor,
+    latents: Sequence[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
     place: Place,
     name: str,
 ) -> tuple[Tokens, tuple[int, int, int]]:
-    """[C, F, H, W] on any device to a residual stream of F' H' W' tokens, and its grid (F', H', W')."""
+    """Latents [C, F, H, W] on any device, joined along the channels, to a residual stream of F' H' W' tokens.
+
+    Returns it and its grid (F', H', W').
+    """
     step = embedding.kernel_size[0]
     stream = None
-    frames = latent.size(1) // step
+    frames = latents[0].size(1) // step
     for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
-        patch = embedding(latent[None, :, frame * step : (frame + 1) * step].to(device, dtype))
+        of_frame = slice(frame * step, (frame + 1) * step)
+        part = torch.cat([latent[:, of_frame].to(device, dtype) for latent in latents])
+        patch = embedding(part[None])
         if stream is None:
             grid = (frames, *patch.shape[3:])
             area = math.prod(patch.shape[3:])
@@ -309,14 +316,24 @@ def predict(
     model: nn.Module, x: Tokens, time: torch.Tensor, grid: tuple[int, int, int], spans: list[slice]
 ) -> torch.Tensor:
     """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
-    head = model.head
+    return patches_to_video(head_patches(model.head, x, time, spans)[0], grid, model.patch_size)
+
+
+def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> torch.Tensor:
+    """The head alone: the residual stream and the embedded time [1, dim] to [1, L, values of a patch] fp32."""
     with _full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        patches = torch.cat(
-            [head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1
-        )
-    (f, h, w), (p, q, r) = grid, model.patch_size
-    return rearrange(patches[0], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+        return torch.cat([head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1)
+
+
+def patches_to_video(
+    patches: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """Patches [L, values], L being what the grid has or more, to a latent video [out_dim, F, H, W]."""
+    (f, h, w), (p, q, r) = grid, patch_size
+    return rearrange(
+        patches[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r
+    )
 
 
 class Rope:

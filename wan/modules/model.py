@@ -6,13 +6,16 @@ The forward pass is in forward.py, written over these names.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
+from safetensors.torch import save_file
 from torch import nn
 
 from ..utils.errors import InputError
@@ -21,10 +24,13 @@ from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
+from .forward import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
+from .parts import block_forward, head_forward, unpatchify
 from .tokens import ON_DEVICE, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
+SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 # Of what config.json may ask for.
 LARGEST = {"num_layers": 1000} | dict.fromkeys(
     ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "text_dim", "text_len", "vace_in_dim"),
@@ -79,38 +85,65 @@ def _query_key_norm(dim: int, wanted: bool, eps: float) -> nn.Module:
 
 
 class WanSelfAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+    ):
         super().__init__()
+        if tuple(window_size) != (-1, -1):
+            raise InputError(f"config.json: window_size {window_size} is not supported, only (-1, -1)")
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = (_query_key_norm(dim, qk_norm, eps) for _ in range(2))
 
 
+class WanT2VCrossAttention(WanSelfAttention):
+    """Cross attention to the text."""
+
+
 class WanI2VCrossAttention(WanSelfAttention):
     """Cross attention to the text and, with keys and values of its own, to the image features."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6):
-        super().__init__(dim, num_heads, qk_norm, eps)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        eps: float = 1e-6,
+    ):
+        super().__init__(dim, num_heads, window_size, qk_norm, eps)
         self.k_img, self.v_img = (nn.Linear(dim, dim) for _ in range(2))
         self.norm_k_img = _query_key_norm(dim, qk_norm, eps)
 
 
+WAN_CROSSATTENTION_CLASSES = {"t2v_cross_attn": WanT2VCrossAttention, "i2v_cross_attn": WanI2VCrossAttention}
+
+
 class WanAttentionBlock(nn.Module):
+    forward = block_forward
+
     def __init__(
         self,
-        image: bool,
+        cross_attn_type: str,
         dim: int,
         ffn_dim: int,
         num_heads: int,
+        window_size: Sequence[int] = (-1, -1),
         qk_norm: bool = True,
         cross_attn_norm: bool = False,
         eps: float = 1e-6,
     ):
         super().__init__()
         self.norm1 = WanLayerNorm(dim, eps=eps)
-        self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps)
+        self.self_attn = WanSelfAttention(dim, num_heads, window_size, qk_norm, eps)
         self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
-        self.cross_attn = (WanI2VCrossAttention if image else WanSelfAttention)(dim, num_heads, qk_norm, eps)
+        cross_attention = WAN_CROSSATTENTION_CLASSES[cross_attn_type]
+        self.cross_attn = cross_attention(dim, num_heads, window_size, qk_norm, eps)
         self.norm2 = WanLayerNorm(dim, eps=eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
@@ -119,6 +152,8 @@ class WanAttentionBlock(nn.Module):
 
 
 class Head(nn.Module):
+    forward = head_forward
+
     def __init__(self, dim: int, out_dim: int, patch_size: Sequence[int], eps: float = 1e-6):
         super().__init__()
         self.norm = WanLayerNorm(dim, eps=eps)
@@ -129,7 +164,7 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """Image features to context tokens; the norms compute in fp32, the layers in their own type."""
 
-    def __init__(self, in_dim: int, out_dim: int, first_last: bool = False):
+    def __init__(self, in_dim: int, out_dim: int, flf_pos_emb: bool = False):
         super().__init__()
         self.proj = nn.Sequential(
             nn.LayerNorm(in_dim),
@@ -138,15 +173,15 @@ class MLPProj(nn.Module):
             nn.Linear(in_dim, out_dim),
             nn.LayerNorm(out_dim),
         )
-        if first_last:
+        if flf_pos_emb:
             self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
 
-    def forward(self, features: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """features: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32.
+    def forward(self, image_embeds: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """image_embeds: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32.
 
         dtype: the type that the linear layers compute in, and are kept in.
         """
-        x = features.float()
+        x = image_embeds.float()
         if hasattr(self, "emb_pos"):
             x = x.reshape(-1, 2 * x.size(1), x.size(2)) + self.emb_pos
         x = self.proj[1](self.proj[0](x).to(dtype))
@@ -154,8 +189,23 @@ class MLPProj(nn.Module):
         return self.proj[4](x.float())
 
 
+def keeps_config(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, with all its arguments kept as `config`."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def keeping(model: WanModel, *args: Any, **kwargs: Any) -> None:
+        init(model, *args, **kwargs)
+        given = signature.bind(model, *args, **kwargs)
+        given.apply_defaults()
+        _, *arguments = given.arguments.items()
+        model.config = EasyDict(arguments)
+
+    return keeping
+
+
 class WanModel(nn.Module):
-    """Predicts the flow of a noisy latent video. Constructor arguments are the keys of config.json.
+    """Predicts the flow of a noisy latent video. Constructor arguments are the keys of config.json, and of `config`.
 
     `compute_dtype` is the type that linear and convolution layers and attention compute in. Those layers are kept in
     it; the parameters that compute in fp32 are fp32 whatever it is, see `storage_dtype`.
@@ -167,7 +217,9 @@ class WanModel(nn.Module):
     storage_dtype = staticmethod(storage_dtype)
     layer_groups = layer_groups
     embedding_layers = embedding_layers
+    unpatchify = unpatchify
 
+    @keeps_config
     def __init__(
         self,
         model_type: str = "t2v",
@@ -191,8 +243,6 @@ class WanModel(nn.Module):
             raise InputError(f"config.json: model_type {model_type!r} is not one of t2v, i2v, flf2v, vace")
         if dim % (2 * num_heads):
             raise InputError(f"config.json: dim {dim} does not give {num_heads} heads an even width each")
-        if tuple(window_size) != (-1, -1):
-            raise InputError(f"config.json: window_size {window_size} is not supported, only (-1, -1)")
         self.model_type = model_type
         self.patch_size = tuple(patch_size)
         self.text_len = text_len
@@ -210,13 +260,21 @@ class WanModel(nn.Module):
         # VACE reads the text only; its images come in through the latents.
         image = model_type in ("i2v", "flf2v")
         block = functools.partial(
-            WanAttentionBlock, image, dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps
+            WanAttentionBlock,
+            "i2v_cross_attn" if image else "t2v_cross_attn",
+            dim,
+            ffn_dim,
+            num_heads,
+            window_size,
+            qk_norm,
+            cross_attn_norm,
+            eps,
         )
         self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self._new_block = block
         self.head = Head(dim, out_dim, self.patch_size, eps)
         if image:
-            self.img_emb = MLPProj(CLIP_WIDTH, dim, first_last=model_type == "flf2v")
+            self.img_emb = MLPProj(CLIP_WIDTH, dim, flf_pos_emb=model_type == "flf2v")
 
     def forward(
         self,
@@ -298,6 +356,15 @@ class WanModel(nn.Module):
             load_weights(model, source, dtype=kept, merge=loras.merge if loras else None)
         return model
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and diffusion_pytorch_model.safetensors, which from_pretrained reads."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": type(self).__name__, **self.config}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, directory / SINGLE_FILE, metadata={"format": "pt"})
+
     @classmethod
     def from_config(cls, checkpoint_dir: str | Path) -> WanModel:
         """Builds the model that config.json describes on the meta device, without weights."""
@@ -333,6 +400,6 @@ def _check_sizes(config: dict[str, Any]) -> None:
 
 def weights_path(checkpoint_dir: str | Path) -> Path:
     """The DiT's weight file, or the index of its shards."""
-    single = Path(checkpoint_dir) / "diffusion_pytorch_model.safetensors"
+    single = Path(checkpoint_dir) / SINGLE_FILE
     index = single.with_name(single.name + ".index.json")
     return index if index.is_file() and not single.is_file() else single

@@ -2,7 +2,6 @@
 reads the source material and gives hints to the first."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from ..utils.errors import InputError
 from .attention import flash_attention
 from .forward import dit_forward
-from .model import WanModel
+from .model import WanModel, keeps_config
 from .tokens import ON_DEVICE, Place
 
 
@@ -20,15 +19,44 @@ class VaceWanModel(WanModel):
     Raises InputError as WanModel does, and for layers that do not start with 0.
     """
 
+    @keeps_config
     def __init__(
         self,
         vace_layers: Sequence[int] | None = None,
         vace_in_dim: int | None = None,
         model_type: str = "vace",
+        patch_size: Sequence[int] = (1, 2, 2),
+        text_len: int = 512,
         in_dim: int = 16,
-        **config: Any,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        window_size: Sequence[int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
     ):
-        super().__init__(model_type=model_type, in_dim=in_dim, **config)
+        super().__init__(
+            model_type,
+            patch_size,
+            text_len,
+            in_dim,
+            dim,
+            ffn_dim,
+            freq_dim,
+            text_dim,
+            out_dim,
+            num_heads,
+            num_layers,
+            window_size,
+            qk_norm,
+            cross_attn_norm,
+            eps,
+        )
         self.vace_layers = list(range(0, self.num_layers, 2)) if vace_layers is None else list(vace_layers)
         if self.vace_layers[:1] != [0] or self.vace_layers != sorted(set(self.vace_layers)):
             raise InputError(f"config.json: vace_layers {self.vace_layers} must rise from 0")

@@ -125,6 +125,14 @@ class VAE(nn.Module):
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
         self.decoder = Decoder(dim, z_dim)
 
+    def encode(self, x: torch.Tensor, scale: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, 3, F, H, W] to latents [B, z_dim, 1 + (F - 1) // 4, H / 8, W / 8]; scale: [mean, 1 / std]."""
+        return torch.stack([encode(self, video, scale) for video in x])
+
+    def decode(self, z: torch.Tensor, scale: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, z_dim, F, H, W] to videos [B, 3, 4 F - 3, 8 H, 8 W] in [-1, 1], on the CPU; scale: [mean, 1 / std]."""
+        return torch.stack([decode(self, latent, scale) for latent in z])
+
 
 class WanVAE:
     """The VAE with its latent statistics. Computes where `mean` and `std` are, in fp32."""

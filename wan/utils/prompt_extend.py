@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 
@@ -116,6 +117,8 @@ def extend_prompt(
     images: Sequence[Image.Image] | None = None,
     seed: int = -1,
     device: torch.device | str | None = None,
+    instructions: str | None = None,
+    api_key: str | None = None,
 ) -> PromptOutput:
     """Rewrite `prompt` into a fuller one for a video model. Whatever goes wrong is reported, not raised.
 
@@ -130,12 +133,15 @@ def extend_prompt(
             them, so it must be a vision-language model.
         seed: for the model's sampling; negative: a random one.
         device: for local_qwen; by default the GPU if there is one.
+        instructions: for the model, in place of those of `target_lang`.
+        api_key: for dashscope, in place of the environment's.
 
     Returns: a PromptOutput.
     """
-    ask = {"local_qwen": _ask_local, "dashscope": _ask_dashscope}[method]
+    ask = {"local_qwen": _ask_local, "dashscope": partial(_ask_dashscope, key=api_key)}[method]
     images = list(images or ())
-    instructions = INSTRUCTIONS[target_lang].format(pictures=PICTURES[target_lang][len(images)])
+    if instructions is None:
+        instructions = INSTRUCTIONS[target_lang].format(pictures=PICTURES[target_lang][len(images)])
     seed = seed if seed >= 0 else random.randrange(2**31)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -152,6 +158,89 @@ def extend_prompt(
         if torch.device(device).type != "cpu":
             torch.get_device_module(device).empty_cache()
     return result
+
+
+class PromptExpander:
+    """extend_prompt with its settings, as programs written for Wan2.1 call it.
+
+    Args:
+        model_name: see extend_prompt.
+        is_vl: whether the model is to see images.
+        device: of a local model, or the number of a CUDA device; nothing is loaded before the first call.
+    """
+
+    method = ""
+
+    def __init__(self, model_name: str | None = None, is_vl: bool = False, device: Any = 0, **kwargs: Any):
+        self.model_name = model_name
+        self.is_vl = is_vl
+        self.device = device
+        self.api_key: str | None = None
+
+    def __call__(
+        self,
+        prompt: str,
+        system_prompt: str | None = None,
+        tar_lang: str = "zh",
+        image: Any = None,
+        seed: int = -1,
+        *args: Any,
+        **kwargs: Any,
+    ) -> PromptOutput:
+        """Extends a prompt, whatever goes wrong being reported, not raised.
+
+        Args:
+            prompt: what to extend.
+            system_prompt: instructions of one's own.
+            tar_lang: "zh" or "en".
+            image: PIL image or path, or a list of one or two. A single one is left out unless `is_vl`.
+            seed: negative for a random one.
+        """
+        images = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+        if not self.is_vl and len(images) < 2:
+            images = []
+        images = [Image.open(each) if isinstance(each, str | os.PathLike) else each for each in images]
+        device = self.device
+        if isinstance(device, int):
+            device = f"cuda:{device}" if torch.cuda.is_available() else None
+        return extend_prompt(
+            prompt,
+            method=self.method,
+            model=self.model_name,
+            target_lang=tar_lang,
+            images=images,
+            seed=seed,
+            device=device,
+            instructions=system_prompt,
+            api_key=self.api_key,
+        )
+
+
+class DashScopePromptExpander(PromptExpander):
+    """By Alibaba Cloud's service. `max_image_size` and `retry_times` are fixed, see DASHSCOPE_*."""
+
+    method = "dashscope"
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        model_name: str | None = None,
+        max_image_size: int = 512 * 512,
+        retry_times: int = 4,
+        is_vl: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(model_name, is_vl, **kwargs)
+        self.api_key = api_key
+
+
+class QwenPromptExpander(PromptExpander):
+    """By a model on this machine, which is loaded for each prompt and freed after it."""
+
+    method = "local_qwen"
+
+    def __init__(self, model_name: str | None = None, device: Any = 0, is_vl: bool = False, **kwargs: Any):
+        super().__init__(model_name, is_vl, device, **kwargs)
 
 
 def _shrink(image: Image.Image, area: int) -> Image.Image:
@@ -234,9 +323,10 @@ def _ask_dashscope(
     model: str | None,
     seed: int,
     device: torch.device | str | None,
+    key: str | None = None,
 ) -> tuple[str, str]:
     """The name of a model of the DashScope API, and its answer."""
-    key = os.environ.get("DASH_API_KEY", "").strip()
+    key = key or os.environ.get("DASH_API_KEY", "").strip()
     if not key:
         raise RuntimeError("DASH_API_KEY is not set; put your DashScope key in this environment variable")
     url = os.environ.get("DASH_API_URL") or DASHSCOPE_URL

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wan.utils.errors import InputError
-from wan.utils.video import VideoFile, open_image
+from .errors import InputError
+from .video import VideoFile, open_image
 
 Source = str | os.PathLike[str]
 Box = tuple[int, int, int, int]  # (x1, x2, y1, y2)
@@ -199,13 +199,13 @@ def open_clips(video_path: Source | None, mask_path: Source | None) -> list[Vide
 def check_source(
     video_path: Source | None, mask_path: Source | None, image_paths: Iterable[Source] | None
 ) -> None:
-    """Raises the InputError that `prepare_source` would raise for these files, before any long work."""
+    """Raises the InputError that `load_sources` would raise for these files, before any long work."""
     open_clips(video_path, mask_path)
     for path in image_paths or ():
         open_image(path, "src_ref_images")
 
 
-def prepare_source(
+def load_sources(
     processor: VaceVideoProcessor,
     src_video: Sequence[str | None],
     src_mask: Sequence[str | None],

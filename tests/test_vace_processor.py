@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from wan.utils.errors import InputError
-from wan.utils.vace_source import VaceVideoProcessor, fit_reference, prepare_source
+from wan.utils.vace_processor import VaceVideoProcessor, fit_reference, load_sources
 from wan.utils.video import VideoFile, save_image, save_video
 
 UPSTREAM = os.environ.get("WAN_UPSTREAM")
@@ -140,12 +140,12 @@ def test_mask_of_another_length(tmp_path):
     with pytest.raises(
         InputError, match="src_mask .*mask.mp4: 7 frames.*src_video .*video.mp4 has 9"
     ) as error:
-        prepare_source(processor(), [video_path], [mask_path], [None], 9, (128, 96), "cpu")
+        load_sources(processor(), [video_path], [mask_path], [None], 9, (128, 96), "cpu")
     assert "\n" not in str(error.value)
 
 
 def test_prepare_without_anything():
-    videos, masks, references = prepare_source(processor(), [None], [None], [None], 9, (128, 96), "cpu")
+    videos, masks, references = load_sources(processor(), [None], [None], [None], 9, (128, 96), "cpu")
     assert torch.equal(videos[0], torch.zeros(3, 9, 96, 128))
     assert torch.equal(masks[0], torch.ones(1, 9, 96, 128))
     assert references == [None]
@@ -159,7 +159,7 @@ def test_prepare_with_everything(tmp_path):
     save_video(mask, mask_path)
     pictures = [write_picture(tmp_path / "a.png", 50, 70), write_picture(tmp_path / "b.png", 128, 96)]
     inputs = [video_path], [mask_path], [pictures]
-    videos, masks, references = prepare_source(processor(), *inputs, 81, (128, 96), "cpu")
+    videos, masks, references = load_sources(processor(), *inputs, 81, (128, 96), "cpu")
     assert inputs == ([video_path], [mask_path], [pictures]), "the caller's lists must not change"
     assert videos[0].shape == (3, 13, 96, 128) and masks[0].shape == (1, 13, 96, 128)
     assert masks[0][..., :62].max() < 0.1 and masks[0][..., 66:].min() > 0.9
@@ -168,7 +168,7 @@ def test_prepare_with_everything(tmp_path):
 
 def test_prepare_video_without_mask(tmp_path):
     video_path = write_clip(tmp_path / "video.mp4", 6, 192, 256)
-    videos, masks, _ = prepare_source(processor(), [video_path], [None], [None], 81, (128, 96), "cpu")
+    videos, masks, _ = load_sources(processor(), [video_path], [None], [None], 81, (128, 96), "cpu")
     assert videos[0].shape == (3, 5, 128, 96)
     assert torch.equal(masks[0], torch.ones(1, 5, 128, 96))
 
@@ -176,7 +176,7 @@ def test_prepare_video_without_mask(tmp_path):
 @pytest.mark.parametrize("size, seq_len", [((1280, 720), 75600), ((480, 832), 32760), ((128, 96), 1008)])
 def test_budget_follows_the_size(size, seq_len):
     settings = processor()
-    prepare_source(settings, [None], [None], [None], 1, size, "meta")
+    load_sources(settings, [None], [None], [None], 1, size, "meta")
     assert (settings.seq_len, settings.max_area) == (seq_len, size[0] * size[1])
 
 
@@ -210,7 +210,7 @@ def test_files_that_are_missing(tmp_path, monkeypatch, video, mask, images, flag
     monkeypatch.chdir(tmp_path)
     write_clip(Path("video.mp4"), 5)
     with pytest.raises(InputError, match=f"^{flag} gone") as error:
-        prepare_source(processor(), [video], [mask], [images], 5, (128, 96), "cpu")
+        load_sources(processor(), [video], [mask], [images], 5, (128, 96), "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -353,7 +353,7 @@ def test_preparation_equals_upstream(compared):
     for case, expected in compared:
         if case["kind"] == "prepare":
             ours = VaceVideoProcessor(**case["settings"])
-            prepared = prepare_source(ours, *case["inputs"], case["frame_num"], case["size"], "cpu")
+            prepared = load_sources(ours, *case["inputs"], case["frame_num"], case["size"], "cpu")
             videos, masks, references = zip(prepared, expected)
             assert torch.equal(videos[0][0], videos[1][0])
             assert torch.equal(masks[0][0].expand_as(masks[1][0]), masks[1][0])
@@ -371,7 +371,7 @@ def test_the_examples_fit_together():
     examples = Path(__file__).parent.parent / "examples"
     clip, mask = str(examples / "vace_video.mp4"), str(examples / "vace_mask.mp4")
     references = [str(examples / f"vace_ref_{i}.png") for i in (1, 2)]
-    videos, masks, images = prepare_source(processor(), [clip], [mask], [references], 81, (128, 96), "cpu")
+    videos, masks, images = load_sources(processor(), [clip], [mask], [references], 81, (128, 96), "cpu")
     assert videos[0].shape == (3, 17, 96, 128) and masks[0].shape == (1, 17, 96, 128)
     assert 0.05 < masks[0].mean() < 0.3
     assert len(images[0]) == 2

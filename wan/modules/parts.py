@@ -1,0 +1,86 @@
+"""Parts of the DiT's forward pass, called alone, with the signatures of programs that write the pass out themselves.
+
+They run what forward.py runs, on tokens [B, L, dim], in the type that the part's linear layers are kept in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .attention import flash_attention
+from .forward import Layers, Rope, head_patches, patches_to_video
+from .tokens import ON_DEVICE, Tokens
+
+TEXT_TOKENS = 512  # at the end of a context that starts with the tokens of an image
+
+
+def block_forward(
+    block: nn.Module,
+    x: torch.Tensor,
+    e: torch.Tensor,
+    seq_lens: torch.Tensor,
+    grid_sizes: torch.Tensor,
+    freqs: torch.Tensor,
+    context: torch.Tensor,
+    context_lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One block.
+
+    Args:
+        x: [B, L, dim]; fp32, or in the compute type as patches are embedded.
+        e: [B, 6, dim] fp32, the time's share of the modulation.
+        seq_lens: [B] tokens of each sample; those after them stay as they are.
+        grid_sizes: [B, 3] frames, rows and columns of each sample.
+        freqs: the model's `freqs`.
+        context: [B, tokens, dim], embedded text; image tokens, if the block takes them, before 512 of text.
+        context_lens: None.
+
+    Returns:
+        [B, L, dim] fp32.
+    """
+    if context_lens is not None:
+        raise ValueError("context_lens: all tokens of the context are read, leave it at None")
+    text, image = context, None
+    if hasattr(block.cross_attn, "k_img"):
+        image, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+    stream = x.to(torch.float32, copy=True)
+    for i, (length, grid) in enumerate(zip(seq_lens.tolist(), grid_sizes.tolist())):
+        layers = Layers(
+            e[i : i + 1],
+            text[i : i + 1],
+            None if image is None else image[i : i + 1],
+            Rope(freqs.to(x.device), tuple(grid)),
+            flash_attention,
+            block.self_attn.q.weight.dtype,
+            [slice(0, length)],
+            ON_DEVICE,
+        )
+        layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32)
+    return stream
+
+
+def head_forward(head: nn.Module, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """The head, x: [B, L, dim], e: [B, dim], the embedded time: [B, L, values of a patch] fp32."""
+    span = slice(0, x.size(1))
+    return torch.cat(
+        [head_patches(head, _tokens(part[None]), time[None], [span]) for part, time in zip(x, e)]
+    )
+
+
+def unpatchify(model: nn.Module, x: Sequence[torch.Tensor], grid_sizes: torch.Tensor) -> list[torch.Tensor]:
+    """The head's output for each sample, [L, values of a patch], to a latent video [out_dim, F, H, W].
+
+    grid_sizes: [B, 3] frames, rows and columns in patches; tokens after them are left out.
+    """
+    grids = (tuple(grid) for grid in grid_sizes.tolist())
+    return [patches_to_video(patches, grid, model.patch_size) for patches, grid in zip(x, grids)]
+
+
+def _tokens(whole: torch.Tensor) -> Tokens:
+    """[1, L, dim] fp32, as the forward pass takes it; it is changed in place."""
+    tokens = Tokens(whole.size(1), tuple(whole.shape[2:]), torch.float32)
+    tokens.whole = whole
+    return tokens
