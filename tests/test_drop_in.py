@@ -448,7 +448,7 @@ def test_a_forward_pass_written_out_by_its_parts(task, first):
     image = {"clip_fea": features, "y": [part[16:] for part in x]} if task == "i2v-tiny" else {}
     expected = model([part[:16] for part in x] if image else x, t, context, 18, **image)
 
-    embedded = [embed_patches(model.patch_embedding, part, "cpu", first, ON_DEVICE, "x") for part in x]
+    embedded = [embed_patches(model.patch_embedding, [part], "cpu", first, ON_DEVICE, "x") for part in x]
     grid = torch.tensor([grid for _, grid in embedded])
     stream = torch.cat([tokens.whole for tokens, _ in embedded]).to(first)
     time = model.time_embedding(sinusoidal_embedding_1d(model.freq_dim, t).float())

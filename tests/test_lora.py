@@ -18,6 +18,7 @@ from wan.modules.forward import storage_dtype
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vace_model import VaceWanModel
+from wan.run.state import read_state
 from wan.utils.errors import InputError
 from wan.weights.converted import OffloadFolder
 from wan.weights.lora import Loras, lora_identity, parse_lora
@@ -518,8 +519,8 @@ def test_the_command_line_merges_several(tmp_path, monkeypatch):
         "one": [f"{paths[0]}:0.7"],
     }.items():
         repeated = [word for flag in flags for word in ("--lora", flag)]
-        assert run(*repeated, "--save_latents", f"{name}.safetensors") == 0
-        latents[name] = load_file(f"{name}.safetensors")["latents"]
+        assert run(*repeated, "--overwrite", "--save_latents", f"{name}.safetensors") == 0
+        latents[name] = read_state(f"{name}.safetensors").latent
     assert not torch.equal(latents["none"], latents["one"]) and not torch.equal(
         latents["one"], latents["two"]
     )

@@ -134,7 +134,7 @@ def test_an_encoder_that_loses_frames_is_noticed(tmp_path, monkeypatch):
     real = imageio_ffmpeg.write_frames
 
     def lossy(path, *arguments, **options):
-        return real(path, *arguments, **options, output_params=["-frames:v", "2"])
+        return real(path, *arguments, **options | {"output_params": ["-frames:v", "2"]})
 
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", lossy)
     with pytest.raises(OSError, match=r"out\.mp4"):
@@ -145,7 +145,7 @@ def test_an_encoder_that_loses_frames_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "full")
-    (tmp_path / ".wan-full.mp4").symlink_to("/dev/full")
+    (tmp_path / f".wan-{files._HOST}-{os.getpid()}-full.mp4").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"out\.mp4"):
         save_video(clip(9), tmp_path / "out.mp4")
     assert os.listdir(tmp_path) == []
