@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -227,6 +228,12 @@ IMAGES = {
 }
 
 
+def frames(path):
+    """The pictures in a file, as bytes; ours has its settings in the metadata beside them."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0)]
+
+
 @needs_upstream
 @pytest.mark.parametrize("task", IMAGES)
 def test_upstreams_generate(task, tmp_path):
@@ -252,7 +259,7 @@ def test_upstreams_generate(task, tmp_path):
     ours, theirs = tmp_path / f"ours.{suffix}", tmp_path / f"theirs.{suffix}"
     run([str(Path(UPSTREAM) / "generate.py")], *flags, "--save_file", theirs)
     assert cli.main([*map(str, flags), "--save_file", str(ours)]) == 0
-    assert theirs.read_bytes() == ours.read_bytes()
+    assert frames(theirs) == frames(ours)
 
 
 # Stands in for gradio: builds nothing, and as its page is launched presses the buttons that the test names.
