@@ -1,14 +1,16 @@
 """One thread for each test process, one test at a time on the card, and a list of the measured differences."""
 
 import gc
+import os
 import tempfile
 from pathlib import Path
+
+# Test processes, and the programs that they start, share the cores and sum in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from filelock import FileLock
-
-torch.set_num_threads(1)  # the processes share the cores
 
 
 @pytest.fixture(autouse=True)
