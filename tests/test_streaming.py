@@ -190,7 +190,7 @@ def test_a_ring_is_no_larger_than_what_is_streamed(gpu):
 
 @given(st.lists(st.integers(1, 999), min_size=1, max_size=40), st.integers(-10, 50_000))
 def test_resident_groups_fit_and_are_spread(sizes, room):
-    stays = streaming._spread(sizes, room)
+    stays = streaming.spread(sizes, room)
     kept = [size if stay else 0 for size, stay in zip(sizes, stays, strict=True)]
     total = sum(sizes)
     assert sum(kept) == total if room >= total else sum(kept) <= max(room, 0)

@@ -80,7 +80,7 @@ class Streamer:
         owners = [owner for group in self._groups for owner in group.owners]
         if len(owners) > len(set(owners)):
             raise ValueError("groups to stream overlap")
-        stays = _spread([group.size for group in self._groups], int(resident_bytes))
+        stays = spread([group.size for group in self._groups], int(resident_bytes))
         self._resident = [group for group, stay in zip(self._groups, stays) if stay]
         streamed = [group for group, stay in zip(self._groups, stays) if not stay]
         self._ring_size = min(buffers, len(streamed))
@@ -298,7 +298,7 @@ class _Stage:
     copied: Any
 
 
-def _spread(sizes: Sequence[int], room: int) -> list[bool]:
+def spread(sizes: Sequence[int], room: int) -> list[bool]:
     """Which groups stay on the device: what fits `room` bytes, spread as evenly as Bresenham draws a line."""
     total, credit, stays = sum(sizes), 0, []
     for size in sizes:

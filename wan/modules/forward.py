@@ -373,6 +373,6 @@ def _heads(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Outside any autocast that is on, as the parts that compute in fp32 must be."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -9,23 +9,11 @@ import torch
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from ..configs.encoders import UMT5_XXL
 from ..weights.loading import load_weights
 from .tokenizers import HuggingfaceTokenizer
 
 __all__ = ["T5EncoderModel"]
-
-UMT5_XXL = {
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_heads": 64,
-    "num_layers": 24,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-    "feed_forward_proj": "gated-gelu",
-}
 
 # Names in the file -> names in the library's module; those under a block without their "blocks.N." and "block.N."
 OUTER_NAMES = {"token_embedding": "embed_tokens", "norm": "final_layer_norm"}

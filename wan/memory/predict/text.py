@@ -1,0 +1,125 @@
+"""The device memory that the text encoder takes: transformers' UMT5 encoder with eager attention, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .ledger import Ledger
+from .weights import Sizes, arrive, attach
+
+
+def text_stage(
+    ledger: Ledger,
+    config: Mapping[str, Any],
+    tokens: int,
+    itemsize: int,
+    prompts: int = 2,
+    streamed: bool = False,
+    buffers: int = 2,
+) -> None:
+    """Encodes prompts; their embeddings stay.
+
+    Args:
+        config: fields of UMT5Config.
+        tokens: that each prompt is padded to.
+        itemsize: bytes of a number of the weights, and of what is computed.
+        streamed: whether the layers pass through `buffers` buffers, and the table of embeddings stays on the CPU.
+    """
+    table, groups, norm = weight_sizes(config, itemsize)
+    if streamed:
+        weights = arrive(ledger, norm) + attach(ledger, groups, buffers)
+    else:
+        weights = arrive(ledger, [table, *(size for group in groups for size in group), *norm])
+    for _ in range(prompts):
+        _prompt(ledger, config, tokens, itemsize, streamed)
+    ledger.drop(*weights)
+
+
+def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[int, list[Sizes], Sizes]:
+    """Bytes of the table of embeddings, of each layer group's parameters, and of what else there is."""
+    width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
+    table = config["relative_attention_num_buckets"] * config["num_heads"]
+    attention = [numel * itemsize for numel in (*[width * inner] * 4, table, width)]
+    ffn = [numel * itemsize for numel in (*[width * hidden] * 3, width)]
+    groups = [group for _ in range(config["num_layers"]) for group in (attention, ffn)]
+    return config["vocab_size"] * width * itemsize, groups, [width * itemsize]
+
+
+def _prompt(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int, table_apart: bool) -> None:
+    row = config["d_model"] * itemsize
+    ids = None if table_apart else ledger.take(8 * tokens)
+    embeddings = ledger.become(tokens * row, ids)
+    padding = ledger.take(tokens * itemsize)
+    x = embeddings
+    for _ in range(min(2, config["num_layers"])):  # the others take what the second one takes
+        out = _block(ledger, config, tokens, itemsize)
+        ledger.drop(x if x != embeddings else None)
+        x = out
+    _norm(ledger, config, tokens, itemsize)
+    ledger.drop(x, embeddings, padding)
+
+
+def _block(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int) -> int:
+    row, hidden = config["d_model"] * itemsize, tokens * config["d_ff"] * itemsize
+    inner = tokens * config["num_heads"] * config["d_kv"] * itemsize
+    scores = config["num_heads"] * tokens * tokens * itemsize
+    normed = _norm(ledger, config, tokens, itemsize)
+    query, key, value = (ledger.take(inner) for _ in range(3))
+    bias = _position_bias(ledger, tokens, scores)
+    product = ledger.take(scores)
+    for _ in range(4):  # scaled, biased, masked, softmax
+        product = ledger.become(scores, product)
+    out = ledger.become(inner, ledger.take(inner))
+    out = ledger.become(tokens * row, out)
+    ledger.drop(query, key, value, bias)
+    x = ledger.become(tokens * row, normed, out)
+
+    normed = _norm(ledger, config, tokens, itemsize)
+    gate = ledger.take(hidden)
+    half = ledger.take(hidden)
+    inside = ledger.take(hidden)  # of GELU's tanh
+    for _ in range(5):
+        inside = ledger.become(hidden, inside)
+    gelu = ledger.become(hidden, half, inside, gate)
+    linear = ledger.take(hidden)
+    gated = ledger.take(hidden)
+    out = ledger.become(tokens * row, gated, gelu, linear)
+    ledger.drop(normed)
+    result = ledger.become(tokens * row, out, x)
+    ledger.drop(product)  # the weights of the attention, which a block returns
+    return result
+
+
+def _norm(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int) -> int:
+    numel = tokens * config["d_model"]
+    wide = ledger.take(4 * numel) if itemsize < 4 else None
+    squares = ledger.become(4 * numel, wide)
+    mean = ledger.become(4 * tokens, squares)
+    scale = ledger.become(4 * tokens, ledger.take(4 * tokens))
+    scaled = ledger.become(4 * numel, scale)
+    if itemsize < 4:
+        scaled = ledger.become(itemsize * numel, scaled)
+    out = ledger.become(itemsize * numel, scaled)
+    ledger.drop(mean)
+    return out
+
+
+def _position_bias(ledger: Ledger, tokens: int, scores: int) -> int:
+    """Buckets of relative positions, pair by pair, and what the layer's table has for them."""
+    numbers, narrow, flags = 8 * tokens**2, 4 * tokens**2, tokens**2
+    rows = ledger.become(8 * tokens, ledger.take(8 * tokens))
+    columns = ledger.take(8 * tokens)
+    relative = ledger.take(numbers)
+    buckets = ledger.become(numbers, ledger.take(flags))
+    for _ in range(2):
+        buckets = ledger.become(numbers, buckets)
+    distance, near = ledger.take(numbers), ledger.take(flags)
+    logarithm = ledger.take(narrow)
+    for _ in range(4):
+        logarithm = ledger.become(narrow, logarithm)
+    far = ledger.become(numbers, ledger.take(numbers))
+    most = ledger.take(numbers)
+    far = ledger.become(numbers, most, far)
+    ledger.drop(ledger.take(numbers), distance, near, logarithm, far)
+    return ledger.become(scores, rows, columns, relative, buckets)
