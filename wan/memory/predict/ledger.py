@@ -32,7 +32,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.live = self.peak = 0
-        self._requests: list[tuple[int, int]] = []  # (number of the tensor, its bytes; 0 when it is dropped)
+        # (number of a tensor, its bytes; 0 when it is dropped), or (-1, 0) when what is not in use is given back
+        self._requests: list[tuple[int, int]] = []
         self._sizes: list[int] = []
 
     def take(self, nbytes: float) -> int:
@@ -58,6 +59,10 @@ class Ledger:
         self.drop(*before)
         return number
 
+    def release(self) -> None:
+        """The allocator gives back to the driver what is not in use."""
+        self._requests.append((-1, 0))
+
     def reserved(self, expandable: bool = True) -> int:
         """Bytes that the allocator takes from the driver at most.
 
@@ -65,42 +70,52 @@ class Ledger:
         """
         pools = _Pool(True, expandable), _Pool(False, expandable)
         blocks: dict[int, tuple[_Pool, tuple[int, int]]] = {}
+        most = 0
         for number, size in self._requests:
             if size:
                 pool = pools[size > SMALL]
                 blocks[number] = pool, pool.take(size)
+                most = max(most, pools[0].taken + pools[1].taken)
             elif number in blocks:
                 pool, block = blocks.pop(number)
                 pool.give(*block)
-        return sum(pool.taken for pool in pools)
+            elif number < 0:
+                for pool in pools:
+                    pool.release()
+        return most
 
 
 class _Pool:
-    """Blocks for small or for large requests. What is taken stays: the driver is asked for more, never given back.
+    """Blocks for small or for large requests.
 
     Attributes:
-        taken: bytes from the driver.
+        taken: bytes from the driver now.
     """
 
     def __init__(self, small: bool, expandable: bool):
         self.taken = 0
         self._small, self._expandable = small, expandable
         self._page = SMALL_PAGE if small else LARGE_PAGE
-        self._end = 0  # of the last segment, of all addresses given
         self._free: list[tuple[int, int]] = []  # (size, address), sorted
         self._sizes: dict[int, int] = {}  # of free blocks, by address
         self._starts: dict[int, int] = {}  # the same, by the address behind them
+        # Of a segment that can grow, what has no memory behind it: bytes by address; the last is without end.
+        self._gaps: dict[int, int] = {0: 1 << 60}
+        # Of segments that cannot, bytes by address; and the end of the last.
+        self._segments: dict[int, int] = {}
+        self._end = 0
 
     def take(self, size: int) -> tuple[int, int]:
         """(address, size) of a block of at least so many bytes: the smallest that is free, else a new one."""
-        block = self._best_fit(size) or self._grow(size)
-        start, room = block
+        start = self._best_fit(size)
+        if start is None:
+            start = self._expand(size) if self._expandable else self._segment(size)
+        rest = self._sizes[start] - size
         self._remove(start)
-        rest = room - size
         if rest >= ROUNDING if self._small or self._expandable else rest > SMALL:
             self._insert(start + size, rest)
-            return start, size
-        return block
+            rest = 0
+        return start, size + rest
 
     def give(self, start: int, size: int) -> None:
         """Takes a block back; it joins free neighbours."""
@@ -115,27 +130,78 @@ class _Pool:
             size += behind
         self._insert(start, size)
 
-    def _best_fit(self, size: int) -> tuple[int, int] | None:
-        """Of a segment that can grow, its free end is taken only if no other block fits."""
-        last = None
-        for room, start in self._free[bisect.bisect_left(self._free, (size, -1)) :]:
-            if not self._expandable or start + room != self._end:
-                return start, room
-            last = start, room
-        return last
+    def release(self) -> None:
+        """Gives back whole pages, or segments, of which nothing is in use."""
+        for size, start in list(self._free):
+            if not self._expandable:
+                if self._segments.get(start) == size:
+                    self._remove(start)
+                    self.taken -= size
+                continue
+            low, high = rounded(start, self._page), (start + size) // self._page * self._page
+            if low < high:
+                self._remove(start)
+                self.taken -= high - low
+                for first, last in ((start, low), (high, start + size)):
+                    if first < last:
+                        self._insert(first, last - first)
+                self._add_gap(low, high - low)
 
-    def _grow(self, size: int) -> tuple[int, int]:
-        if not self._expandable:
-            own = not self._small and size >= OWN_SEGMENT
-            segment = rounded(size, SMALL_PAGE) if own else self._page
-            start = self._end + 1  # a gap: blocks of two segments are no neighbours
+    def _best_fit(self, size: int) -> int | None:
+        """The smallest free block; of those that could grow, the one with the least room, only if no other fits."""
+        found = bisect.bisect_left(self._free, (size, -1))
+        if found == len(self._free):
+            return None
+        rooms = (room + self._gaps.get(start + room, 0) for room, start in self._free[found:])
+        least = next(rooms)
+        for room in rooms:
+            if room >= least:
+                break
+            found, least = found + 1, room
+        return self._free[found][1]
+
+    def _expand(self, size: int) -> int:
+        """Puts memory behind the first gap where that, with what is free beside it, makes so large a block."""
+        places = (self._room_at(gap, size) for gap in sorted(self._gaps))
+        start = next(place for place in places if place >= 0)
+        while self._sizes.get(start, 0) < size:
+            gap = start + self._sizes.get(start, 0)
+            there = self._gaps.pop(gap)
+            taken = min(rounded(size - self._sizes.get(start, 0), self._page), there)
+            if taken < there:
+                self._gaps[gap + taken] = there - taken
+            self.taken += taken
+            self.give(gap, taken)
+        return start
+
+    def _room_at(self, gap: int, size: int) -> int:
+        """Where a block of so many bytes could start at this gap; -1 if it could not."""
+        first = end = self._starts.get(gap, gap)
+        while end - first < size:
+            step = self._sizes.get(end) or self._gaps.get(end)
+            if not step:
+                return -1
+            end += step
+        return first
+
+    def _segment(self, size: int) -> int:
+        own = not self._small and size >= OWN_SEGMENT
+        taken = rounded(size, SMALL_PAGE) if own else self._page
+        start = self._end + 1  # the byte between keeps blocks of two segments from being neighbours
+        self._segments[start] = taken
+        self._end = start + taken
+        self.taken += taken
+        self._insert(start, taken)
+        return start
+
+    def _add_gap(self, start: int, size: int) -> None:
+        if start + size in self._gaps:
+            size += self._gaps.pop(start + size)
+        before = next((gap for gap, length in self._gaps.items() if gap + length == start), None)
+        if before is None:
+            self._gaps[start] = size
         else:
-            start = self._starts.get(self._end, self._end)
-            segment = rounded(size - self._sizes.get(start, 0), self._page)
-        self.taken += segment
-        self._end = (start if not self._expandable else self._end) + segment
-        self.give(self._end - segment, segment)
-        return start, self._sizes[start]
+            self._gaps[before] += size
 
     def _insert(self, start: int, size: int) -> None:
         bisect.insort(self._free, (size, start))

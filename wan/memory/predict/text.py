@@ -1,4 +1,4 @@
-"""The device memory that the text encoder takes: transformers' UMT5 encoder with eager attention, one prompt at a time."""
+"""The device memory that the text encoder takes: transformers' UMT5 encoder, its attention eager, prompt by prompt."""
 
 from __future__ import annotations
 
