@@ -17,11 +17,11 @@ import wan.modules.model
 import wan.modules.t5
 import wan.modules.vae
 from wan.configs import WAN_CONFIGS
+from wan.tasks import TASKS
 from wan.tiny import train_tokenizer
 
 LOADERS = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-VACE_STEP = {30: 2, 40: 5}  # of the published models, by their layers: one VACE block for so many blocks
 
 
 def write_checkpoint(directory, task, layers=None):
@@ -42,19 +42,12 @@ def write_checkpoint(directory, task, layers=None):
 
 def dit_config(task, layers=None):
     """The contents of the config.json of a task's DiT, as published, or with fewer `layers`."""
-    config = WAN_CONFIGS[task]
-    depth = {"num_layers": layers} if layers else {}
-    if "dit_config" in config:
-        return config.dit_config | depth
-    kind = task.split("-")[0]
-    sizes = {key: config[key] for key in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")}
-    sizes["model_type"] = "t2v" if kind == "t2i" else kind
-    if kind in ("i2v", "flf2v"):
-        sizes["in_dim"] = 36
-    if kind == "vace":
-        sizes["vace_layers"] = list(range(0, layers or config.num_layers, VACE_STEP[config.num_layers]))
-        sizes["vace_in_dim"] = 96
-    return sizes | depth
+    config = TASKS[task].dit_config
+    if layers and "dit_config" not in WAN_CONFIGS[task]:
+        config |= {"num_layers": layers}
+        if "vace_layers" in config:
+            config["vace_layers"] = [layer for layer in config["vace_layers"] if layer < layers]
+    return config
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ class Task:
         frame_num, least_frames: frames by default and at least.
         sample_steps, sample_shift: solver steps and shift by default.
         shift_at: shifts by default at some sizes, where they are others.
+        dit: what the config.json of its DiT says beside the sizes in `config`.
     """
 
     pipeline: str
@@ -50,12 +51,21 @@ class Task:
     sample_steps: int = 50
     sample_shift: float = 5.0
     shift_at: Mapping[str, float] = field(default_factory=dict)
+    dit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pipeline_class(self) -> type:
         """The pipeline, imported."""
         module, name = self.pipeline.split(":")
         return getattr(importlib.import_module(f".{module}", __package__), name)
+
+    @property
+    def dit_config(self) -> dict[str, Any]:
+        """The contents of the DiT's config.json, as published."""
+        if "dit_config" in self.config:
+            return dict(self.config.dit_config)
+        sizes = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
+        return {name: self.config[name] for name in sizes} | dict(self.dit)
 
     def shift(self, size: str) -> float:
         """The shift by default at a size."""
@@ -80,6 +90,7 @@ _IMAGE: dict[str, Any] = {
     "area_only": True,
     "sample_steps": 40,
     "shift_at": {"832*480": 3.0, "480*832": 3.0},
+    "dit": {"model_type": "i2v", "in_dim": 36},
 }
 _FIRST_LAST: dict[str, Any] = {
     "pipeline": "first_last_frame2video:WanFLF2V",
@@ -90,6 +101,7 @@ _FIRST_LAST: dict[str, Any] = {
     "area_only": True,
     "least_frames": 5,
     "sample_shift": 16.0,
+    "dit": {"model_type": "flf2v", "in_dim": 36},
 }
 _EDIT: dict[str, Any] = {
     "pipeline": "vace:WanVace",
@@ -97,6 +109,11 @@ _EDIT: dict[str, Any] = {
     "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "vace_ref_1.png,vace_ref_2.png"},
     "sample_shift": 16.0,
 }
+
+
+def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
+    """Of a model with one VACE block for so many blocks."""
+    return {"dit": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": list(range(0, layers, step))}}
 
 
 # Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
@@ -118,8 +135,8 @@ TASKS = {
         "i2v-14B": _IMAGE,
         "t2i-14B": _STILL,
         "flf2v-14B": _FIRST_LAST,
-        "vace-1.3B": _EDIT,
-        "vace-14B": _EDIT,
+        "vace-1.3B": _EDIT | _vace_blocks(30, 2),
+        "vace-14B": _EDIT | _vace_blocks(40, 5),
         "t2v-tiny": _TEXT,
         "t2i-tiny": _STILL,
         "i2v-tiny": _IMAGE,
