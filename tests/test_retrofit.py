@@ -157,6 +157,7 @@ def test_image_encoder(gpu):
         {"dit_stream": 2e-5},
         {"dit_stream": 0.0, "dit_chunk": 64},
         {"dit_stream": 0.0, "dit_chunk": 64, "activation_offload": True},
+        {"dit_stream": 0.0, "activation_offload": True},
     ],
 )
 def test_transformer(gpu, options):
@@ -257,7 +258,6 @@ def test_pieces_follow_the_forward_pass_in_use(monkeypatch, chunk):
         ({"t5_cpu": True, "t5_stream": True}, "t5_stream and t5_cpu"),
         ({"dit_chunk": 10}, "dit_chunk 10"),
         ({"dit_stream": -1.0}, "dit_stream -1.0"),
-        ({"activation_offload": True}, "activation_offload: needs dit_chunk"),
     ],
 )
 def test_bad_options(options, named):

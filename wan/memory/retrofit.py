@@ -8,6 +8,7 @@ home.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -58,8 +59,8 @@ def attach(
         vae_tile: decode and encode by tiles: see MemoryOptions; None leaves the VAE's own way.
         vae_cpu: keep the VAE on the CPU; the half that a call needs comes for it.
         t5_stream, dit_stream, dit_chunk, activation_offload: see MemoryOptions. CLIP is streamed with T5. A DiT is
-            streamed if it has `blocks`, whatever they are; chunks are refused for one that is not Wan2.1's, see
-            wan.memory.known. Activations are offloaded of a model that works in chunks only.
+            streamed if it has `blocks`, whatever they are; chunks and activation offload are refused for one that is
+            not Wan2.1's, see wan.memory.known.
 
     Returns:
         What undoes all of it; modules return to where they were. A streamed or chunked DiT of Wan2.1's stays in the
@@ -98,7 +99,7 @@ def attach(
                 parts,
                 device,
                 dtype or getattr(parts, "param_dtype", torch.float32),
-                _checked(
+                MemoryOptions(
                     t5_stream=t5_stream,
                     dit_stream=dit_stream,
                     dit_chunk=dit_chunk,
@@ -117,19 +118,11 @@ def check_memory_options(**options: Any) -> MemoryOptions:
 
     Raises InputError for those that cannot work.
     """
-    checked = _checked(**options)
-    unused = MemoryOptions()
+    checked, unused = MemoryOptions(**options), MemoryOptions()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(
         getattr(checked, name) != getattr(unused, name) for name in ONE_GPU
     ):
         raise InputError("for one GPU only, leave them out on several", ONE_GPU)
-    return checked
-
-
-def _checked(**options: Any) -> MemoryOptions:
-    checked = MemoryOptions(**options)
-    if checked.activation_offload and not checked.dit_chunk:
-        raise InputError("needs dit_chunk here, give both", "activation_offload")
     return checked
 
 
@@ -163,14 +156,16 @@ def _stream_and_chunk(
             if hasattr(pipeline, "clip"):
                 _stream_image_encoder(undo, pipeline.clip.model, device)
         for model in (getattr(pipeline, name) for name in DITS if hasattr(pipeline, name)):
-            if options.dit_chunk:
-                undo.callback(apply_chunking(model, options.dit_chunk, dtype))
+            # Only the forward pass that works in chunks takes a place for tokens; of all of them it makes one.
+            chunk = options.dit_chunk or (sys.maxsize if options.activation_offload else 0)
+            if chunk:
+                undo.callback(apply_chunking(model, chunk, dtype))
             if options.activation_offload:
-                undo.callback(apply_activation_offload(model, device, options.dit_chunk))
+                undo.callback(apply_activation_offload(model, device, chunk))
             if options.dit_stream is not None:
-                groups = layer_groups(model) if options.dit_chunk else _stack_by_stack(model)
+                groups = layer_groups(model) if chunk else _stack_by_stack(model)
                 _stream_dit(undo, model, groups, device, int(options.dit_stream * 2**30))
-            if (options.dit_chunk or options.dit_stream is not None) and _is_known(model):
+            if (chunk or options.dit_stream is not None) and _is_known(model):
                 _keep_in_lossless_types(model, dtype)
         return undo.pop_all().close
 
