@@ -28,7 +28,7 @@ def load(checkpoint, folder, dtype=torch.bfloat16):
 
 
 def converted_files(folder):
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def assert_same_weights(model, other):
@@ -81,7 +81,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
         InputError if isinstance(error, OSError) else KeyboardInterrupt, match="disk is full|^$"
     ):
         load(checkpoint, tmp_path)
-    assert not converted_files(tmp_path) and not list(tmp_path.glob("*.partial"))
+    assert not converted_files(tmp_path) and not list(tmp_path.glob(".wan-*"))
     monkeypatch.undo()
     assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
 
@@ -94,9 +94,9 @@ def test_a_killed_conversion_is_done_again(checkpoint, tmp_path):
         "WanModel.from_pretrained(sys.argv[1], torch.bfloat16, offload_folder=OffloadFolder(sys.argv[2]))"
     )
     assert subprocess.run([sys.executable, "-c", code, checkpoint, tmp_path]).returncode == 9
-    assert list(tmp_path.glob("*.partial")) and not converted_files(tmp_path)
+    assert list(tmp_path.glob(".wan-*")) and not converted_files(tmp_path)
     assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
 def test_contents_tell_checkpoints_apart(tmp_path):

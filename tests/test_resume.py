@@ -18,7 +18,7 @@ from wan.run import Request, keeper, outputs, run, runner
 from wan.run.interrupts import Interrupted, Interrupts
 from wan.run.state import read_state, write_state
 from wan.utils import progress
-from wan.utils.events import Step
+from wan.utils.events import Finished, StageDone, StageStarted, Step
 
 SETTINGS = ["--frame_num", "5", "--sample_steps", "4", "--base_seed", "3"]
 OFTEN = ["--save_every", "0"]
@@ -65,16 +65,24 @@ def in_a_child(arguments, disturb=lambda: None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def counts(event):
+    """Whether an event is the edge of a stage, a step of denoising or the end; others tell how far a stage is."""
+    if isinstance(event, Step):
+        return event.stage == "denoise"
+    return isinstance(event, (StageStarted, StageDone, Finished))
+
+
 def at_event(number, kind):
-    """Sends this process a signal when that event is told."""
+    """Sends this process a signal when that event is told, of those that count."""
 
     def disturb():
         tell, told = progress.ProgressBars.__call__, []
 
         def listener(bars, event):
-            told.append(event)
             tell(bars, event)
-            if len(told) == number:
+            if counts(event):
+                told.append(event)
+            if counts(event) and len(told) == number:
                 os.kill(os.getpid(), kind)
 
         progress.ProgressBars.__call__ = listener

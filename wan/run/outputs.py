@@ -38,21 +38,24 @@ def check_outputs(request: Request) -> None:
                 raise InputError("are the same file, give two", (name, other), path)
         if not _may_replace(request, name):
             raise InputError("exists; choose another name, or replace it with --overwrite", name, path)
-    room = shutil.disk_usage(Path(request.save_file).absolute().parent).free
-    if room < _least_bytes(request):
-        raise InputError(
-            f"the disk has only {room >> 20} MB left, make room or choose another place",
-            "save_file",
-            request.save_file,
-        )
+    _check_room(request)
+    if request.preview:
+        _make_folder(request.preview, "preview")
 
 
-def final_path(request: Request) -> Path:
-    """Where the result goes: a free name beside save_file if another run has put its own there meanwhile."""
+def final_path(request: Request, folder: Path | None = None) -> Path:
+    """Where the result goes: a free name beside save_file if another run has put its own there meanwhile.
+
+    folder: for it, if its own has no room.
+    """
     path = Path(request.save_file)
-    if _may_replace(request, "save_file"):
+    if folder is None and _may_replace(request, "save_file"):
         return path
     names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    if folder:
+        return next(
+            folder / name.name for name in itertools.chain([path], names) if not (folder / name.name).exists()
+        )
     free = next(name for name in names if not name.exists())
     log.warning(f"{path} was made meanwhile by another run")
     return free
@@ -74,7 +77,32 @@ def _may_replace(request: Request, name: str) -> bool:
         return False
 
 
-def _least_bytes(request: Request) -> int:
-    """What the state takes at least, to which the video is small: the latent, and three of the solver's."""
+def _check_room(request: Request) -> None:
+    """Raises InputError for a disk on which the run's files, or those of them that are known, find no room."""
     width, height = request.pixels
-    return 4 * 16 * (request.frame_num // 4 + 1) * (height // 8) * (width // 8) * 4
+    pixels = width * height * request.frame_num
+    latent = 4 * 16 * (request.frame_num // 4 + 1) * (height // 8) * (width // 8)
+    # Of a state most is the latent, three of the solver's and what comes of inputs; two while one replaces the other.
+    needed = {"save_file": 2 * 8 * latent + pixels // 4, "save_latents": latent}
+    for name, least in needed.items():
+        path = getattr(request, name)
+        if not path:
+            continue
+        room = shutil.disk_usage(Path(path).absolute().parent).free
+        if room < least:
+            raise InputError(
+                f"the disk has only {room >> 20} MB left, the run needs about {(least >> 20) + 1}; "
+                "make room or choose another place",
+                name,
+                path,
+            )
+
+
+def _make_folder(path: str, field: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+        sweep(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot be made a folder ({error.strerror}), choose another place", field, path
+        ) from error

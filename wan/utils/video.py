@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
+from .events import counted
 from .files import check_target, replacing
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def save_video(
         )
         try:
             encoder.send(None)
-            for frame in video.unbind(1):
+            for frame in counted(video.unbind(1), frame_num, "save"):
                 encoder.send(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
         except OSError as error:
             raise OSError(f"{path}: the video encoder stopped early") from error
