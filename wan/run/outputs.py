@@ -1,15 +1,17 @@
-"""Whether what a run writes has a place, before any work is done."""
+"""Whether what a run writes has a place, before any work is done; and where the result goes in the end."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..utils.errors import InputError
-from ..utils.files import check_target, sweep
+from ..utils.files import check_target, other_folders, sweep
 from ..utils.video import check_writable
 from .keeper import state_path
 from .request import PATHS, Request
@@ -43,22 +45,51 @@ def check_outputs(request: Request) -> None:
         _make_folder(request.preview, "preview")
 
 
-def final_path(request: Request, folder: Path | None = None) -> Path:
-    """Where the result goes: a free name beside save_file if another run has put its own there meanwhile.
+def save_result(request: Request, write: Callable[[Path, bool], None]) -> Path:
+    """Has the result written where it goes: to save_file, or beside it if another run has put its own there meanwhile.
 
-    folder: for it, if its own has no room.
+    If that folder takes no more it goes to another one, which is told.
+
+    Args:
+        request: whose result it is.
+        write: writes it to a path, over what is there or not; raises FileExistsError then.
+
+    Returns:
+        Where it is.
+
+    Raises OSError: no folder takes it.
     """
-    path = Path(request.save_file)
-    if folder is None and _may_replace(request, "save_file"):
+    own = Path(request.save_file)
+    for folder in (own.parent, *other_folders(own.absolute().parent)):
+        there = folder == own.parent and os.path.exists(own)
+        over = request.overwrite or (there and _may_replace(request, "save_file"))
+        try:
+            path = _save_in(folder, own, over, write)
+        except OSError as error:
+            log.warning(f"The result could not be saved in {folder.absolute()}: {error}")
+            full = error
+            continue
+        if path != own:
+            log.warning(f"The result is in {path}")
         return path
-    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
-    if folder:
-        return next(
-            folder / name.name for name in itertools.chain([path], names) if not (folder / name.name).exists()
-        )
-    free = next(name for name in names if not name.exists())
-    log.warning(f"{path} was made meanwhile by another run")
-    return free
+    raise full
+
+
+def _save_in(folder: Path, own: Path, over: bool, write: Callable[[Path, bool], None]) -> Path:
+    """Writes a result into a folder, under its own name or the next that is free."""
+    for name in _names(own):
+        path = folder / name
+        if over or not path.exists():
+            with contextlib.suppress(FileExistsError):
+                write(path, over)
+                return path
+    raise AssertionError("names do not end")
+
+
+def _names(path: Path) -> Iterator[str]:
+    yield path.name
+    for number in itertools.count(2):
+        yield f"{path.stem}_{number}{path.suffix}"
 
 
 def _may_replace(request: Request, name: str) -> bool:

@@ -22,7 +22,6 @@ from ..utils.accelerator import (
 )
 from ..utils.errors import InputError
 from ..utils.events import Event, Expected, Finished, Listener
-from ..utils.files import other_folders
 from ..utils.prompt_extend import extend_prompt
 from ..utils.video import save_image, save_video
 from ..weights.fingerprints import file_fingerprint
@@ -32,7 +31,7 @@ from ..weights.prompts import PromptCache
 from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite
-from .outputs import check_outputs, final_path
+from .outputs import check_outputs, save_result
 from .preview import Preview, fit_colours
 from .request import Request
 from .settings import settings_text
@@ -276,28 +275,14 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
 
 
 def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
-    """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture; elsewhere if its folder takes no more."""
-    path = final_path(request)
-    with pipeline.stages("save"):
-        try:
-            _write(video, request, path)
-            return path
-        except OSError as error:
-            full = error
-        for folder in other_folders(path.absolute().parent):
-            with contextlib.suppress(OSError):
-                other = final_path(request, folder)
-                _write(video, request, other)
-                log.warning(
-                    f"The result could not be saved in {path.absolute().parent} ({full}), it is {other}"
-                )
-                return other
-        raise full
-
-
-def _write(video: torch.Tensor, request: Request, path: Path) -> None:
+    """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture."""
     comment = settings_text(request)
-    if request.facts.still:
-        save_image(video, path, comment)
-    else:
-        save_video(video, path, request.facts.config.sample_fps, comment)
+
+    def write(path: Path, over: bool) -> None:
+        if request.facts.still:
+            save_image(video, path, comment, over)
+        else:
+            save_video(video, path, request.facts.config.sample_fps, comment, over)
+
+    with pipeline.stages("save"):
+        return save_result(request, write)

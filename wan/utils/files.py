@@ -55,20 +55,39 @@ def other_folders(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, keep: bool = True) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> Iterator[Path]:
     """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
 
     If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead. The body
     closes it, and nobody has `path` open or mapped: Windows renames neither from nor over such a file.
+
+    Args:
+        keep: see above.
+        over: whether what is at `path` by then is replaced; else that raises FileExistsError.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".wan-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         if keep:
-            os.replace(temporary, path)
+            (os.replace if over else _place)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Gives a file its name. Raises FileExistsError if that is taken, be it just now."""
+    if os.name == "nt":
+        os.rename(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without links
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from error
+        os.replace(temporary, path)
 
 
 def sweep(folder: str | os.PathLike) -> None:
