@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from .text2video import WanT2V
     from .vace import WanVace, WanVaceMP
 
-__all__ = ["WanFLF2V", "WanI2V", "WanT2V", "WanVace", "WanVaceMP", "configs", "distributed", "modules"]
+__all__ = [
+    "WanFLF2V",
+    "WanI2V",
+    "WanT2V",
+    "WanVace",
+    "WanVaceMP",
+    "configs",
+    "distributed",
+    "modules",
+    "plan",
+]
 
 _HOMES = {
     "WanFLF2V": "first_last_frame2video",
@@ -22,6 +32,7 @@ _HOMES = {
     "WanT2V": "text2video",
     "WanVace": "vace",
     "WanVaceMP": "vace",
+    "plan": "run.planning",
 }
 
 

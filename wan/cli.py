@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import json
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
-from .run.request import KEEPING, Request
+from .run.request import KEEPING, PLANNED, PLANNING, Request
 from .utils.accelerator import is_out_of_memory
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Interrupts() as interrupts:
             jobs = _parse(argv)
+            if isinstance(jobs, _Query):
+                return jobs.answer()
             from .run import Runner  # with the libraries, which good arguments alone are worth waiting for
 
             runner = Runner(ProgressBars(), interrupts)
@@ -78,6 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="Make many: a prompt in each line or, in a .jsonl, an object of settings. What is there is skipped.",
     )
     add_low_vram(parser)
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="Say how the run would fit --vram_limit, and how long it would take by model, and stop; needs no "
+        "checkpoint. Exit code 1 if nothing fits.",
+    )
+    parser.add_argument("--json", action="store_true", help="With --plan: one JSON object.")
     parser.set_defaults(offload_model=None)  # upstream's default; the option has its own
     return parser
 
@@ -88,13 +98,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Request:
     Raises InputError for one that cannot work, or that makes many.
     """
     request = _parse(argv)
+    if isinstance(request, _Query):
+        raise InputError("asks for a plan", "plan")
     if not isinstance(request, Request):
         raise InputError("makes many requests", "prompts")
     return request
 
 
-def _parse(argv: Sequence[str] | None) -> Request | list[Entry]:
-    """The Request that a command line makes, or the entries of --prompts."""
+class _Query(NamedTuple):
+    """A plan that is asked for."""
+
+    request: Request
+    as_json: bool
+
+    def answer(self) -> int:
+        """Prints it; returns the exit code."""
+        from .run.planning import plan_text, report
+
+        chosen, told = report(self.request)
+        print(json.dumps(told) if self.as_json else plan_text(chosen, told))
+        return 0 if chosen.fits else 1
+
+
+def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
+    """The Request that a command line makes, the entries of --prompts, or the plan that is asked for."""
     parser = build_parser()
     # None is what is not given: the request, a state or a file has its own values.
     parser.set_defaults(**dict.fromkeys([*_OPTIONS, *_MEMORY]))
@@ -102,26 +129,41 @@ def _parse(argv: Sequence[str] | None) -> Request | list[Entry]:
     args = vars(parser.parse_args(argv))
     given = {name: args[name] for name in _OPTIONS if args[name] is not None}
     memory = {name: args[name] for name in _MEMORY if args[name] is not None}
+    if args["json"] and not args["plan"]:
+        raise InputError("belongs to --plan", "json")
     if "resume" in given:
+        if args["plan"]:
+            raise InputError("is of a run that has not begun, leave it out with --resume", "plan")
         if args["like"] is not None or args["prompts"] is not None:
             raise InputError("settled by the state that --resume names, leave them out", ("like", "prompts"))
         return _resumed(given, memory)
     if args["like"] is not None:
-        from .run.settings import read_settings
+        from .run.settings import read_plan, read_settings
 
         given = read_settings(args["like"]) | given
+        if not any(name in given for name in _BUDGET):
+            memory = read_plan(args["like"]) | memory
+    if not args["low_vram"]:
+        given["planned"] = tuple(name for name in PLANNED if name not in memory)
+    if args["plan"]:
+        if args["prompts"] is not None:
+            raise InputError("plans one run, leave out --prompts", "plan")
+        given.setdefault("ckpt_dir", _ANY)
     if args["prompts"] is not None:
         from .run.batch import read_entries
 
         return read_entries(args["prompts"], given, memory)
-    return Request(**given, memory=MemoryOptions(**memory))
+    request = Request(**given, memory=MemoryOptions(**memory))
+    return _Query(request, args["json"]) if args["plan"] else request
 
 
+_ANY = "Wan-AI/any"  # the name of a checkpoint that is not looked at
+_BUDGET = [field.name for field in fields(Request) if field.metadata.get("group") == PLANNING]
 _OPTIONS = [field.name for field in fields(Request) if is_option(field)]
 _MEMORY = [field.name for field in fields(MemoryOptions)]
 # What may be given anew beside --resume: nothing of it changes the picture.
 _ANEW = [field.name for field in fields(Request) if field.metadata.get("group") == KEEPING]
-_ANEW += ["save_file", "ckpt_dir", "device"]
+_ANEW += ["save_file", "ckpt_dir", "device", *_BUDGET]
 
 
 def _resumed(given: dict[str, Any], memory: dict[str, Any]) -> Request:

@@ -132,10 +132,12 @@ class Solver:
         sigma = self._scheduler.sigmas[self.done].item()
         return latent.cpu() - sigma * self._flow.cpu()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the steps so far have left behind: tensors, numbers, and lists of them and of None."""
+    def state_dict(self, device: torch.device | str | None = None) -> dict[str, Any]:
+        """What the steps so far have left behind: tensors, on `device` if given, numbers, and lists of them and of None."""
         return {
-            name: _copy(getattr(self._scheduler, name)) for name in _MEMORY if hasattr(self._scheduler, name)
+            name: _copy(getattr(self._scheduler, name), device)
+            for name in _MEMORY
+            if hasattr(self._scheduler, name)
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..memory.options import MemoryOptions
 from ..sampling import Solver
 from ..utils.errors import InputError
 from ..utils.files import other_folders
@@ -38,11 +39,14 @@ class Keeper:
     Args:
         state: where the run starts.
         interrupts: see above.
+        remembers: whether each step is kept in RAM, for `go_on`.
     """
 
-    def __init__(self, state: State, interrupts: Interrupts):
+    def __init__(self, state: State, interrupts: Interrupts, remembers: bool = False):
         request = state.request
         self.state = state
+        self._remembers = remembers
+        self._reached: dict[str, Any] = {}
         self.kept = request.resume is not None
         self.path = Path(request.resume or state_path(request.save_file)).absolute()
         self.interrupts = interrupts
@@ -62,12 +66,20 @@ class Keeper:
             Interrupted: the run is to stop.
         """
         check_finite(latent, f"denoising, step {solver.done}")
+        if self._remembers:
+            self._reached = {"latent": latent.cpu(), "solver": solver.state_dict("cpu")}
         asked = self.interrupts.asked
         if asked or time.monotonic() - self._saved_at >= self._seconds:
             # Not remembered: the solver goes on, and what it drops is to be freed.
             self._write(replace(self.state, latent=latent, solver=solver.state_dict()))
         if asked:
             self.interrupts.check()
+
+    def go_on(self, memory: MemoryOptions) -> None:
+        """The run goes on from the last step, under other memory options."""
+        request = replace(self.state.request, memory=memory)
+        reached = {} if self.state.finished else self._reached
+        self.state = replace(self.state, request=request, **reached)
 
     def finish(self, latent: torch.Tensor) -> None:
         """Writes the finished latents; in a file of their own, too, if that is asked for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import random
 import re
@@ -22,9 +24,15 @@ from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
 KEEPING = "files, and what is kept"
+PLANNING = "memory plan"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
 NO_CACHE = "off"
+# Memory options that are chosen unless they are given.
+PLANNED = (
+    *("t5_stream", "vae_cpu", "vae_tile", "dit_stream", "dit_chunk"),
+    *("activation_offload", "guidance_together"),
+)
 NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
 # Fields that are the path of one file.
 PATHS = (
@@ -33,11 +41,20 @@ PATHS = (
 )
 
 
+def parse_limit(text: str) -> float | str:
+    """A flag's text to a limit."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of GiB") from None
+
+
 @dataclass(frozen=True)
 class Request:
     """A run. What is None takes the task's default, and what the task has no default for is None.
 
-    Attributes are those of the command line, under the same names, and `memory`.
+    Attributes are those of the command line, under the same names, and `memory`; `planned` names the memory options
+    that are chosen when it runs on an accelerator, see wan.run.planning.
 
     Raises InputError, naming the field, for what cannot work.
     """
@@ -149,6 +166,25 @@ class Request:
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
     t5_fsdp: bool = option(False, "FSDP for the text encoder.", group=GPUS)
     dit_fsdp: bool = option(False, "FSDP for the DiT.", group=GPUS)
+    vram_limit: float | str = option(
+        "auto",
+        "GiB of the card for this run, CUDA's own among them; auto for what is free (default). Memory options that are "
+        "not given are chosen so that it fits, and finishes soonest.",
+        parse=parse_limit,
+        group=PLANNING,
+        metavar="GIB",
+    )
+    vram_fraction: float = option(
+        1.0, "Share of that to be used, 0.5 to 1 (default 1).", at_least=0.5, at_most=1, group=PLANNING
+    )
+    memory_mode: str = option(
+        "hybrid",
+        "Where weights and activations may be while a model works: on the GPU alone, wherever that is fastest "
+        "(default), or in RAM as far as can be.",
+        choices=("gpu_only", "hybrid", "cpu_only"),
+        group=PLANNING,
+    )
+    planned: tuple[str, ...] = ()
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def __post_init__(self) -> None:
@@ -211,6 +247,7 @@ class Request:
         self._set(
             size=size,
             lora=tuple(self.lora),
+            planned=tuple(self.planned),
             frame_num=task.frame_num if self.frame_num is None else self.frame_num,
             sample_steps=task.sample_steps if self.sample_steps is None else self.sample_steps,
             sample_shift=task.shift(size) if self.sample_shift is None else self.sample_shift,
@@ -229,6 +266,9 @@ class Request:
         task = self.facts
         if self.size not in task.sizes:
             raise InputError(f"{self.task} supports {', '.join(task.sizes)}", "size", self.size)
+        limit = self.vram_limit
+        if limit != "auto" and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+            raise InputError("give auto or a number of GiB, such as 8", "vram_limit", limit)
         if self.frame_num < 1 or self.frame_num % 4 != 1:
             raise InputError("give 4n+1 frames, such as 81", "frame_num", self.frame_num)
         if task.still and self.frame_num != 1:

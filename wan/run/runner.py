@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from PIL import Image
 
 from .. import tiny
+from ..memory.plan import Plan
+from ..memory.residency import release_memory
 from ..sampling import OnStep, Solver
 from ..utils.accelerator import (
     choose_device,
     configure_allocator,
     exact_arithmetic,
     hold_to_free,
+    is_out_of_memory,
     require_accelerator,
 )
 from ..utils.errors import InputError
@@ -31,6 +35,7 @@ from ..weights.prompts import PromptCache
 from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite
+from .planning import context_bytes, planner_for
 from .outputs import check_outputs, save_result
 from .preview import Preview, fit_colours
 from .request import Request
@@ -82,24 +87,79 @@ class Runner:
     def run(self, request: Request) -> Path:
         """As run()."""
         check_outputs(request)
+        request, plan = self._planned(request)
         state = _start(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             pipeline = self._pipeline_for(request)
-            keeper = Keeper(_identified(state, pipeline), self._interrupts)
+            keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
             self._forecast = Forecast(request, pipeline)
             with keeper.told():
-                latent = _latents(pipeline, keeper, self._tell)
-                video = pipeline.decode(latent.to(pipeline.device))
+                while True:
+                    try:
+                        video = _made(pipeline, keeper, self._tell)
+                        break
+                    except Exception as error:
+                        plan = self._leaner(request, plan, error)
+                        if plan is None:
+                            raise
+                    # Outside of the except clause, which keeps what failed alive.
+                    del pipeline
+                    request = replace(request, memory=plan.options)
+                    keeper.go_on(plan.options)
+                    self._forget(choose_device(request.device))
+                    pipeline = self._pipeline_for(request)
                 check_finite(video, "decoding")
                 path = _save(video, keeper.state.request, pipeline)
                 keeper.remove()
         self._tell(Finished(path))
         return path
 
+    def _planned(self, request: Request) -> tuple[Request, Plan | None]:
+        """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
+        device = choose_device(request.device)
+        if device.type == "cpu" or not request.planned:
+            if request.vram_limit != "auto":
+                raise InputError(
+                    "limits an accelerator, leave it out on the CPU", "vram_limit", request.vram_limit
+                )
+            return request, None
+        configure_allocator(device)
+        hold_to_free(device)
+        planner, room = planner_for(request, device)
+        plan = planner.plan(room)
+        if not plan.fits:
+            if request.vram_limit != "auto":
+                least = (plan.peak_bytes / request.vram_fraction + context_bytes(device)) / 2**30
+                raise InputError(
+                    f"{request.task} needs {least:.2f}, give that or more", "vram_limit", request.vram_limit
+                )
+            log.warning(
+                f"Memory: nothing fits, {plan.peak_bytes / 2**30:.2f} GiB would; going on with the leanest"
+            )
+        log.info(f"Memory: {plan.line()}")
+        return replace(request, memory=plan.options), plan
+
+    def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
+        """The next plan when memory ran out all the same; None if it was something else, or there is none."""
+        if plan is None or not is_out_of_memory(error):
+            return None
+        planner, _ = planner_for(request, choose_device(request.device))
+        leaner = planner.leaner(plan)
+        if leaner is not None:
+            log.warning(f"Memory ran out; going on from the last step with: {leaner.line()}")
+        return leaner
+
+    def _forget(self, device: torch.device) -> None:
+        """Drops the loaded models, and gives their memory back."""
+        self._pipeline = self._built = self._forecast = None
+        gc.collect()
+        release_memory(device)
+
     def encode_ahead(self, request: Request) -> None:
         """Encodes the prompt of a request that is to be run later: the text encoder need not come again for it."""
         if request.use_prompt_extend or request.decode_latents or request.resume:
             return
+        request, _ = self._planned(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             self._pipeline_for(request).encode_ahead(request.prompt)
 
@@ -197,6 +257,11 @@ def _identified(state: State, pipeline: Any) -> State:
                 "ckpt_dir",
             )
     return replace(state, weights=found | dict(state.weights))
+
+
+def _made(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
+    """What is left of encoding, denoising and decoding: the video."""
+    return pipeline.decode(_latents(pipeline, keeper, tell).to(pipeline.device))
 
 
 def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from .. import __version__
+from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
 from ..utils.video import read_comment
-from .request import GPUS, KEEPING, PROMPT_EXTENSION, Request
+from .request import GPUS, KEEPING, PLANNING, PROMPT_EXTENSION, Request
 
 PROGRAM = "wan-low-memory"
 # Where it is computed and kept changes nothing; an extended prompt stands among the settings itself.
-_APART = (KEEPING, PROMPT_EXTENSION, GPUS)
+_APART = (KEEPING, PLANNING, PROMPT_EXTENSION, GPUS)
 _NAMES = [
     field.name
     for field in fields(Request)
@@ -32,8 +34,11 @@ def settings(request: Request) -> dict[str, Any]:
 
 
 def settings_text(request: Request) -> str:
-    """The settings as ASCII text, for a file's metadata."""
-    return json.dumps({"program": PROGRAM, "version": __version__, "settings": settings(request)})
+    """The settings as ASCII text, for a file's metadata; and the memory options, if they were planned."""
+    told = {"program": PROGRAM, "version": __version__, "settings": settings(request)}
+    if request.planned:
+        told["memory"] = {name: getattr(request.memory, name) for name in request.planned}
+    return json.dumps(told)
 
 
 def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
@@ -41,10 +46,20 @@ def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any
 
     Raises InputError, naming `field`, for a file that cannot be read or has no settings in it.
     """
+    return _read(path, field, "settings", _NAMES)
+
+
+def read_plan(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
+    """The memory options that were planned for a file, by name; none if they were not. Raises as read_settings."""
+    return _read(path, field, "memory", [item.name for item in fields(MemoryOptions)])
+
+
+def _read(path: str | os.PathLike, field: str, part: str, names: Sequence[str]) -> dict[str, Any]:
     try:
         found = json.loads(read_comment(path, field) or "{}")
         if found["program"] == PROGRAM:
-            return {name: value for name, value in found["settings"].items() if name in _NAMES}
+            values = found["settings"] if part == "settings" else found.get(part, {})
+            return {name: value for name, value in values.items() if name in names}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

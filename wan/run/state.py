@@ -130,7 +130,8 @@ def resumed_request(
     """
     values, _ = _read(Path(path), "resume")
     stored = MemoryOptions(**values["request"]["memory"] | dict(memory))
-    return _request(values, Path(path), dict(overrides) | {"memory": stored})
+    planned = [name for name in values["request"]["planned"] if name not in memory]
+    return _request(values, Path(path), {"planned": planned} | dict(overrides) | {"memory": stored})
 
 
 def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:

@@ -259,3 +259,11 @@ class VideoFile:
                 yield container, container.streams.video[0]
         except av.FFmpegError as error:
             raise InputError(f"not a readable video ({error.strerror})", self.field, self.path) from error
+
+
+def fitted_size(height: int, width: int, max_area: int, step: int) -> tuple[int, int]:
+    """(height, width) of a video with a picture's aspect: multiples of `step`, at most max_area pixels, or 0."""
+    aspect = height / width
+    sides = np.sqrt(max_area * aspect), np.sqrt(max_area / aspect)
+    tall, wide = (round(side // (step // 2) // 2) * step for side in sides)
+    return tall, wide

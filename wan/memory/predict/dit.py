@@ -6,11 +6,11 @@ and the last, ask for what was asked for before them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -79,9 +79,7 @@ class _Walk:
         self.ffn = block.ffn[0].out_features
         self.image = hasattr(model, "img_emb")
         self.source = hasattr(model, "vace_blocks")
-        _, frames, height, width = shape.latent
-        step, down, right = model.patch_size
-        self.grid = (frames // step, height // down, width // right)
+        self.grid = _grid(model, shape)
         self.length = math.prod(self.grid)
         cut = spans(self.length, way.chunk)
         cut = cut if len(cut) <= FEW + 1 else [*cut[:FEW], cut[-1]]
@@ -93,10 +91,7 @@ class _Walk:
     def stage(self) -> None:
         ledger, shape = self.ledger, self.shape
         latent = 4 * math.prod(shape.latent)
-        if self.way.stream is None:
-            weights = arrive(ledger, _sizes(self.model))
-        else:
-            weights = self._ahead()
+        weights = arrive(ledger, _sizes(self.model)) if self.way.stream is None else self._ahead()
         x = ledger.take(latent)
         solver = Solver(ledger, shape.solver, latent, self.narrow)
         for step in range(min(shape.steps, FEW)):
@@ -160,7 +155,7 @@ class _Walk:
 
     def _conditions(self) -> list[int]:
         """What a pass holds of them from its start to its end."""
-        ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
+        ledger, dim = self.ledger, self.dim
         if self.way.stream is not None:
             return [ledger.take(4 * dim), ledger.take(24 * dim)]
         time = self._embed_time()
@@ -232,8 +227,7 @@ class _Walk:
             ledger.drop(*visit)
             ledger.release()
         attentions = cross_attentions(model)
-        groups = [[size for layer in context_layers(one) for size in _sizes(layer)] for one in attentions]
-        ring = attach(ledger, groups, 2)
+        ring = attach(ledger, _context_groups(model), 2)
         for _ in range(min(2, len(attentions))):
             ledger.drop(*[tensor for pair in self._context(samples) for tensor in pair])
         ledger.drop(*ring, *held)
@@ -460,7 +454,7 @@ class _OnDevice:
     def whole(self, nbytes: int) -> int | None:
         return self.walk.ledger.take(nbytes)
 
-    def attended(self, query: partial) -> Iterator[tuple[int, int]]:
+    def attended(self, query: Callable[[int], int]) -> Iterator[tuple[int, int]]:
         walk = self.walk
         for span in walk.spans:
             one = query(span)
@@ -488,7 +482,7 @@ class _InRam(_OnDevice):
     def whole(self, nbytes: int) -> int | None:
         return None
 
-    def attended(self, query: partial) -> Iterator[tuple[int, int]]:
+    def attended(self, query: Callable[[int], int]) -> Iterator[tuple[int, int]]:
         walk, ledger = self.walk, self.walk.ledger
         length, width = walk.length, walk.dim // walk.heads
         for span in walk.spans:
@@ -521,5 +515,31 @@ def _finished(passes: list[Generator[None, None, int]], in_turns: bool) -> list[
     return list(results.values())
 
 
+def tokens_of(model: nn.Module, shape: Shape) -> int:
+    """How many a latent video has."""
+    return math.prod(_grid(model, shape))
+
+
+def _grid(model: nn.Module, shape: Shape) -> tuple[int, int, int]:
+    (frames, height, width), (step, down, right) = shape.latent[1:], model.patch_size
+    return frames // step, height // down, width // right
+
+
+@functools.lru_cache(maxsize=4096)
 def _sizes(module: nn.Module) -> Sizes:
     return [p.nbytes for p in module.parameters()]
+
+
+@functools.lru_cache(maxsize=8)
+def _apart(model: nn.Module) -> Sizes:
+    """What is not streamed, and arrives with the DiT."""
+    streamed = {id(p) for one in (*model.layer_groups(), *model.embedding_layers()) for p in one.parameters()}
+    return [p.nbytes for p in model.parameters() if id(p) not in streamed]
+
+
+@functools.lru_cache(maxsize=8)
+def _context_groups(model: nn.Module) -> list[Sizes]:
+    """Parameters of what each cross attention calls on its context."""
+    return [
+        [size for layer in context_layers(one) for size in _sizes(layer)] for one in cross_attentions(model)
+    ]

@@ -1,13 +1,15 @@
-"""The device memory that the VAE takes, from the facts of its operations.
+"""The device memory that the VAE takes: modules/vae_forward.py's passes, request by request.
 
-Counted are live tensors in units of the allocator. It is the weights, and the most that one of the passes holds at a
-time: what causal operations remember; the pairs of frames that wait at temporal upsamplings; and the largest set of
-tensors that one operation needs at a time. A tile counts with its margins, the largest tile of the grid.
+Each operation writes down what its class in modules/vae_operations.py makes and drops. Of a video the first frames are
+walked, after which every causal operation remembers as much as it ever will; of the tiles the one with the largest
+margins.
 """
+
+from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -17,6 +19,7 @@ from ...modules.vae_operations import (
     Convolution,
     Double,
     Halve,
+    InPlace,
     Norm,
     Operation,
     Residual,
@@ -26,9 +29,11 @@ from ...modules.vae_operations import (
     encoder_passes,
 )
 from ..tile_geometry import STRIDE, needed_intervals, output_length, split
+from .ledger import Ledger
+from .weights import Sizes, arrive
 
 BYTES = 4  # of an fp32 number
-ALLOCATION = 512  # bytes, granularity of the device's allocator
+LATENT_FRAMES = 5  # until nothing new is remembered
 
 
 def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
@@ -39,7 +44,9 @@ def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, ti
         frames, height, width: of the video that comes out.
         tile: side of a tile in pixels, 0 for whole frames.
     """
-    return _weight_bytes(model.decoder, model.conv2) + decode_bytes(model, frames, height, width, tile)
+    ledger = Ledger()
+    decode_stage(ledger, model, frames, height, width, tile, arrives=True)
+    return ledger.peak
 
 
 def encode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
@@ -47,40 +54,103 @@ def encode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, ti
 
     The arguments are those of `decode_peak_bytes`; frames, height and width are of the video that goes in.
     """
-    return _weight_bytes(model.encoder, model.conv1) + encode_bytes(model, frames, height, width, tile)
+    ledger = Ledger()
+    encode_stage(ledger, model, frames, height, width, tile, arrives=True)
+    return ledger.peak
 
 
 def decode_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int) -> int:
     """As `decode_peak_bytes`, without the weights."""
-    passes, frames = decoder_passes(model), encoded_frames(frames)
-    size = (height // STRIDE, width // STRIDE)
-    statistics = 2 * _allocated(model.z_dim, 1)
-    return max(
-        statistics + _pass_bytes(passes.whole, frames, *_whole(passes.whole, size)),
-        _pass_bytes(passes.small, frames, *_whole(passes.small, size)),
-        _pass_bytes(passes.large, frames, *_longest(passes.large, size, (height, width), 1, tile)),
-    )
+    ledger = Ledger()
+    decode_stage(ledger, model, frames, height, width, tile, arrives=False)
+    return ledger.peak
 
 
 def encode_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int) -> int:
     """As `encode_peak_bytes`, without the weights."""
-    passes, frames = encoder_passes(model), encoded_frames(frames)
+    ledger = Ledger()
+    encode_stage(ledger, model, frames, height, width, tile, arrives=False)
+    return ledger.peak
+
+
+def decode_stage(
+    ledger: Ledger,
+    model: nn.Module,
+    frames: int,
+    height: int,
+    width: int,
+    tile: int,
+    arrives: bool,
+    walked: int = LATENT_FRAMES,
+) -> None:
+    """Decodes a latent video; nothing stays.
+
+    Args:
+        model, frames, height, width, tile: as `decode_peak_bytes`'.
+        arrives: whether the decoder comes for it, and leaves; else it is there.
+        walked: latent frames that are walked at most. More of them change no live bytes; the gaps between tensors,
+            and so what the allocator reserves, take some twenty to settle.
+    """
+    weights = arrive(ledger, _decoder(model)) if arrives else []
+    passes, frames = decoder_passes(model), min(encoded_frames(frames), walked)
     size = (height // STRIDE, width // STRIDE)
-    latents = _allocated(model.z_dim * frames, math.prod(size)) + 2 * _allocated(model.z_dim, 1)
+    statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
+
+    def denormalized(walk: _Walk, numel: int) -> int:
+        return walk.become(numel, walk.new(numel))
+
+    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(frames, model.z_dim, denormalized)
+    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(frames, passes.small[0].in_channels)
+    ledger.drop(*statistics)
+    lengths = _longest(passes.large, size, (height, width), 1, tile)
+    _Walk(ledger, passes.large, *lengths).run(frames, passes.large[0].in_channels)
+    ledger.drop(*weights)
+    ledger.release()
+
+
+def encode_stage(
+    ledger: Ledger,
+    model: nn.Module,
+    frames: int,
+    height: int,
+    width: int,
+    tile: int,
+    arrives: bool,
+    walked: int = LATENT_FRAMES,
+) -> None:
+    """Encodes a video; its latents stay.
+
+    The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
+    """
+    weights = arrive(ledger, _encoder(model)) if arrives else []
+    passes, latent_frames = encoder_passes(model), encoded_frames(frames)
+    size = (height // STRIDE, width // STRIDE)
     lengths = _longest(passes.large, (height, width), (height, width), STRIDE, tile)
-    return max(
-        _pass_bytes(passes.large, decoded_frames(frames), *lengths),
-        _pass_bytes(passes.small, frames, *_whole(passes.small, size)),
-        latents + _pass_bytes(passes.whole, frames, *_whole(passes.whole, size)),
-    )
+    few = min(latent_frames, walked)
+    _Walk(ledger, passes.large, *lengths).run(decoded_frames(few), passes.large[0].in_channels)
+    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(few, passes.small[0].in_channels)
+    ledger.take(BYTES * model.z_dim * latent_frames * math.prod(size))
+    statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
+
+    def write(walk: _Walk, moments: int) -> None:
+        walk.drop(walk.become(model.z_dim * math.prod(size), walk.new(model.z_dim * math.prod(size))))
+
+    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(few, passes.whole[0].in_channels, sink=write)
+    ledger.drop(*statistics, *weights)
+    ledger.release()
 
 
-def _weight_bytes(*modules: nn.Module) -> int:
-    return sum(_allocated(1, p.numel()) for module in modules for p in module.parameters())
+def weight_sizes(model: nn.Module) -> tuple[Sizes, Sizes]:
+    """Bytes of the encoder's parameters, and of the decoder's."""
+    return _encoder(model), _decoder(model)
 
 
-def _allocated(channels: float, area: int) -> int:
-    return -int(-BYTES * channels * area // ALLOCATION) * ALLOCATION
+def _encoder(model: nn.Module) -> Sizes:
+    return [p.nbytes for module in (model.encoder, model.conv1) for p in module.parameters()]
+
+
+def _decoder(model: nn.Module) -> Sizes:
+    return [p.nbytes for module in (model.conv2, model.decoder) for p in module.parameters()]
 
 
 def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:
@@ -106,113 +176,194 @@ def _longest(
     return longest
 
 
-def _pass_bytes(
-    operations: Sequence[Operation], frames: int, rows: Sequence[int], columns: Sequence[int]
-) -> int:
-    """The most that a pass holds at a time, weights apart.
+class _Walk:
+    """A pass over a video, as `run_pass`. Frames are numbers of tensors, each with a count of who holds it.
 
     Args:
         operations: list of Operation.
-        frames: how many arrive at the first one.
         rows, columns: of the input of each operation, one list each.
     """
-    channels = operations[0].in_channels
-    frame = _allocated(channels, rows[0] * columns[0])  # what arrives at an operation
-    single, remembered, waiting, most = frames == 1, 0, frame, 0
-    for operation, height, width in zip(operations, rows, columns):
-        channels = operation.in_channels or channels
-        kept, working = _held(operation, frames, frame, channels, height, width)
-        remembered += kept
-        # In a video every operation remembers; before the second frame, only those that the first one has passed.
-        most = max(most, waiting + working + (remembered if single else 0))
-        if operation.rate == 2:
-            if frames > 1:  # the pair waits until both have gone all the way
-                waiting += _allocated(2 * operation.out_channels, height * width)
-            frames = 2 * frames - 1
-        elif operation.rate == 0.5:
-            frames = 1 + (frames - 1) // 2
-        channels = operation.out_channels or channels
-        frame = _allocated(channels, math.prod(output_length(operation, n) for n in (height, width)))
-    return most if single else remembered + most
+
+    def __init__(
+        self, ledger: Ledger, operations: Sequence[Operation], rows: Sequence[int], columns: Sequence[int]
+    ):
+        self.ledger, self.operations, self.rows, self.columns = ledger, operations, rows, columns
+        self.past: dict[Operation, list[int]] = {}
+        self._holders: dict[int, int] = {}
+
+    def run(
+        self,
+        frames: int,
+        channels: int,
+        arriving: Callable[[_Walk, int], int] | None = None,
+        sink: Callable[[_Walk, int], None] | None = None,
+    ) -> None:
+        """Walks.
+
+        Args:
+            frames, channels: how many arrive at the first operation, and what they have.
+            arriving: makes such a frame; default: it is copied to the device.
+            sink: what becomes of each one at the end, beside its way to the CPU.
+        """
+        numel = channels * self.rows[0] * self.columns[0]
+        before = None
+        for _ in range(frames):
+            frame = arriving(self, numel) if arriving else self.new(numel)
+            self.drop(before)
+            self._run(0, frame, channels, sink)
+            before = frame
+        self.drop(*[frame for held in self.past.values() for frame in held], before)
+
+    def _run(self, start: int, frame: int, channels: int, sink: Callable[[_Walk, int], None] | None) -> None:
+        self.hold(frame)
+        for i in range(start, len(self.operations)):
+            operation = self.operations[i]
+            frames = _called(operation, self, frame, channels, self.rows[i], self.columns[i])
+            channels = operation.out_channels or channels
+            if len(frames) != 1:
+                for single in frames:
+                    self._run(i + 1, single, channels, sink)
+                self.drop(*frames, frame)
+                return
+            self.drop(frame)
+            (frame,) = frames
+        if sink:
+            sink(self, frame)
+        self.drop(frame)
+
+    def new(self, numel: float) -> int:
+        tensor = self.ledger.take(BYTES * numel)
+        self._holders[tensor] = 1
+        return tensor
+
+    def become(self, numel: float, *before: int | None) -> int:
+        tensor = self.new(numel)
+        self.drop(*before)
+        return tensor
+
+    def hold(self, tensor: int) -> int:
+        self._holders[tensor] += 1
+        return tensor
+
+    def drop(self, *tensors: int | None) -> None:
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            self._holders[tensor] -= 1
+            if not self._holders[tensor]:
+                del self._holders[tensor]
+                self.ledger.drop(tensor)
+
+    def window(self, operation: Operation, frame: int, numel: int) -> int | None:
+        """The stacked window, None where it is a view of a single frame; the frame joins what is remembered."""
+        frames = [*self.past.get(operation, ()), self.hold(frame)]
+        kept = frames[-operation.memory :] if operation.memory else []
+        if operation.memory:
+            self.past[operation] = kept
+        window = self.stacked(len(frames), operation.memory + 1, numel)
+        self.drop(*frames[: len(frames) - len(kept)])
+        return window
+
+    def stacked(self, frames: int, count: int, numel: int) -> int | None:
+        if frames == 1:
+            return None
+        zero = self.new(1)
+        if frames < count:  # it stands for those that are missing
+            return self.become(count * numel, zero)
+        self.drop(zero)
+        return self.new(count * numel)
 
 
 @functools.singledispatch
-def _held(
-    operation: Operation, frames: int, frame: int, channels: int, height: int, width: int
-) -> tuple[int, int]:
-    """What an operation remembers between frames, and the most that it holds beside that while it works.
+def _called(
+    operation: Operation, walk: _Walk, frame: int, channels: int, height: int, width: int
+) -> list[int]:
+    """The frames that come out of an operation, each held once more.
 
     Args:
-        operation: one of any kind; this is the rule for those that work in place.
-        frames: how many it gets.
-        frame: bytes of one of them as it arrives.
-        channels, height, width: of its input.
+        operation: one of any kind.
+        frame: what arrives.
+        channels, height, width: of it, as it is cropped.
     """
-    return 0, frame
+    raise NotImplementedError(type(operation).__name__)
 
 
-@_held.register
-def _(operation: Norm, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    norms = 2 * _allocated(1, height * width)
-    return 0, frame + _allocated(channels, height * width) + norms + _allocated(channels, 1)
+@_called.register
+def _(operation: InPlace, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    return [walk.hold(frame)]
 
 
-@_held.register
-def _(
-    operation: Convolution, frames: int, frame: int, channels: int, height: int, width: int
-) -> tuple[int, int]:
-    """The window of frames, and then the frame that comes out; of three the window drops one when it is made."""
-    if not operation.memory:
-        return 0, frame + _allocated(operation.out_channels, height * width)
-    window = _allocated((operation.memory + 1) * channels, height * width) if frames > 1 else 0
-    forgotten = frame if frames > operation.memory else 0
-    out = _allocated(operation.out_channels * operation.rate, height * width)
-    return min(frames, operation.memory) * frame, window + max(forgotten, out)
+@_called.register
+def _(operation: Norm, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    scale = walk.new(channels)
+    norms = walk.become(height * width, walk.new(height * width))
+    out = walk.become(channels * height * width, norms)
+    walk.drop(scale)
+    return [out]
 
 
-@_held.register
-def _(operation: Double, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    if frames == 1:
-        return 0, frame
-    return _held.dispatch(Convolution)(operation, frames - 1, frame, channels, height, width)
+@_called.register
+def _(operation: Convolution, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    window = walk.window(operation, frame, channels * height * width)
+    return [walk.become(operation.conv.out_channels * height * width, window)]
 
 
-@_held.register
-def _(operation: Halve, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    area = height * width
-    window = _allocated(3 * channels, area) + _allocated(operation.out_channels, area)
-    return min(frames, 2) * frame, frame + (window if frames > 2 else 0)
+@_called.register
+def _(operation: Double, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    if operation not in walk.past:
+        walk.past[operation] = []
+        return [walk.hold(frame)]
+    (pair,) = _called.dispatch(Convolution)(operation, walk, frame, channels, height, width)
+    return [pair, walk.hold(pair)]
 
 
-@_held.register
-def _(operation: Resize, frames: int, frame: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    out = _allocated(operation.out_channels, math.prod(output_length(operation, n) for n in (height, width)))
+@_called.register
+def _(operation: Halve, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    walk.hold(frame)
+    if operation not in walk.past:
+        walk.past[operation] = [frame]
+        return [walk.hold(frame)]
+    frames = [*walk.past[operation], frame]
+    if len(frames) <= operation.memory:
+        walk.past[operation] = frames
+        return []
+    walk.past[operation] = [frame]
+    window = walk.stacked(len(frames), len(frames), channels * height * width)
+    out = walk.become(operation.out_channels * height * width, window)
+    walk.drop(*frames[:-1])
+    return [out]
+
+
+@_called.register
+def _(operation: Resize, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
     padded = 4 * height * width if operation.scale == 2 else (height + 1) * (width + 1)
-    return 0, frame + _allocated(channels, padded) + out
+    out = math.prod(output_length(operation, length) for length in (height, width))
+    return [walk.become(operation.out_channels * out, walk.new(channels * padded))]
 
 
-@_held.register
-def _(
-    operation: Residual, frames: int, frame: int, channels: int, height: int, width: int
-) -> tuple[int, int]:
-    area, remembered, most = height * width, 0, 0
+@_called.register
+def _(operation: Residual, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
+    out, inside = walk.hold(frame), channels
     for part in operation.parts:
-        channels = part.in_channels or channels
-        if isinstance(part, Convolution):
-            kept, working = _held(part, frames, _allocated(channels, area), channels, height, width)
-            remembered, most = remembered + kept, max(most, working)
-    out = _allocated(operation.out_channels, area)
-    beside = (
-        out if operation.shortcut else 2 * _allocated(1, area) + _allocated(channels, 1)
-    )  # shortcut or norm
-    return remembered, frame + max(most, out + beside)
+        (made,) = _called(part, walk, out, inside, height, width)
+        walk.drop(out)
+        out, inside = made, part.out_channels or inside
+    if operation.shortcut:
+        walk.drop(*_called(operation.shortcut, walk, frame, channels, height, width))
+    return [out]
 
 
-@_held.register
-def _(
-    operation: Attention, frames: int, frame: int, channels: int, height: int, width: int
-) -> tuple[int, int]:
-    """The keys, queries and values and their transpose; then these, what comes of them, and a piece's scores."""
+@_called.register
+def _(operation: Attention, walk: _Walk, frame: int, channels: int, height: int, width: int) -> list[int]:
     area = height * width
-    one, scores = _allocated(channels, area), _allocated(attention_rows(area), area)
-    return 0, frame + max(6 * one, 4 * one + scores)
+    (normed,) = _called(operation.norm, walk, frame, channels, height, width)
+    separate = walk.become(3 * channels * area, walk.become(3 * channels * area, normed))
+    pieces = []
+    for start in range(0, area, attention_rows(area)):
+        rows = min(attention_rows(area), area - start)
+        pieces.append(walk.new(rows * channels))
+        walk.drop(walk.new(rows * area))
+    out = walk.become(channels * area, *pieces)
+    walk.drop(separate)
+    projected = walk.new(channels * area)
+    return [walk.become(channels * area, projected, out)]

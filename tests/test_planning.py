@@ -1,0 +1,234 @@
+"""Predicted memory against counted, plans, and runs that are planned."""
+
+import dataclasses
+import json
+import os
+import random
+
+import pytest
+import torch
+
+import wan.run.planning
+from virtual_gpu import VirtualGPU
+from virtual_gpu.allocator import CachingAllocator
+from wan import cli
+from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.memory.plan import GIB
+from wan.memory.predict.ledger import LARGE_PAGE, SMALL_PAGE, Ledger
+from wan.memory.rates import NOMINAL, nominal, usual
+from wan.run import Request, Runner
+from wan.run.planning import plan, planner_of, report
+from wan.run.request import PLANNED
+from wan.utils.errors import InputError
+
+
+@pytest.mark.parametrize("expandable", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ledger_reserves_as_the_allocator(expandable, seed):
+    """Which the virtual GPU has, and which is written independently."""
+    rng, ledger, allocator, held = random.Random(seed), Ledger(), CachingAllocator(None, expandable), []
+    for _ in range(300):
+        choice = rng.random()
+        if choice < 0.02:
+            ledger.release()
+            allocator.empty_cache()
+        elif held and choice < 0.47:
+            number, block = held.pop(rng.randrange(len(held)))
+            ledger.drop(number)
+            allocator.free(block)
+        else:
+            size = int(2 ** rng.uniform(5, 26))
+            held.append((ledger.take(size), allocator.alloc(size)))
+        assert ledger.live == allocator.allocated
+    assert ledger.peak == allocator.peak_allocated
+    assert ledger.reserved(expandable) == allocator.peak_reserved
+
+
+def request_of(task="t2v-14B", size="832*480", **settings):
+    return Request(task=task, size=size, ckpt_dir="Wan-AI/any", **settings)
+
+
+def compared(case, **run):
+    """{stage: (predicted Stage, counted live, counted reserved)} of a run on the virtual GPU, fewer layers."""
+    from benchmarks.memory import Run, count
+
+    planner = planner_of(case, usual(24 * GIB))
+    options = dataclasses.replace(case.memory, vae_tile=case.memory.vae_tile)
+    stages = planner.of(options).stages
+    counted = count(Run(case.task, case.pixels, case.frame_num, options, **run))
+    return {name: (stage, counted.stages[name], counted.reserved[name]) for name, stage in stages.items()}
+
+
+PAGES = LARGE_PAGE + SMALL_PAGE
+
+
+@pytest.mark.parametrize(
+    ("task", "memory"),
+    [
+        ("t2v-tiny", MemoryOptions(vae_tile=0)),
+        ("flf2v-tiny", MemoryOptions(**LOW_VRAM | {"dit_chunk": 64, "vae_tile": 64})),
+        ("vace-tiny", MemoryOptions(dit_stream=0.0, dit_chunk=64, guidance_together=True, vae_tile=64)),
+    ],
+)
+def test_predicted_is_what_is_counted(task, memory):
+    case = Request(task=task, frame_num=9, sample_steps=3, memory=memory, src_ref_images=references(task))
+    for name, (stage, live, reserved) in compared(case).items():
+        assert live <= stage.bytes <= 1.01 * live, name
+        assert reserved <= stage.reserved <= 1.05 * reserved + PAGES, name
+
+
+def references(task):
+    return None if not task.startswith("vace") else "examples/vace_ref_1.png"
+
+
+def toy(**settings):
+    return Request(
+        task="t2v-tiny", device="vgpu", frame_num=9, sample_steps=4, base_seed=3, prompt="a ball", **settings
+    )
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return planner_of(request_of(frame_num=17), usual(8 * GIB), ram=64 * GIB)
+
+
+def test_more_memory_never_makes_a_slower_plan(planner):
+    plans = [planner.plan(GIB * room) for room in (0.9, 1.2, 2, 4, 8, 16, 48)]
+    assert all(one.fits for one in plans)
+    seconds = [one.seconds for one in plans]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    assert plans[-1].options.dit_stream is None and plans[-1].options.vae_tile == 0
+
+
+def test_the_floor_is_the_least_that_fits(planner):
+    least = planner.least()
+    assert planner.plan(least).fits and not planner.plan(least - 1).fits
+
+
+def test_the_leaner_plan_takes_less(planner):
+    one = planner.plan(4 * GIB)
+    leaner = planner.leaner(one)
+    assert leaner.fits and leaner.peak_bytes <= 0.9 * one.peak_bytes
+    assert planner.leaner(dataclasses.replace(one, stages=planner.plan(0).stages)) is None
+
+
+def test_options_that_are_given_are_kept():
+    memory = MemoryOptions(dit_chunk=1024, vae_tile=128)
+    planned = tuple(name for name in PLANNED if name not in ("dit_chunk", "vae_tile"))
+    chosen = plan(request_of(frame_num=5, memory=memory, planned=planned), vram=24 * GIB, ram=64 * GIB)
+    assert (chosen.options.dit_chunk, chosen.options.vae_tile) == (1024, 128)
+
+
+def test_modes():
+    gpu = plan(request_of(frame_num=5, memory_mode="gpu_only", vram_limit=80.0), ram=64 * GIB)
+    assert gpu.options.dit_stream is None and not gpu.options.activation_offload
+    cpu = plan(request_of(frame_num=5, memory_mode="cpu_only", vram_limit=80.0), ram=64 * GIB)
+    assert cpu.options.dit_stream == 0 and cpu.options.activation_offload and cpu.options.t5_stream
+
+
+def test_nominal_rates():
+    assert nominal((8, 7)) == NOMINAL[8, 6] and nominal((6, 1)) == NOMINAL[7, 0]
+    assert usual(4 * GIB) == NOMINAL[8, 6] and usual(80 * GIB) == NOMINAL[9, 0]
+
+
+def test_report_has_what_programs_read():
+    chosen, told = report(request_of(frame_num=5, vram_limit=6.0), ram=64 * GIB)
+    assert json.loads(json.dumps(told)) == told
+    assert {"options", "stages", "peak_bytes", "fits", "ram_bytes"} <= set(told) and told["fits"]
+    assert set(told["stages"]["denoise"]) == {"bytes", "reserved", "seconds"}
+    assert told["longest_frame_num"] >= 5 and told["least_bytes"] < 6 * GIB
+    assert chosen.peak_bytes == max(stage["reserved"] for stage in told["stages"].values())
+
+
+# The command line
+
+
+def test_plan_of_the_command_line(capsys):
+    command = ["--task", "t2i-14B", "--size", "832*480", "--plan", "--vram_limit"]
+    assert cli.main([*command, "8"]) == 0
+    assert "modelled" in capsys.readouterr().out
+    assert cli.main([*command, "0.6", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["fits"] and told["least_bytes"] > 0.6 * GIB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--vram_limit", "much"], "--vram_limit"),
+        (["--vram_limit", "-1", "--plan"], "--vram_limit -1"),
+        (["--vram_limit", "nan", "--plan"], "--vram_limit nan"),
+        (["--vram_fraction", "0.4"], "--vram_fraction 0.4"),
+        (["--memory_mode", "fast"], "--memory_mode"),
+        (["--memory_mode", "gpu_only", "--t5_stream", "--plan", "--vram_limit", "8"], "--memory_mode"),
+        (["--json"], "--json"),
+        (["--vram_limit", "4", "--device", "cpu"], "--vram_limit 4"),
+    ],
+)
+def test_bad_input(arguments, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--task", "t2v-tiny", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert named in err and err.count("\n") == 1 and not os.listdir()
+
+
+def test_limits_of_a_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with VirtualGPU(GIB):
+        with pytest.raises(InputError, match="the card has 1.00 GiB"):
+            Runner().run(toy(vram_limit=2.0, planned=PLANNED))
+        with pytest.raises(InputError, match="needs 0.0"):
+            Runner().run(toy(vram_limit=0.01, planned=PLANNED))
+    assert not os.listdir()
+
+
+# Runs
+
+
+def run(name, capacity=None, **settings):
+    with VirtualGPU(capacity, expandable_segments=False) as gpu:
+        Runner().run(toy(save_file=name, **settings))
+    return gpu
+
+
+def test_the_same_picture_whatever_the_room(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from wan.run.settings import read_plan
+    from wan.utils.video import VideoFile
+
+    run("whole.mp4")
+    whole = [frame.tolist() for frame in VideoFile("whole.mp4").frames()]
+    least = planner_of(toy(planned=PLANNED), usual(GIB), expandable=False).least()
+    for capacity in (least, 3 * least):
+        name = f"{capacity}.mp4"
+        gpu = run(name, capacity, planned=PLANNED)
+        assert gpu.peak_reserved <= capacity
+        assert read_plan(name)["dit_chunk"] >= 0
+        assert len(list(VideoFile(name).frames())) == len(whole)
+
+
+def test_another_plan_when_memory_runs_out(tmp_path, monkeypatch, caplog):
+    """The picture is that of a run which nothing happened to; no step is computed twice."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("WARNING")
+    run("whole.mp4", planned=PLANNED)
+    steps = []
+    after_step = wan.run.keeper.Keeper.after_step
+
+    def counted(keeper, latent, solver):
+        after_step(keeper, latent, solver)
+        steps.append(solver.done)
+        if steps == [1, 2]:
+            raise torch.OutOfMemoryError("out of memory, as asked for")
+
+    monkeypatch.setattr(wan.run.keeper.Keeper, "after_step", counted)
+    run("again.mp4", planned=PLANNED)
+    assert steps == [1, 2, 3, 4] and "going on from the last step" in caplog.text
+    from wan.utils.video import VideoFile
+
+    a, b = ([frame.tolist() for frame in VideoFile(name).frames()] for name in ("whole.mp4", "again.mp4"))
+    assert a == b
+    assert sorted(os.listdir()) == ["again.mp4", "whole.mp4"]

@@ -1,0 +1,175 @@
+"""How long the stages take, from the rates of a machine: the larger of computing and copying, layer group by group.
+
+What is small beside products, attention and convolutions is left out. Pieces of a sequence cost what their layers'
+weights cost to be read from the device's memory once more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...modules.forward import cross_attentions, layer_groups, spans
+from ...modules.vae_forward import decoded_frames, encoded_frames
+from ...modules.vae_operations import (
+    Attention,
+    Convolution,
+    Operation,
+    Residual,
+    Resize,
+    decoder_passes,
+    encoder_passes,
+)
+from ..rates import Rates
+from ..streaming import spread
+from ..tile_geometry import STRIDE, needed_intervals, split
+from . import text
+from .dit import Shape, Way, tokens_of
+
+ACCESSES = (
+    28,
+    20,
+)  # bytes per token and channel that a block with activations in RAM brings, and sends, in 16 bits
+
+
+def text_seconds(
+    config: Mapping[str, Any],
+    tokens: int,
+    itemsize: int,
+    prompts: int,
+    rates: Rates,
+    streamed: bool,
+    on_cpu: bool,
+) -> float:
+    _, groups, _ = text.weight_sizes(config, itemsize)
+    nbytes = sum(map(sum, groups))
+    computing = 2 * nbytes / itemsize * tokens * prompts
+    if on_cpu:
+        return computing / rates.host
+    if streamed:
+        return max(computing / rates.products, prompts * nbytes / rates.pinned)
+    return computing / rates.products + nbytes / rates.pageable
+
+
+def image_seconds(weight_bytes: int, itemsize: int, pictures: int, rates: Rates) -> float:
+    return weight_bytes / rates.pageable + 2 * weight_bytes / itemsize * 257 * pictures / rates.products
+
+
+def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rates: Rates) -> float:
+    """Of all steps, weights' way to the device included."""
+    kinds, sizes, model_bytes = _groups(model)
+    length, dim = tokens_of(model, shape), model.dim
+    chunks = len(spans(length, way.chunk))
+    visits = 1 if way.together else shape.passes
+    kept = model.text_len * dim * itemsize * 2 * shape.passes
+    there, visiting, moved = {}, {}, {}
+    for kind, size in set(zip(kinds, sizes)):
+        products, attention, copied = 2 * length * size / itemsize, 0.0, size
+        if kind == "cross_attn":
+            products, attention = 4 * length * dim**2, 4 * length * model.text_len * dim
+            copied = size // 2 + kept  # keys and values of the context in place of what makes them
+        elif kind == "self_attn":
+            attention = 4 * length**2 * dim
+        reading = (chunks - 1) * size / rates.memory
+        computing = shape.passes * (products / rates.products + attention / rates.attention + reading)
+        there[kind, size], moved[kind, size] = computing, visits * copied / rates.pinned
+        visiting[kind, size] = max(computing, moved[kind, size])
+    groups = list(zip(kinds, sizes))
+    stays = [True] * len(sizes) if way.stream is None else _stays(model, int(way.stream * 2**30))
+    step = sum(there[group] if stay else visiting[group] for group, stay in zip(groups, stays))
+    if way.offload:
+        coming, _ = ACCESSES
+        blocks = kinds.count("cross_attn")
+        activations = shape.passes * blocks * coming * itemsize / 2 * length * dim / rates.pinned
+        step = max(step, activations + sum(moved[group] for group, stay in zip(groups, stays) if not stay))
+    arriving = model_bytes if way.stream is None else sum(size for size, stay in zip(sizes, stays) if stay)
+    return arriving / rates.pageable + shape.steps * step
+
+
+@functools.lru_cache(maxsize=4)
+def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
+    """The kind of each layer group and its bytes, and those of the whole model."""
+    kinds = {id(one): "cross_attn" for one in cross_attentions(model)}
+    kinds |= {
+        id(block.self_attn): "self_attn" for block in (*model.blocks, *getattr(model, "vace_blocks", ()))
+    }
+    groups = layer_groups(model)
+    sizes = [sum(p.nbytes for p in group.parameters()) for group in groups]
+    return [kinds.get(id(group), "") for group in groups], sizes, sum(p.nbytes for p in model.parameters())
+
+
+@functools.lru_cache(maxsize=64)
+def _stays(model: nn.Module, room: int) -> list[bool]:
+    return spread(_groups(model)[1], room)
+
+
+def group_bytes(model: nn.Module) -> list[int]:
+    """Bytes of each of a DiT's layer groups."""
+    return _groups(model)[1]
+
+
+def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
+    """The arguments are those of predict.vae.decode_bytes."""
+    passes, frames = decoder_passes(model), encoded_frames(frames)
+    size = height // STRIDE, width // STRIDE
+    work = sum(_work(one, frames, *_whole(one, size)) for one in (passes.whole, passes.small))
+    work += _work(passes.large, frames, *_tiled(passes.large, size, (height, width), 1, tile))
+    return work / rates.convolutions
+
+
+def encode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
+    """The arguments are those of predict.vae.encode_bytes."""
+    passes, frames = encoder_passes(model), encoded_frames(frames)
+    size = height // STRIDE, width // STRIDE
+    work = sum(_work(one, frames, *_whole(one, size)) for one in (passes.whole, passes.small))
+    lengths = _tiled(passes.large, (height, width), (height, width), STRIDE, tile)
+    work += _work(passes.large, decoded_frames(frames), *lengths)
+    return work / rates.convolutions
+
+
+def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:
+    return [[length] * (len(operations) + 1) for length in size]
+
+
+def _tiled(
+    operations: Sequence[Operation], input_size: Sequence[int], pixels: Sequence[int], unit: int, tile: int
+) -> list[list[int]]:
+    """Rows and columns of each operation's input, of all tiles together, and those of the last one's output."""
+    lengths = []
+    for length, input_length in zip(pixels, input_size):
+        needed = [
+            needed_intervals(operations, low // unit, high // unit, input_length)
+            for low, high in split(length, tile)
+        ]
+        lengths.append([sum(high - low for low, high in position) for position in zip(*needed)])
+    return lengths
+
+
+def _work(operations: Sequence[Operation], frames: int, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """Operations of a pass over so many frames."""
+    total = 0.0
+    for i, operation in enumerate(operations):
+        out = rows[i + 1] * columns[i + 1]
+        total += frames * _of(operation, rows[i] * columns[i], out)
+        if operation.rate == 2:
+            frames = 2 * frames - 1
+        elif operation.rate == 0.5:
+            frames = 1 + (frames - 1) // 2
+    return total
+
+
+def _of(operation: Operation, area: int, out: int) -> float:
+    """Operations on one frame."""
+    if isinstance(operation, Residual):
+        parts = [*operation.parts, *([operation.shortcut] if operation.shortcut else [])]
+        return sum(_of(part, area, area) for part in parts)
+    if isinstance(operation, Convolution):
+        return 2 * operation.conv.weight.numel() * area * (0.5 if operation.rate == 0.5 else 1)
+    if isinstance(operation, Resize):
+        return 2 * operation.resample[-1].weight.numel() * out
+    if isinstance(operation, Attention):
+        return 4 * area**2 * operation.in_channels + 8 * area * operation.in_channels**2
+    return 0.0

@@ -1,0 +1,166 @@
+"""How fast a machine computes and copies: measured once in a few seconds and remembered, or taken from a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..utils.files import replacing
+
+GIGA, TERA = 1e9, 1e12
+TRIALS = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes:
+        products: operations of bf16 products of matrices.
+        attention: of attention in bf16.
+        convolutions: of convolutions in fp32, as PyTorch computes them by default.
+        memory: bytes that the device reads of its own memory.
+        pinned, pageable: bytes that are copied between host and device, page-locked or not.
+        host: operations of bf16 products on the CPU.
+        disk: bytes read from the disk.
+        source: "measured", or what the nominal values are of.
+    """
+
+    products: float
+    attention: float
+    convolutions: float
+    memory: float
+    pinned: float
+    pageable: float
+    host: float = 0.3 * TERA
+    disk: float = 1.5 * GIGA
+    source: str = "measured"
+
+
+def _nominal(products: float, convolutions: float, memory: float, pinned: float, source: str) -> Rates:
+    """Attention reaches some 0.7 of what products do; copies from pageable memory a third of the bus."""
+    convolutions *= TERA
+    rates = (
+        products * TERA,
+        0.7 * products * TERA,
+        convolutions,
+        memory * GIGA,
+        pinned * GIGA,
+        pinned / 3 * GIGA,
+    )
+    return Rates(*rates, source=source)
+
+
+# By compute capability: what typical cards of it sustain, some 60 to 70% of their data sheets. Modelled, not measured.
+NOMINAL = {
+    (7, 0): _nominal(10, 8, 600, 11, "a card of compute capability 7.0"),  # bf16 is emulated before 8.0
+    (7, 5): _nominal(6, 5, 300, 11, "a card of compute capability 7.5"),
+    (8, 0): _nominal(200, 60, 1400, 22, "a card of compute capability 8.0"),
+    (8, 6): _nominal(35, 15, 350, 11, "a card of compute capability 8.6"),
+    (8, 9): _nominal(110, 45, 800, 22, "a card of compute capability 8.9"),
+    (9, 0): _nominal(550, 200, 2800, 45, "a card of compute capability 9.0"),
+    (12, 0): _nominal(140, 60, 1400, 45, "a card of compute capability 12.0"),
+}
+GIB = 2**30
+
+
+def nominal(capability: tuple[int, int]) -> Rates:
+    """Built-in rates of the newest capability that is no newer than this one, or of the oldest."""
+    known = [one for one in NOMINAL if one <= tuple(capability)]
+    return NOMINAL[max(known, default=min(NOMINAL))]
+
+
+def usual(card_bytes: float) -> Rates:
+    """Built-in rates of a card that is usual at a size: up to 14 GiB one of 8.6, up to 40 of 8.9, then of 9.0."""
+    return NOMINAL[(8, 6) if card_bytes <= 14 * GIB else (8, 9) if card_bytes <= 40 * GIB else (9, 0)]
+
+
+def rates_of(device: torch.device, cache: Path) -> Rates:
+    """The rates of a CUDA device: measured in a few seconds the first time, then read from the file `cache`.
+
+    A device that cannot be measured gets its capability's.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    key = (
+        f"{properties.name}, {properties.multi_processor_count} multiprocessors, PyTorch {torch.__version__}"
+    )
+    known = _read(cache)
+    if key in known:
+        return known[key]
+    try:
+        rates = measure(device, nominal((properties.major, properties.minor)))
+    except RuntimeError as error:
+        log.warning(f"The card's rates could not be measured: {' '.join(str(error).split())[:160]}")
+        return nominal((properties.major, properties.minor))
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as temporary:
+            temporary.write_text(
+                json.dumps({name: asdict(one) for name, one in (known | {key: rates}).items()})
+            )
+    except OSError as error:
+        log.warning(f"The card's rates could not be kept: {error}")
+    return rates
+
+
+def measure(device: torch.device, others: Rates, side: int = 4096, copied: int = 64 << 20) -> Rates:
+    """Rates measured in some seconds; what takes longer (CPU, disk) is taken from `others`."""
+    ran = torch.get_device_module(device)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()
+        times = []
+        for _ in range(TRIALS):
+            ran.synchronize()
+            start = time.perf_counter()
+            work()
+            ran.synchronize()
+            times.append(time.perf_counter() - start)
+        return max(min(times), 1e-9)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    with torch.no_grad():
+        a = zeros(side, side)
+        products = 2 * side**3 / seconds(lambda: a @ a)
+        q, k = zeros(1, 12, side, 128), zeros(1, 12, 4 * side, 128)
+        attended = seconds(lambda: F.scaled_dot_product_attention(q, k, k))
+        picture, kernel = (
+            zeros(1, 96, 256, 256, dtype=torch.float32),
+            zeros(96, 96, 3, 3, dtype=torch.float32),
+        )
+        convolved = seconds(lambda: F.conv2d(picture, kernel, padding=1))
+        there = torch.empty(copied, dtype=torch.uint8, device=device)
+        here = torch.ones(copied, dtype=torch.uint8)
+        pageable = copied / seconds(lambda: there.copy_(here))
+        locked = here.pin_memory()
+        pinned = copied / seconds(lambda: there.copy_(locked, non_blocking=True))
+        memory = 2 * copied / seconds(lambda: there.copy_(there.clone())) * 2
+    return replace(
+        others,
+        products=products,
+        attention=4 * 12 * side * 4 * side * 128 / attended,
+        convolutions=2 * 9 * 96 * 96 * 256**2 / convolved,
+        memory=memory,
+        pinned=pinned,
+        pageable=pageable,
+        source="measured",
+    )
+
+
+def _read(cache: Path) -> dict[str, Rates]:
+    try:
+        return {name: Rates(**values) for name, values in json.loads(cache.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,238 @@
+"""Requests planned: what a run is to the planner, what the device has for it, and what is told of a plan."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..configs.encoders import UMT5_XXL, VIT_H_14
+from ..memory.options import LOW_VRAM, MemoryOptions
+from ..memory.plan import CHUNKS, GIB, Plan, Planner, Work, meta_model, options_text, time_text
+from ..memory.predict.dit import Shape
+from ..memory.rates import Rates, rates_of, usual
+from ..memory.vae_tiling import CONTEXT
+from ..modules.model import WanModel
+from ..modules.vace_model import VaceWanModel
+from ..modules.vae import VAE
+from ..utils.accelerator import LIBRARY_BYTES, choose_device, in_wsl, initialise
+from ..utils.errors import InputError
+from ..utils.video import fitted_size
+from .request import PLANNED, Request
+
+RATES_FILE = Path("~/.cache/wan-low-memory/rates.json")
+
+log = logging.getLogger(__name__)
+
+
+def plan(request: Request, vram: float | None = None, ram: float | None = None) -> Plan:
+    """The memory options with which a request finishes soonest in what a device has.
+
+    Args:
+        request: its memory options that are not in `planned` are kept, or all of them if nothing is planned.
+        vram: bytes of the card for this process, CUDA's own among them; None for the request's limit, or else for
+            what is free on its device.
+        ram: bytes for activations in RAM; None for half of what is available.
+
+    Raises:
+        InputError: no device and no limit.
+    """
+    if vram is None and request.vram_limit == "auto":
+        planner, room = planner_for(request, device_of(request), ram)
+        return planner.plan(room)
+    limit = float(request.vram_limit) * GIB if vram is None else float(vram)
+    return planner_of(request, usual(limit), ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
+
+
+def planner_of(request: Request, rates: Rates, ram: float | None = None, expandable: bool = True) -> Planner:
+    """The Planner of a request."""
+    planned = request.planned or PLANNED
+    kept = {name: value for name, value in vars(request.memory).items() if name not in planned}
+    check_mode(request.memory_mode, kept)
+    ram = psutil.virtual_memory().available / 2 if ram is None else ram
+    return Planner(work_of(request), rates, kept, request.memory_mode, ram, expandable)
+
+
+def planner_for(request: Request, device: torch.device, ram: float | None = None) -> tuple[Planner, float]:
+    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there.
+
+    Raises InputError for a limit that is more than the device has.
+    """
+    initialise(device)
+    backend, cuda = torch.get_device_module(device), device.type == "cuda"
+    free, total = backend.mem_get_info(device)
+    room = free + backend.memory_reserved(device) - (LIBRARY_BYTES if cuda else 0)
+    if request.vram_limit != "auto":
+        limit = float(request.vram_limit) * GIB
+        if limit > total:
+            raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
+        room = min(room, limit - context_bytes(device))
+    rates = rates_of(device, RATES_FILE.expanduser()) if cuda else usual(total)
+    return planner_of(request, rates, ram, expandable=_expandable(device)), request.vram_fraction * room
+
+
+def context_bytes(device: torch.device) -> int:
+    """What a device's libraries take beside all tensors."""
+    return CONTEXT if device.type == "cuda" else 0
+
+
+def _expandable(device: torch.device) -> bool:
+    """Whether the allocator's segments can grow, as configure_allocator leaves it."""
+    return device.type == "cuda" and sys.platform == "linux" and not in_wsl() and not torch.version.hip
+
+
+def check_mode(mode: str, kept: dict[str, Any]) -> None:
+    """Raises InputError for a mode that contradicts a memory option that is given."""
+    streams = [name for name in ("t5_stream", "t5_cpu", "activation_offload") if kept.get(name)]
+    streams += ["dit_stream"] if kept.get("dit_stream") is not None else []
+    if mode == "gpu_only" and streams:
+        raise InputError(f"gpu_only contradicts --{streams[0]}, leave one out", "memory_mode")
+    if mode == "cpu_only" and kept.get("offload_model") is False:
+        raise InputError("cpu_only contradicts --offload_model False, leave one out", "memory_mode")
+
+
+def device_of(request: Request) -> torch.device:
+    """The accelerator that a request runs on. Raises InputError if there is none."""
+    device = choose_device(request.device)
+    if device.type == "cpu":
+        raise InputError("there is no accelerator here; say what a card has, such as 8", "vram_limit")
+    return device
+
+
+def work_of(request: Request) -> Work:
+    """What a request is to the planner."""
+    task, config = request.facts, request.facts.config
+    pictures = _pictures(request) if "clip_checkpoint" in config else []
+    width, height = request.pixels
+    step = config.vae_stride[1] * config.patch_size[1]
+    if task.area_only and pictures:
+        height, width = fitted_size(pictures[0][1], pictures[0][0], width * height, step)
+    dit, vae = _models(request.task)
+    references = len(request.references or ()) if hasattr(dit, "vace_blocks") else 0
+    frames, stride = request.frame_num, config.vae_stride
+    joined = dit.patch_embedding.in_channels - vae.z_dim
+    source = dit.vace_patch_embedding.in_channels if hasattr(dit, "vace_blocks") else 0
+    shape = Shape(
+        (vae.z_dim, (frames - 1) // stride[0] + 1 + references, height // stride[1], width // stride[2]),
+        joined=joined,
+        source=source,
+        pictures=len(pictures),
+        passes=1 if request.sample_guide_scale == 1 else 2,
+        steps=request.sample_steps,
+        solver=request.sample_solver,
+    )
+    encoded = [frames, frames] + [1] * references if source else [frames] if joined else []
+    return Work(
+        text=UMT5_XXL | dict(config.get("t5_config") or {}),
+        text_tokens=config.text_len,
+        text_itemsize=config.t5_dtype.itemsize,
+        image=VIT_H_14 | dict(config.get("clip_config") or {}) if pictures else None,
+        image_itemsize=config.clip_dtype.itemsize if pictures else 0,
+        pictures=pictures,
+        dit=dit,
+        vae=vae,
+        dtype=config.param_dtype,
+        shape=shape,
+        frames=frames,
+        height=height,
+        width=width,
+        encoded=encoded,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _models(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    from ..tasks import TASKS
+
+    facts = TASKS[task]
+    sizes = {name: value for name, value in facts.dit_config.items() if not name.startswith("_")}
+    kind = VaceWanModel if "vace_layers" in sizes else WanModel
+    dit = meta_model(lambda: kind(**sizes), facts.config.param_dtype)
+    return dit, meta_model(lambda: VAE(facts.config.get("vae_dim", 96)))
+
+
+def _pictures(request: Request) -> list[tuple[int, int]]:
+    """(width, height) of the input pictures; those that cannot be read are taken to be as large as the video."""
+    sizes = []
+    for name in request.facts.inputs:
+        try:
+            with Image.open(getattr(request, name)) as picture:
+                sizes.append(picture.size)
+        except (OSError, UnidentifiedImageError, AttributeError, TypeError, ValueError):
+            sizes.append(request.pixels)
+    return sizes
+
+
+# What is told
+
+
+def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a request, and beside it as JSON's values what more and less memory would bring."""
+    if request.vram_limit == "auto":
+        planner, room = planner_for(request, device_of(request), ram)
+        limit = room + CONTEXT
+    else:
+        limit = float(request.vram_limit) * GIB
+        planner = planner_of(request, usual(limit), ram)
+        room = request.vram_fraction * max(0.0, limit - CONTEXT)
+    chosen = planner.plan(room)
+    beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
+    beside["least_bytes"] = int(planner.least() + CONTEXT)
+    more = planner.plan(room + GIB)
+    beside["seconds_with_one_gib_more"] = more.seconds if more.fits else None
+    beside["longest_frame_num"] = longest(request, planner, room) if chosen.fits else None
+    return chosen, beside
+
+
+def longest(request: Request, planner: Planner, room: float) -> int:
+    """The most frames that fit, by the leanest way; of pictures one."""
+    if request.facts.still:
+        return 1
+    options = MemoryOptions(**LOW_VRAM | {"dit_chunk": CHUNKS[-1]} | dict(planner.kept))
+
+    def lean(frames: int) -> Planner:
+        return replace(planner, work=work_of(replace(request, frame_num=frames)), _stages={}, _live={})
+
+    low, high = (request.frame_num - 1) // 4, 2500
+    while low < high:
+        middle = (low + high + 1) // 2
+        there = lean(4 * middle + 1)
+        if max(there.live(name, options) for name in there.names) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    while (
+        low and lean(4 * low + 1).of(options).peak_bytes > room
+    ):  # live bytes were compared, reserved are more
+        low = low * 31 // 32
+    return 4 * low + 1
+
+
+def plan_text(chosen: Plan, beside: dict[str, Any]) -> str:
+    """The plan as lines to read."""
+    fits = "fits" if chosen.fits else f"does not fit, {beside['least_bytes'] / GIB:.2f} GiB would"
+    lines = [
+        f"{options_text(chosen.options) or 'all on the device'}",
+        f"{fits}: {chosen.peak_bytes / GIB:.2f} of {chosen.room / GIB:.2f} GiB, beside CUDA's own",
+        "",
+        f"{'stage':8}{'GiB':>8}{'reserved':>10}{'time':>10}",
+    ]
+    for name, stage in chosen.stages.items():
+        size = f"{stage.bytes / GIB:8.2f}{stage.reserved / GIB:10.2f}"
+        lines.append(f"{name:8}{size}{time_text(stage.seconds):>10}")
+    lines.append(f"{'all':8}{'':8}{chosen.peak_bytes / GIB:10.2f}{time_text(chosen.seconds):>10}")
+    lines.append(f"RAM {chosen.ram_bytes / GIB:.1f} GiB, mapped from disk {chosen.disk_bytes / GIB:.1f} GiB")
+    more = beside["seconds_with_one_gib_more"]
+    if chosen.fits and more is not None:
+        lines.append(
+            f"with one GiB more: {time_text(more)}; longest video that fits: {beside['longest_frame_num']} frames"
+        )
+    lines.append(f"times are modelled, rates of {chosen.rates}")
+    return "\n".join(lines)
