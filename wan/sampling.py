@@ -133,7 +133,7 @@ class Solver:
         return latent.cpu() - sigma * self._flow.cpu()
 
     def state_dict(self, device: torch.device | str | None = None) -> dict[str, Any]:
-        """What the steps so far have left behind: tensors, on `device` if given, numbers, and lists of them and of None."""
+        """What the steps so far have left behind: tensors, copied to `device` if given, numbers, lists of them."""
         return {
             name: _copy(getattr(self._scheduler, name), device)
             for name in _MEMORY

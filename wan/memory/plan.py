@@ -189,9 +189,9 @@ class Planner:
         return min(plans, key=lambda plan: plan.peak_bytes)
 
     def leaner(self, than: Plan) -> Plan | None:
-        """The next plan that takes less by a tenth; None if there is none."""
+        """The next plan that takes less by a tenth, or the leanest; None if there is none that takes less."""
         plan = self.plan(0.9 * than.peak_bytes)
-        return plan if plan.fits else None
+        return plan if plan.peak_bytes < than.peak_bytes else None
 
     def least(self) -> int:
         """Bytes below which nothing fits."""
@@ -355,6 +355,9 @@ class Planner:
         """What is on the device when a stage starts."""
         work, shape = self.work, self.work.shape
         if not options.vae_cpu:
+            yield from [
+                4 * work.vae.z_dim
+            ] * 3  # mean and deviation of the latents' channels, and its inverse
             yield from itertools.chain(*weight_sizes(work.vae))
         stays = [] if options.offload_model else ["text", "image", "denoise"]
         for other in stays[: max(0, ["text", "image", "denoise"].index(name)) if name in stays else 3]:

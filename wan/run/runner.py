@@ -35,8 +35,8 @@ from ..weights.prompts import PromptCache
 from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite
-from .planning import context_bytes, planner_for
 from .outputs import check_outputs, save_result
+from .planning import context_bytes, planner_for
 from .preview import Preview, fit_colours
 from .request import Request
 from .settings import settings_text
