@@ -11,7 +11,7 @@ from PIL import Image
 
 from .pipeline import Conditioning, WanPipeline, check_frame_num
 from .utils.errors import InputError
-from .utils.video import open_image
+from .utils.video import fitted_size, open_image
 
 
 class WanI2V(WanPipeline):
@@ -125,16 +125,13 @@ class WanI2V(WanPipeline):
 
         Raises InputError for an image so narrow that one patch across is more than the area has.
         """
-        aspect = image.shape[1] / image.shape[2]
         _, down, right = self.vae_stride
-        _, patch_height, patch_width = self.patch_size
-        height = np.sqrt(max_area * aspect) // down // patch_height * patch_height
-        width = np.sqrt(max_area / aspect) // right // patch_width * patch_width
+        height, width = fitted_size(*image.shape[1:], max_area, down * self.patch_size[1])
         if min(height, width) < 1:
             raise InputError(
                 f"an image of {image.shape[2]}x{image.shape[1]} is too narrow for {max_area} pixels, crop it"
             )
-        return round(height), round(width)
+        return height // down, width // right
 
     def _known_frames(
         self, images: Sequence[torch.Tensor], frame_num: int, height: int, width: int

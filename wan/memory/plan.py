@@ -182,6 +182,21 @@ class Planner:
 
     def plan(self, room: float) -> Plan:
         """The fastest plan that fits so many bytes; if none does, the leanest there is."""
+        plan = self._within(room)
+        return plan if plan.fits else replace(self._leanest, room=room)
+
+    @functools.cached_property
+    def _leanest(self) -> Plan:
+        """The plan below which nothing fits: live bytes find a lean one, reserved ones those that are leaner."""
+        plan = self._within(0)
+        while True:
+            leaner = self._within(plan.peak_bytes - 1)
+            if not leaner.fits:
+                return plan
+            plan = leaner
+
+    def _within(self, room: float) -> Plan:
+        """The fastest that fits, or a lean one."""
         plans = [self._with_vae(at_home, room) for at_home in self._choices("vae_cpu", (False, True))]
         fitting = [plan for plan in plans if plan.fits]
         if fitting:
@@ -195,7 +210,7 @@ class Planner:
 
     def least(self) -> int:
         """Bytes below which nothing fits."""
-        return self.plan(0).peak_bytes
+        return self._leanest.peak_bytes
 
     def of(self, options: MemoryOptions, room: float = math.inf) -> Plan:
         """What given options need."""
@@ -367,6 +382,8 @@ class Planner:
         yield from [work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2
         if name != "image" and work.image is not None:
             yield len(work.pictures) * 257 * work.image["hidden_size"] * work.image_itemsize
+        if name == "denoise":
+            yield 8 * shape.steps  # the solver's times
         if name in ("denoise", "decode") and shape.joined:
             yield 4 * shape.joined * math.prod(shape.latent[1:])
         if name == "decode":

@@ -1,7 +1,8 @@
 """How long the stages take, from the rates of a machine: the larger of computing and copying, layer group by group.
 
-What is small beside products, attention and convolutions is left out. Pieces of a sequence cost what their layers'
-weights cost to be read from the device's memory once more.
+What is small beside products, attention and convolutions is left out. Every weight is read once from memory that is
+not page-locked, whether it stays or streams; from then on streamed ones come at the rate of page-locked memory. Pieces
+of a sequence cost what their layers' weights cost to be read from the device's memory once more.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def text_seconds(
     if on_cpu:
         return computing / rates.host
     if streamed:
-        return max(computing / rates.products, prompts * nbytes / rates.pinned)
+        again = max(computing / rates.products, (prompts - 1) * nbytes / rates.pinned)
+        return again + nbytes / rates.pageable
     return computing / rates.products + nbytes / rates.pageable
 
 
@@ -85,8 +87,7 @@ def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rat
         blocks = kinds.count("cross_attn")
         activations = shape.passes * blocks * coming * itemsize / 2 * length * dim / rates.pinned
         step = max(step, activations + sum(moved[group] for group, stay in zip(groups, stays) if not stay))
-    arriving = model_bytes if way.stream is None else sum(size for size, stay in zip(sizes, stays) if stay)
-    return arriving / rates.pageable + shape.steps * step
+    return model_bytes / rates.pageable + shape.steps * step
 
 
 @functools.lru_cache(maxsize=4)
