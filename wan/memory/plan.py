@@ -30,7 +30,6 @@ from .predict.seconds import (
     text_seconds,
 )
 from .predict.vae import LATENT_FRAMES, decode_stage, encode_stage, weight_sizes
-from .predict.weights import arrive
 from .rates import Rates
 from .streaming import spread
 
@@ -413,7 +412,7 @@ class Planner:
     def _text(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
         work = self.work
         if options.t5_cpu:
-            arrive(ledger, [work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2)
+            ledger.arrive([work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2)
             return
         streamed, buffers = options.t5_stream, options.stream_buffers
         text.text_stage(ledger, work.text, work.text_tokens, work.text_itemsize, 2, streamed, buffers)

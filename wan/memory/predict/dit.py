@@ -21,7 +21,7 @@ from ..activation_offload import ATTENTION_BYTES, SLOTS
 from .image import layer_norm
 from .ledger import Ledger
 from .solver import Solver
-from .weights import Sizes, arrive, attach
+from .weights import Sizes, attach
 
 FEW = 3  # blocks, and chunks before the last
 
@@ -91,7 +91,7 @@ class _Walk:
     def stage(self) -> None:
         ledger, shape = self.ledger, self.shape
         latent = 4 * math.prod(shape.latent)
-        weights = arrive(ledger, _sizes(self.model)) if self.way.stream is None else self._ahead()
+        weights = ledger.arrive(_sizes(self.model)) if self.way.stream is None else self._ahead()
         x = ledger.take(latent)
         solver = Solver(ledger, shape.solver, latent, self.narrow)
         for step in range(min(shape.steps, FEW)):
@@ -210,19 +210,19 @@ class _Walk:
         """memory/conditions.py, then the streamer; returns what drops the weights."""
         ledger, model, dim = self.ledger, self.model, self.dim
         samples = self.shape.passes
-        visit = arrive(ledger, _sizes(model.time_embedding))
+        visit = ledger.arrive(_sizes(model.time_embedding))
         ledger.drop(self._embed_time(), *visit)
         ledger.release()
-        visit = arrive(ledger, _sizes(model.time_projection))
+        visit = ledger.arrive(_sizes(model.time_projection))
         time = ledger.take(4 * dim)
         ledger.drop(ledger.become(24 * dim, ledger.take(4 * dim)), time, *visit)
         ledger.release()
-        visit = arrive(ledger, _sizes(model.text_embedding))
+        visit = ledger.arrive(_sizes(model.text_embedding))
         held = [self._embed_text() for _ in range(samples)]
         ledger.drop(*visit)
         ledger.release()
         if self.image:
-            visit = arrive(ledger, _sizes(model.img_emb))
+            visit = ledger.arrive(_sizes(model.img_emb))
             held.append(self._embed_image())
             ledger.drop(*visit)
             ledger.release()
@@ -235,7 +235,7 @@ class _Walk:
         apart = {
             id(p) for one in (*model.layer_groups(), *model.embedding_layers()) for p in one.parameters()
         }
-        weights = arrive(ledger, [p.nbytes for p in model.parameters() if id(p) not in apart])
+        weights = ledger.arrive([p.nbytes for p in model.parameters() if id(p) not in apart])
         of_context = [model.text_len * dim * self.itemsize] * 2 * samples
         if self.image:
             of_context += [self.shape.pictures * self._image_tokens() * dim * self.itemsize] * 2

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .ledger import Ledger
-from .weights import Sizes, arrive, attach
+from .weights import Sizes, attach
 
 
 def image_stage(
@@ -25,11 +25,11 @@ def image_stage(
         streamed: whether the layers pass through `buffers` buffers.
     """
     embeddings, groups = weight_sizes(config, itemsize)
-    weights = arrive(ledger, embeddings)
+    weights = ledger.arrive(embeddings)
     if streamed:
         weights += attach(ledger, groups, buffers)
     else:
-        weights += arrive(ledger, [size for group in groups for size in group])
+        weights += ledger.arrive([size for group in groups for size in group])
     whole = [ledger.take(4 * 3 * width * height) for width, height in pictures]
     _encode(ledger, config, len(pictures), itemsize)
     ledger.drop(*whole, *weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterable
 
 ROUNDING = 512  # bytes, the allocator's unit
 MIB = 2**20
@@ -45,6 +46,10 @@ class Ledger:
         self.live += size
         self.peak = max(self.peak, self.live)
         return number
+
+    def arrive(self, sizes: Iterable[int]) -> list[int]:
+        """Tensors that come one by one; returns what drops them."""
+        return [self.take(size) for size in sizes]
 
     def drop(self, *numbers: int | None) -> None:
         """Tensors that are needed no more, in this order; None is none."""

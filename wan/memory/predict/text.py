@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .ledger import Ledger
-from .weights import Sizes, arrive, attach
+from .weights import Sizes, attach
 
 
 def text_stage(
@@ -28,9 +28,9 @@ def text_stage(
     """
     table, groups, norm = weight_sizes(config, itemsize)
     if streamed:
-        weights = arrive(ledger, norm) + attach(ledger, groups, buffers)
+        weights = ledger.arrive(norm) + attach(ledger, groups, buffers)
     else:
-        weights = arrive(ledger, [table, *(size for group in groups for size in group), *norm])
+        weights = ledger.arrive([table, *(size for group in groups for size in group), *norm])
     for _ in range(prompts):
         _prompt(ledger, config, tokens, itemsize, streamed)
     ledger.drop(*weights)

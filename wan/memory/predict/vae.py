@@ -30,7 +30,6 @@ from ...modules.vae_operations import (
 )
 from ..tile_geometry import STRIDE, needed_intervals, output_length, split
 from .ledger import Ledger
-from .weights import Sizes, arrive
 
 BYTES = 4  # of an fp32 number
 LATENT_FRAMES = 5  # until nothing new is remembered
@@ -91,7 +90,7 @@ def decode_stage(
         walked: latent frames that are walked at most. More of them change no live bytes; the gaps between tensors,
             and so what the allocator reserves, take some twenty to settle.
     """
-    weights = arrive(ledger, _decoder(model)) if arrives else []
+    weights = ledger.arrive(_decoder(model)) if arrives else []
     passes, frames = decoder_passes(model), min(encoded_frames(frames), walked)
     size = (height // STRIDE, width // STRIDE)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
@@ -122,7 +121,7 @@ def encode_stage(
 
     The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
     """
-    weights = arrive(ledger, _encoder(model)) if arrives else []
+    weights = ledger.arrive(_encoder(model)) if arrives else []
     passes, latent_frames = encoder_passes(model), encoded_frames(frames)
     size = (height // STRIDE, width // STRIDE)
     lengths = _longest(passes.large, (height, width), (height, width), STRIDE, tile)
@@ -140,16 +139,16 @@ def encode_stage(
     ledger.release()
 
 
-def weight_sizes(model: nn.Module) -> tuple[Sizes, Sizes]:
+def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
     """Bytes of the encoder's parameters, and of the decoder's."""
     return _encoder(model), _decoder(model)
 
 
-def _encoder(model: nn.Module) -> Sizes:
+def _encoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.encoder, model.conv1) for p in module.parameters()]
 
 
-def _decoder(model: nn.Module) -> Sizes:
+def _decoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.conv2, model.decoder) for p in module.parameters()]
 
 

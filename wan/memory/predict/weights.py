@@ -1,8 +1,8 @@
-"""Weights on the device: all of a model's, or those that pass through a streamer's buffers."""
+"""Weights that pass through a streamer's buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..streaming import ALIGNMENT, spread
 from .ledger import Ledger, rounded
@@ -10,14 +10,9 @@ from .ledger import Ledger, rounded
 Sizes = Sequence[int]  # bytes of parameters
 
 
-def arrive(ledger: Ledger, sizes: Iterable[int]) -> list[int]:
-    """Parameters that come one by one; returns what drops them."""
-    return [ledger.take(size) for size in sizes]
-
-
 def attach(ledger: Ledger, groups: Sequence[Sizes], buffers: int, resident_bytes: int = 0) -> list[int]:
     """What a Streamer of such layer groups allocates; returns what drops it."""
-    return arrive(ledger, streamer_buffers(groups, buffers, resident_bytes))
+    return ledger.arrive(streamer_buffers(groups, buffers, resident_bytes))
 
 
 def streamer_buffers(groups: Sequence[Sizes], buffers: int, resident_bytes: int = 0) -> list[int]:
