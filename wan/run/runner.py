@@ -20,6 +20,7 @@ from ..utils.accelerator import (
     choose_device,
     configure_allocator,
     exact_arithmetic,
+    hold_to,
     hold_to_free,
     is_out_of_memory,
     require_accelerator,
@@ -117,18 +118,21 @@ class Runner:
     def _planned(self, request: Request) -> tuple[Request, Plan | None]:
         """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
         device = choose_device(request.device)
-        if device.type == "cpu" or not request.planned:
-            if request.vram_limit != "auto":
-                raise InputError(
-                    "limits an accelerator, leave it out on the CPU", "vram_limit", request.vram_limit
-                )
+        limited = request.vram_limit != "auto"
+        if limited and device.type == "cpu":
+            raise InputError("limits an accelerator, there is none", "vram_limit", request.vram_limit)
+        if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
+            return request, None
+        if not request.planned:
+            if limited:
+                hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
             return request, None
         configure_allocator(device)
         hold_to_free(device)
         planner, room = planner_for(request, device)
         plan = planner.plan(room)
         if not plan.fits:
-            if request.vram_limit != "auto":
+            if limited:
                 least = (plan.peak_bytes / request.vram_fraction + context_bytes(device)) / 2**30
                 raise InputError(
                     f"{request.task} needs {least:.2f}, give that or more", "vram_limit", request.vram_limit
@@ -136,6 +140,8 @@ class Runner:
             log.warning(
                 f"Memory: nothing fits, {plan.peak_bytes / 2**30:.2f} GiB would; going on with the leanest"
             )
+        elif limited:
+            hold_to(device, room)
         log.info(f"Memory: {plan.line()}")
         return replace(request, memory=plan.options), plan
 

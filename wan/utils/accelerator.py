@@ -188,6 +188,15 @@ def hold_to_free(device: torch.device | str) -> int | None:
     return held
 
 
+def hold_to(device: torch.device | str, nbytes: float) -> None:
+    """Limits what PyTorch's allocator may take from a device, where that can be done."""
+    backend = torch.get_device_module(device)
+    limit = getattr(backend, "set_per_process_memory_fraction", None)
+    if limit is not None:
+        _, total = backend.mem_get_info(device)
+        limit(min(1.0, nbytes / total), device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device, not the host, lacks memory."""
     if isinstance(error, torch.OutOfMemoryError):
