@@ -84,7 +84,7 @@ def test_predicted_is_what_is_counted(task, memory, monkeypatch):
     case = Request(task=task, frame_num=9, sample_steps=3, memory=memory, src_ref_images=references(task))
     for name, (stage, live, reserved) in compared(case).items():
         assert live <= stage.bytes <= 1.01 * live, name
-        assert reserved <= stage.reserved <= 1.05 * reserved + PAGES, name
+        assert reserved <= stage.reserved <= 1.05 * reserved + 2 * PAGES, name
 
 
 RANDOM_CASES = int(os.environ.get("WAN_RANDOM_PLANS", 0))
