@@ -20,12 +20,12 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves, visit_when_called
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
-from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
 from .sampling import OnStep, Solver, denoise, guided
+from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
@@ -90,6 +90,8 @@ class WanPipeline:
         on_event: Listener | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         lora_skip_unknown: bool = False,
+        attention: str = "auto",
+        compile: bool = False,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -105,6 +107,7 @@ class WanPipeline:
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
+            attention, compile: kernels that round otherwise, as wan.run.Request's.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
@@ -119,8 +122,9 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
-        if self.device.type == "cuda":
-            load_flash_attn()  # a broken one is told now
+        check_speed(attention, compile, self.options)
+        check_able(attention, compile, self.device, config.param_dtype)
+        self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
@@ -165,6 +169,7 @@ class WanPipeline:
             offload_folder=OffloadFolder(folder) if folder else None,
             loras=self._loras,
         )
+        apply_speed(model, *self._speed)
         apply_chunking(model, self.options.dit_chunk)
         if self.options.activation_offload:
             apply_activation_offload(model, self.device, self.options.dit_chunk)

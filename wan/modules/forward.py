@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from einops import rearrange
 from torch import nn
 
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
+
+RunBlock = Callable[..., None]  # called as Layers.run is
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
@@ -103,6 +105,7 @@ def dit_forward(
     vace_context_scale: float = 1.0,
     chunk: int = 0,
     place: Place = ON_DEVICE,
+    run_block: RunBlock | None = None,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
@@ -112,6 +115,7 @@ def dit_forward(
         image: [B, 257 or 514, dim], what the model's `img_emb` makes of the image features.
         chunk: tokens per chunk, 0 for all.
         place: where tensors over all tokens live.
+        run_block: what runs a block, instead of Layers.run.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -119,6 +123,7 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
+    run = run_block or Layers.run
     if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
@@ -145,9 +150,9 @@ def dit_forward(
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
-                layers.run(block, tokens, first=n == 0)
+                run(layers, block, tokens, first=n == 0)
         else:
-            _run_with_hints(model, layers, tokens, vace_context[i], vace_context_scale)
+            _run_with_hints(model, layers, run, tokens, vace_context[i], vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
         flows.append(predict(model, tokens, time[i : i + 1], grid, layers.spans).to(dtype).float())
     return flows
@@ -252,7 +257,7 @@ class Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: Layers, x: Tokens, source: torch.Tensor, strength: float
+    model: nn.Module, layers: Layers, run: RunBlock, x: Tokens, source: torch.Tensor, strength: float
 ) -> None:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     device = layers.text.device
@@ -265,8 +270,8 @@ def _run_with_hints(
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
         if i in hinted:
-            layers.run(hinted[i], stream, first=i == 0)
-        layers.run(block, x, first=i == 0)
+            run(layers, hinted[i], stream, first=i == 0)
+        run(layers, block, x, first=i == 0)
         if i in hinted:
             for span, hint in stream.read(layers.spans):
                 x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)

@@ -23,10 +23,10 @@ from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
-from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
+from .forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
 from .forward import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .parts import block_forward, head_forward, unpatchify
-from .tokens import ON_DEVICE, Place
+from .tokens import ON_DEVICE, Attention, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
@@ -287,6 +287,8 @@ class WanModel(nn.Module):
         *,
         chunk: int = 0,
         place: Place = ON_DEVICE,
+        attention: Attention | None = None,
+        run_block: RunBlock | None = None,
     ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
@@ -299,6 +301,8 @@ class WanModel(nn.Module):
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
             place: where tensors over all tokens live.
+            attention: instead of flash_attention.
+            run_block: what runs a block, see dit_forward.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -315,12 +319,13 @@ class WanModel(nn.Module):
             t,
             context,
             seq_len,
-            attention=flash_attention,
+            attention=attention or flash_attention,
             dtype=self.compute_dtype,
             image=image,
             y=y,
             chunk=chunk,
             place=place,
+            run_block=run_block,
         )
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .. import tiny
+from ..speed import check_able
 from ..utils.accelerator import (
     choose_device,
     configure_allocator,
@@ -101,12 +102,15 @@ class Runner:
             request.memory,
             lora_identity(request.loras),
             request.lora_skip_unknown,
+            request.attention,
+            request.compile,
         )
         if built != self._built:
             self._pipeline = self._built = None  # its room is needed
             device = choose_device(request.device)
             if not task.toy:
                 require_accelerator(device, request.device)
+            check_able(request.attention, request.compile, device, task.config.param_dtype)
             checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
             configure_allocator(device)
             hold_to_free(device)
@@ -117,6 +121,8 @@ class Runner:
                 on_event=self._listener,
                 loras=request.loras,
                 lora_skip_unknown=request.lora_skip_unknown,
+                attention=request.attention,
+                compile=request.compile,
                 **vars(request.memory),
             )
             self._built = built
