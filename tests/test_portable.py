@@ -88,7 +88,8 @@ def test_files_are_closed_and_places_empty_when_renamed(tmp_path, monkeypatch):
         write_state(path, state)
         read_state(path)
     (converted,) = folder.path.glob("*.safetensors")
-    assert renamed == [tmp_path / "toy", converted, path, path]
+    record = converted.with_suffix(".json")
+    assert renamed == [tmp_path / "toy", converted, record, record, path, path]
 
 
 POSIX_NAMES = {

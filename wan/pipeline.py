@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,16 +15,16 @@ import torch
 
 from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
-from .memory.embeddings import embedded_ahead
+from .memory.conditions import conditions_ahead
 from .memory.options import MemoryOptions
-from .memory.residency import Component, visit_by_halves, visit_when_called
+from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-from .sampling import OnStep, Solver, denoise, guided
+from .sampling import OnStep, Solver, denoise, guided, guided_together
 from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
@@ -32,7 +32,9 @@ from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
+from .weights.fingerprints import FileSizes, file_fingerprint
 from .weights.lora import Loras
+from .weights.prompts import PromptCache, computed_by
 from .weights.reading import checkpoint_files
 
 
@@ -92,6 +94,7 @@ class WanPipeline:
         lora_skip_unknown: bool = False,
         attention: str = "auto",
         compile: bool = False,
+        prompt_cache: PromptCache | None = None,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -108,6 +111,7 @@ class WanPipeline:
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
             attention, compile: kernels that round otherwise, as wan.run.Request's.
+            prompt_cache: where encoded prompts are kept and looked for.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
@@ -128,6 +132,8 @@ class WanPipeline:
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
+        self._prompts = prompt_cache
+        self._sizes = FileSizes()
         self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
     # What programs written for these pipelines read of them.
@@ -162,14 +168,12 @@ class WanPipeline:
 
     @cached_property
     def model(self) -> WanModel:
-        folder = self.options.offload_folder
+        folder = OffloadFolder(self.options.offload_folder) if self.options.offload_folder else None
         model = self.model_class.from_pretrained(
-            self.checkpoint_dir,
-            dtype=self.config.param_dtype,
-            offload_folder=OffloadFolder(folder) if folder else None,
-            loras=self._loras,
+            self.checkpoint_dir, dtype=self.config.param_dtype, offload_folder=folder, loras=self._loras
         )
         apply_speed(model, *self._speed)
+        self._sizes.remember(folder.mapped if folder else self.weight_files("denoise"))
         apply_chunking(model, self.options.dit_chunk)
         if self.options.activation_offload:
             apply_activation_offload(model, self.device, self.options.dit_chunk)
@@ -182,21 +186,26 @@ class WanPipeline:
             device="cpu" if self.options.vae_cpu else self.device,
             dim=self.config.get("vae_dim", 96),
         )
-        apply_tiling(vae, self.options.vae_tile)
+        apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter())
         visit_by_halves(vae, self.device)
         return vae
 
-    def load(self, encoders: bool = True) -> None:
+    def load(self, encoders: bool = True, prompts: Sequence[str] | None = None) -> None:
         """Loads the components that are not loaded yet, so that a damaged file is found before hours of work.
 
         Args:
             encoders: those of text and images too, which denoising does not need.
+            prompts: what the text encoder is for; if the cache has it all, it is not loaded.
 
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
-        for component in [self._text, *([self._image] if self.uses_clip else [])] if encoders else []:
-            assert component is not None
-        assert self._dit is not None and self.vae is not None
+        with self.stages.loading():
+            if encoders and (prompts is None or any(self._cached(prompt) is None for prompt in prompts)):
+                assert self._text is not None
+                self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
+            if encoders and self.uses_clip:
+                assert self._image is not None
+            assert self.model is not None and self.vae is not None
 
     def _check_files(self) -> None:
         folder, config = self.checkpoint_dir, self.config
@@ -246,16 +255,7 @@ class WanPipeline:
 
     @cached_property
     def _dit(self) -> Component:
-        if self.options.dit_stream is None:
-            return Component([self.model], self.device)
-        groups, embeddings = self.model.layer_groups(), self.model.embedding_layers()
-        for embedding in embeddings:
-            visit_when_called(embedding, self.device)
-        resident_bytes = int(self.options.dit_stream * 2**30)
-        streamer = Streamer(
-            groups, self.device, buffers=self.options.stream_buffers, resident_bytes=resident_bytes
-        )
-        return Component([self.model], self.device, [*groups, *embeddings], streamer)
+        return Component([self.model], self.device)
 
     # Steps
 
@@ -274,27 +274,78 @@ class WanPipeline:
         """Whether components stay on the device, by generate()'s argument or, if that is None, by the option."""
         return not (self.options.offload_model if offload_model is None else offload_model)
 
+    def prompts(self, prompt: str, negative_prompt: str = "") -> tuple[str, str]:
+        """What is encoded for a prompt: it, and the negative prompt or the config's."""
+        return prompt, negative_prompt or self.sample_neg_prompt
+
+    def encode_ahead(self, prompt: str) -> None:
+        """Encodes a prompt into the cache, for a run to come; loads nothing but the text encoder."""
+        texts = self.prompts(prompt)
+        if any(self._cached(text) is None for text in texts):
+            with self.stages.loading():
+                assert self._text is not None
+            with self.stages("text"), torch.no_grad():
+                self._embeddings(texts, self._stay(None))
+
     def _encode_prompts(
         self, prompt: str, negative_prompt: str, offload_model: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both prompts to embeddings, [L, text_dim] on the device each."""
-        self.load()
+        texts = self.prompts(prompt, negative_prompt)
+        self.load(prompts=texts)
         stay = self._stay(offload_model)
         with self.stages("text"), torch.no_grad():
             if not stay:  # whatever an earlier run left on the device makes room
                 self._dit.leave()
                 if self.uses_clip:
                     self._image.leave()
-            with self._text.on_device(stay):
-                context, context_null = (
-                    self.text_encoder([text], self._text.device)[0].to(self.device)
-                    for text in (prompt, negative_prompt or self.sample_neg_prompt)
-                )
-                return context, context_null
+            context, context_null = self._embeddings(texts, stay)
+            return context, context_null
+
+    def _embeddings(self, texts: Sequence[str], stay: bool) -> list[torch.Tensor]:
+        """Each text's embedding, [L, text_dim] on the device, from the cache or encoded and put there."""
+        found = {text: self._cached(text) for text in texts}
+        missing = [text for text in found if found[text] is None]
+        if missing:
+            self._sizes.check()
+            layers = self.text_encoder.layer_groups()
+            with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
+                for text in missing:
+                    found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
+        if self._prompts:
+            for text in missing:
+                self._prompts.put(self._prompt_key(text), found[text])
+        return [found[text].to(self.device) for text in texts]
+
+    def _cached(self, text: str) -> torch.Tensor | None:
+        return self._prompts.get(self._prompt_key(text)) if self._prompts else None
+
+    def _prompt_key(self, text: str) -> dict[str, Any]:
+        """All that decides the bits of a text's embedding."""
+        device = torch.device("cpu") if self.options.t5_cpu else self.device
+        return self._encoder_identity | {"text": text, "by": computed_by(device)}
+
+    @cached_property
+    def _encoder_identity(self) -> dict[str, Any]:
+        folder = self.checkpoint_dir / self.config.t5_tokenizer
+        tokenizer = {path.name: file_fingerprint(path) for path in sorted(folder.glob("*")) if path.is_file()}
+        return {
+            "torch": str(torch.__version__),
+            "weights": file_fingerprint(self.checkpoint_dir / self.config.t5_checkpoint),
+            "tokenizer": tokenizer,
+            "text_len": self.config.text_len,
+            "dtype": str(self.config.t5_dtype),
+        }
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
-        with self.stages("image"), torch.no_grad(), self._image.on_device(self._stay(offload_model)):
+        stay, layers = self._stay(offload_model), self.clip.layer_groups()
+        with (
+            self.stages("image"),
+            torch.no_grad(),
+            self._image.on_device(stay),
+            self.stages.calls(layers, 1),
+        ):
             return self.clip.visual([video.to(self.device) for video in videos])
 
     def denoise(
@@ -328,17 +379,36 @@ class WanPipeline:
         inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
         seq_len = self._sequence_length(*shape[1:])
 
-        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-            return self.model([latent], t=t, context=[context], seq_len=seq_len, **inputs)[0]
+        contexts = [conditioning.context.to(self.device)]
+        if guide_scale != 1:
+            contexts.append(conditioning.context_null.to(self.device))
 
-        contexts = [context.to(self.device) for context in (conditioning.context, conditioning.context_null)]
-        with_prompt, without = (partial(flow, context=context) for context in contexts)
-        guided_flow = guided(with_prompt, without, guide_scale)
+        def flows(latent: torch.Tensor, t: torch.Tensor, contexts: list[torch.Tensor]) -> list[torch.Tensor]:
+            self._sizes.check()
+            count = len(contexts)
+            return self.model(
+                [latent] * count,
+                t=t.expand(count),
+                context=contexts,
+                seq_len=seq_len,
+                together=count > 1,
+                **{name: _repeated(value, count) for name, value in inputs.items()},
+            )
+
+        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return flows(latent, t, [context])[0]
+
+        if self.options.guidance_together and guide_scale != 1:
+            guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
+        else:
+            guided_flow = guided(
+                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
+            )
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])
-        embedded = self._embedded_ahead(solver.timesteps, contexts)
-        with self.stages("denoise"), embedded, self._dit.on_device(self._stay(offload_model)):
+        weights = self._weights_for(solver.timesteps, contexts, inputs.get("clip_fea"), offload_model)
+        with self.stages("denoise"), weights:
             # Not by a name here, which would keep the noise on the device to the end.
             latent = denoise(
                 guided_flow,
@@ -349,13 +419,30 @@ class WanPipeline:
             )
         return latent[:, conditioning.references :]
 
-    def _embedded_ahead(
-        self, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _weights_for(
+        self,
+        timesteps: torch.Tensor,
+        contexts: Sequence[torch.Tensor],
+        clip_fea: torch.Tensor | None,
+        offload_model: bool | None,
+    ) -> Iterator[None]:
+        """Inside, the DiT can be called with these: its weights are on the device, or come in turn."""
         if self.options.dit_stream is None:
-            return contextlib.nullcontext()
-        times, prompts = [t[None] for t in timesteps], [[context] for context in contexts]
-        return embedded_ahead(self.model, self.device, times, prompts, self.param_dtype)
+            with self._dit.on_device(self._stay(offload_model)):
+                yield
+            return
+        times = [t[None] for t in timesteps]
+        with conditions_ahead(self.model, self.device, times, contexts, clip_fea, self.param_dtype) as groups:
+            streamer = Streamer(
+                groups,
+                self.device,
+                buffers=self.options.stream_buffers,
+                resident_bytes=int(self.options.dit_stream * 2**30),
+            )
+            apart = [*self.model.layer_groups(), *self.model.embedding_layers()]
+            with Component([self.model], self.device, apart, streamer).on_device():
+                yield
 
     def _finish(
         self,
@@ -408,6 +495,13 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
     return [_to(item, device) for item in value] if isinstance(value, list) else value.to(device)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """An input of the model for so many samples alike: lists and tensors have an entry, or several, for each."""
+    if isinstance(value, list):
+        return value * count
+    return value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
 
 
 def check_frame_num(frame_num: int, at_least: int = 1) -> None:

@@ -23,8 +23,9 @@ from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
+from .conditions import Conditions, embed
+from .conditions import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
-from .forward import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .parts import block_forward, head_forward, unpatchify
 from .tokens import ON_DEVICE, Attention, Place
 
@@ -289,6 +290,8 @@ class WanModel(nn.Module):
         place: Place = ON_DEVICE,
         attention: Attention | None = None,
         run_block: RunBlock | None = None,
+        together: bool = False,
+        embed: Callable[..., Conditions] = embed,
     ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
@@ -303,6 +306,8 @@ class WanModel(nn.Module):
             place: where tensors over all tokens live.
             attention: instead of flash_attention.
             run_block: what runs a block, see dit_forward.
+            together: whether each layer group serves all samples before the next is visited.
+            embed: gives a sample's conditions, see conditions.py.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -312,7 +317,11 @@ class WanModel(nn.Module):
         """
         image = None
         if clip_fea is not None and hasattr(self, "img_emb"):
-            image = self.img_emb(clip_fea, self.compute_dtype)
+            features = clip_fea.chunk(len(x))
+
+            def image(i: int) -> torch.Tensor:
+                return self.img_emb(features[i], self.compute_dtype)
+
         return dit_forward(
             self,
             x,
@@ -326,6 +335,8 @@ class WanModel(nn.Module):
             chunk=chunk,
             place=place,
             run_block=run_block,
+            together=together,
+            embed=embed,
         )
 
     @classmethod

@@ -17,6 +17,7 @@ from ..modules.attention import CHOICES as ATTENTION_CHOICES
 from ..speed import check_speed
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
+from ..utils.files import user_cache
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
@@ -26,6 +27,7 @@ SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+NO_CACHE = "off"
 NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
 # Fields that are the path of one file.
 PATHS = (
@@ -144,6 +146,22 @@ class Request:
         group=KEEPING,
         metavar="STATE",
     )
+    preview: str | None = option(
+        None,
+        "Show in DIR what is coming: a small moving picture of the clean latent that a step predicts.",
+        group=KEEPING,
+        metavar="DIR",
+    )
+    preview_every: int = option(
+        1, "Steps between two previews (default 1).", at_least=1, group=KEEPING, metavar="STEPS"
+    )
+    prompt_cache: str | None = option(
+        None,
+        "Keep encoded prompts in DIR, so that they need no text encoder again (default wan-prompts in the user's "
+        "cache; toy tasks keep none); off keeps none.",
+        group=KEEPING,
+        metavar="DIR",
+    )
     ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
     t5_fsdp: bool = option(False, "FSDP for the text encoder.", group=GPUS)
@@ -173,6 +191,13 @@ class Request:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
 
+    @property
+    def prompt_folder(self) -> Path | None:
+        """Where encoded prompts are kept; None for nowhere."""
+        if self.prompt_cache is None:
+            return None if self.facts.toy else user_cache("wan-prompts")
+        return None if self.prompt_cache == NO_CACHE else Path(self.prompt_cache)
+
     def to_json(self) -> dict[str, Any]:
         """The request as JSON's values, its paths absolute."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -183,6 +208,10 @@ class Request:
             values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
         if self.references:
             values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
+        if self.preview:
+            values["preview"] = os.path.abspath(self.preview)
+        if self.prompt_cache not in (None, NO_CACHE):
+            values["prompt_cache"] = os.path.abspath(self.prompt_cache)
         folder = self.memory.offload_folder
         memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
         lora = [f"{os.path.abspath(file)}:{strength}" for file, strength in self.loras]
