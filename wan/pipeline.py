@@ -401,9 +401,8 @@ class WanPipeline:
         if self.options.guidance_together and guide_scale != 1:
             guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
         else:
-            guided_flow = guided(
-                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
-            )
+            with_prompt, without = (partial(flow, context=context) for context in (contexts[0], contexts[-1]))
+            guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])

@@ -214,9 +214,8 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
         _encode(pipeline, keeper)
     else:
         pipeline.load(encoders=False)
-    request, on_step = state.request, keeper.after_step
-    if request.preview:
-        on_step = _previewed(pipeline, keeper, tell)
+    request = state.request
+    on_step: OnStep = _previewed(pipeline, keeper, tell) if request.preview else keeper.after_step
     with keeper.interrupts.patience():
         latent = pipeline.denoise(
             keeper.state.conditioning,
