@@ -171,7 +171,8 @@ def report_on(run, device):
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
                 pipeline.text_encoder = _NoText()
-            _skip_calls(pipeline.model, 2 * (STEPS - 1))  # with and without the prompt
+            calls = 1 if run.memory.guidance_together else 2  # with and without the prompt
+            _skip_calls(pipeline.model, calls * (STEPS - 1))
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
             stage = (pipeline and pipeline.stages.current) or "load"

@@ -463,7 +463,7 @@ def test_tiled_vae(make_vae, same_picture, measured, offload):
 # 0004: streaming and chunks
 
 STREAM = {"t5_stream": True, "dit_stream": 0.0}
-LOW_VRAM = {"vae_cpu": True, "vae_tile": 64, "dit_chunk": 64, **STREAM}
+LOW_VRAM = {"vae_cpu": True, "vae_tile": 64, "dit_chunk": 64, "activation_offload": True, **STREAM}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -561,6 +561,7 @@ DEFAULTS = {
     "t5_stream": False,
     "dit_stream": None,
     "dit_chunk": 0,
+    "activation_offload": False,
     "offload_model": True,
 }
 
@@ -596,7 +597,14 @@ def command(patched, tmp_path):
         ([], {}),
         (
             ["--low_vram"],
-            {"vae_cpu": True, "vae_tile": 272, "t5_stream": True, "dit_stream": 0.0, "dit_chunk": 2048},
+            {
+                "vae_cpu": True,
+                "vae_tile": 128,
+                "t5_stream": True,
+                "dit_stream": 0.0,
+                "dit_chunk": 1024,
+                "activation_offload": True,
+            },
         ),
     ],
     ids=["none", "low_vram"],
@@ -618,6 +626,10 @@ def test_options_reach_the_pipelines(command, task, flags, changed):
         (
             ["--low_vram", "--vae_tile", "0", "--dit_chunk", "0", "--t5_cpu", "--offload_model", "False"],
             {"vae_tile": 0, "dit_chunk": 0, "t5_stream": False, "dit_stream": 0.0, "offload_model": False},
+        ),
+        (
+            ["--low_vram", "--activation_offload", "False"],
+            {"dit_chunk": 1024, "dit_stream": 0.0, "activation_offload": False},
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 
 from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
-from .memory.embeddings import embedded_ahead
+from .memory.conditions import conditions_ahead
 from .memory.options import MemoryOptions
-from .memory.residency import Component, visit_by_halves, visit_when_called
+from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
 from .modules.attention import load_flash_attn
@@ -25,7 +25,7 @@ from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-from .sampling import OnStep, Solver, denoise, guided
+from .sampling import OnStep, Solver, denoise, guided, guided_together
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
@@ -200,7 +200,7 @@ class WanPipeline:
                 self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
             if encoders and self.uses_clip:
                 assert self._image is not None
-            assert self._dit is not None and self.vae is not None
+            assert self.model is not None and self.vae is not None
 
     def _check_files(self) -> None:
         folder, config = self.checkpoint_dir, self.config
@@ -250,16 +250,7 @@ class WanPipeline:
 
     @cached_property
     def _dit(self) -> Component:
-        if self.options.dit_stream is None:
-            return Component([self.model], self.device)
-        groups, embeddings = self.model.layer_groups(), self.model.embedding_layers()
-        for embedding in embeddings:
-            visit_when_called(embedding, self.device)
-        resident_bytes = int(self.options.dit_stream * 2**30)
-        streamer = Streamer(
-            groups, self.device, buffers=self.options.stream_buffers, resident_bytes=resident_bytes
-        )
-        return Component([self.model], self.device, [*groups, *embeddings], streamer)
+        return Component([self.model], self.device)
 
     # Steps
 
@@ -383,18 +374,36 @@ class WanPipeline:
         inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
         seq_len = self._sequence_length(*shape[1:])
 
-        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-            self._sizes.check()
-            return self.model([latent], t=t, context=[context], seq_len=seq_len, **inputs)[0]
+        contexts = [conditioning.context.to(self.device)]
+        if guide_scale != 1:
+            contexts.append(conditioning.context_null.to(self.device))
 
-        contexts = [context.to(self.device) for context in (conditioning.context, conditioning.context_null)]
-        with_prompt, without = (partial(flow, context=context) for context in contexts)
-        guided_flow = guided(with_prompt, without, guide_scale)
+        def flows(latent: torch.Tensor, t: torch.Tensor, contexts: list[torch.Tensor]) -> list[torch.Tensor]:
+            self._sizes.check()
+            count = len(contexts)
+            return self.model(
+                [latent] * count,
+                t=t.expand(count),
+                context=contexts,
+                seq_len=seq_len,
+                together=count > 1,
+                **{name: _repeated(value, count) for name, value in inputs.items()},
+            )
+
+        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return flows(latent, t, [context])[0]
+
+        if self.options.guidance_together and guide_scale != 1:
+            guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
+        else:
+            guided_flow = guided(
+                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
+            )
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])
-        embedded = self._embedded_ahead(solver.timesteps, contexts)
-        with self.stages("denoise"), embedded, self._dit.on_device(self._stay(offload_model)):
+        weights = self._weights_for(solver.timesteps, contexts, inputs.get("clip_fea"), offload_model)
+        with self.stages("denoise"), weights:
             # Not by a name here, which would keep the noise on the device to the end.
             latent = denoise(
                 guided_flow,
@@ -405,13 +414,30 @@ class WanPipeline:
             )
         return latent[:, conditioning.references :]
 
-    def _embedded_ahead(
-        self, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _weights_for(
+        self,
+        timesteps: torch.Tensor,
+        contexts: Sequence[torch.Tensor],
+        clip_fea: torch.Tensor | None,
+        offload_model: bool | None,
+    ) -> Iterator[None]:
+        """Inside, the DiT can be called with these: its weights are on the device, or come in turn."""
         if self.options.dit_stream is None:
-            return contextlib.nullcontext()
-        times, prompts = [t[None] for t in timesteps], [[context] for context in contexts]
-        return embedded_ahead(self.model, self.device, times, prompts, self.param_dtype)
+            with self._dit.on_device(self._stay(offload_model)):
+                yield
+            return
+        times = [t[None] for t in timesteps]
+        with conditions_ahead(self.model, self.device, times, contexts, clip_fea, self.param_dtype) as groups:
+            streamer = Streamer(
+                groups,
+                self.device,
+                buffers=self.options.stream_buffers,
+                resident_bytes=int(self.options.dit_stream * 2**30),
+            )
+            apart = [*self.model.layer_groups(), *self.model.embedding_layers()]
+            with Component([self.model], self.device, apart, streamer).on_device():
+                yield
 
     def _finish(
         self,
@@ -464,6 +490,13 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
     return [_to(item, device) for item in value] if isinstance(value, list) else value.to(device)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """An input of the model for so many samples alike: lists and tensors have an entry, or several, for each."""
+    if isinstance(value, list):
+        return value * count
+    return value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
 
 
 def check_frame_num(frame_num: int, at_least: int = 1) -> None:

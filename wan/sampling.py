@@ -29,9 +29,14 @@ def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
     if scale == 1:
         return flow
 
+    return guided_together(lambda latent, t: [flow(latent, t), unconditional(latent, t)], scale)
+
+
+def guided_together(flows: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], scale: float) -> Flow:
+    """As `guided`, of what gives the flow and the unconditional one in one call."""
+
     def flow_at(latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        conditional = flow(latent, t)
-        away_from = unconditional(latent, t)
+        conditional, away_from = flows(latent, t)
         return away_from + scale * (conditional - away_from)
 
     return flow_at

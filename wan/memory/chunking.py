@@ -64,7 +64,8 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
         else:
             inputs["y"] = call.get("y")
             if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
-                inputs["image"] = model.img_emb(call["clip_fea"])
+                image = model.img_emb(call["clip_fea"])
+                inputs["image"] = lambda i: image[i : i + 1]
         return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens, place=place)
 
     return layer_methods(model, "dit_chunk", innermost=True, forward=lambda _: chunked)

@@ -17,7 +17,10 @@ _BLOCK = {"norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn", "before_p
 
 # Arguments of forward by kind of module; those of the model are more where it is this project's own.
 _CALLED_WITH = {
-    "model": {"x", "t", "context", "seq_len", "clip_fea", "y", "vace_context", "vace_context_scale", "chunk", "place"},
+    "model": {
+        "x", "t", "context", "seq_len", "clip_fea", "y", "vace_context", "vace_context_scale",
+        "chunk", "place", "together", "embed",
+    },
     "block": {
         "x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens",
         "c", "hints", "context_scale", "kwargs",  # in the two stacks of VACE

@@ -84,6 +84,15 @@ class MemoryOptions:
         group=GROUP,
         metavar="BOOL",
     )
+    guidance_together: bool = option(
+        False,
+        "Let each layer, once it is on the GPU, serve the prompt and the negative prompt in turn: half the copying of "
+        "--dit_stream, for a second residual stream.",
+        parse=boolean,
+        bare=True,
+        group=GROUP,
+        metavar="BOOL",
+    )
     offload_folder: str | os.PathLike | None = option(
         None,
         "Keep converted weights in DIR and map them from there, so that they take no RAM of their own.",

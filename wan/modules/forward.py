@@ -12,15 +12,16 @@ in, as the attention is.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import nn
 
+from .conditions import Conditions, Context, embed, full_precision, heads_of
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
@@ -88,6 +89,11 @@ def spans(length: int, chunk: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
+def cross_attentions(model: nn.Module) -> list[nn.Module]:
+    """Those of all blocks; what they call on the context alone is in conditions.py, `context_layers`."""
+    return [block.cross_attn for block in (*model.blocks, *getattr(model, "vace_blocks", ()))]
+
+
 def dit_forward(
     model: nn.Module,
     x: Sequence[torch.Tensor],
@@ -97,21 +103,26 @@ def dit_forward(
     *,
     attention: Attention,
     dtype: torch.dtype,
-    image: torch.Tensor | None = None,
+    image: Callable[[int], torch.Tensor] | None = None,
     y: Sequence[torch.Tensor] | None = None,
     vace_context: Sequence[torch.Tensor] | None = None,
     vace_context_scale: float = 1.0,
     chunk: int = 0,
     place: Place = ON_DEVICE,
+    together: bool = False,
+    embed: Callable[..., Conditions] = embed,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
     Args:
         attention: softmax(q k^T) v for every head, of q, k and v [1, L, heads, head_dim].
         dtype: the compute type; linear and convolution layers are kept in it, or an autocast to it is on.
-        image: [B, 257 or 514, dim], what the model's `img_emb` makes of the image features.
+        image: gives for a sample's number [1, 257 or 514, dim], what the model's `img_emb` makes of its images.
         chunk: tokens per chunk, 0 for all.
         place: where tensors over all tokens live.
+        together: whether each layer group serves all samples, one after the other, before the next is visited. Each
+            sample's arithmetic is its own either way.
+        embed: what gives a sample's Conditions, called as conditions.embed.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -122,21 +133,19 @@ def dit_forward(
     if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
-    with _full_precision(device):
-        time = model.time_embedding(sinusoidal_embedding(model.freq_dim, t.to(device)))  # [B, dim]
-        modulation = model.time_projection(time).unflatten(1, (6, -1))  # [B, 6, dim]
-    text = embed_text(model, context, device, dtype)  # [B, text_len, dim]
 
-    flows = []
-    for i, latent in enumerate(x):
-        joined = [latent] if y is None else [latent, y[i]]
-        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, "tokens")
+    def flow(i: int) -> Generator[None, None, torch.Tensor]:
+        """Of one sample; pauses behind each layer group."""
+        of_sample = None if image is None else partial(image, i)
+        conditions = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
+        joined = [x[i]] if y is None else [x[i], y[i]]
+        name = f"tokens {i}" if together else "tokens"
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name)
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = Layers(
-            modulation[i : i + 1],
-            text[i : i + 1],
-            None if image is None else image[i : i + 1],
+            conditions.modulation,
+            conditions.context,
             Rope(model.freqs.to(device), grid),
             attention,
             dtype,
@@ -145,12 +154,31 @@ def dit_forward(
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
-                layers.run(block, tokens, first=n == 0)
+                yield from layers.run(block, tokens, first=n == 0)
         else:
-            _run_with_hints(model, layers, tokens, vace_context[i], vace_context_scale)
+            hints, _ = embed_patches(
+                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, f"{name} of hints"
+            )
+            yield from _run_with_hints(model, layers, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
-        flows.append(predict(model, tokens, time[i : i + 1], grid, layers.spans).to(dtype).float())
-    return flows
+        return predict(model, tokens, conditions.time, grid, layers.spans).to(dtype).float()
+
+    return _finished([flow(i) for i in range(len(x))], together)
+
+
+def _finished(passes: list[Generator[None, None, torch.Tensor]], in_turns: bool) -> list[torch.Tensor]:
+    """What the passes return: of one after the other, or, in turns, of all from pause to pause."""
+    results = dict.fromkeys(range(len(passes)))
+    waiting = deque(enumerate(passes))
+    while waiting:
+        i, one = waiting.popleft()
+        try:
+            next(one)
+        except StopIteration as end:
+            results[i] = end.value
+        else:
+            waiting.append((i, one)) if in_turns else waiting.appendleft((i, one))
+    return list(results.values())
 
 
 class Layers:
@@ -159,8 +187,7 @@ class Layers:
     def __init__(
         self,
         modulation: torch.Tensor,
-        text: torch.Tensor,
-        image: torch.Tensor | None,
+        context: Context,
         rope: Rope,
         attention: Attention,
         dtype: torch.dtype,
@@ -168,8 +195,7 @@ class Layers:
         place: Place,
     ):
         self.modulation = modulation  # [1, 6, dim] fp32
-        self.text = text  # [1, text_len, dim]
-        self.image = image  # [1, 257 or 514, dim] or None
+        self.context = context
         self.rope = rope
         self.attention = attention
         self.dtype = dtype
@@ -180,8 +206,8 @@ class Layers:
         """The layer in the compute type."""
         return layer(x.to(self.dtype))
 
-    def run(self, block: nn.Module, x: Tokens, *, first: bool) -> None:
-        """One block on the residual stream x, changed in place.
+    def run(self, block: nn.Module, x: Tokens, *, first: bool) -> Iterator[None]:
+        """One block on the residual stream x, changed in place; pauses behind each layer group.
 
         first: whether it is the first of its stack. The stream is fp32 from the start, but what embeds the patches
         computes in the compute type, and the first block's norm gives its result in that type.
@@ -190,11 +216,14 @@ class Layers:
             6, dim=1
         )
         self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
+        yield
         self._cross_attention(block, x)
+        yield
         for span, part in x.read(self.spans):
             hidden = block.norm2(part).mul_(1 + ffn_scale).add_(ffn_shift)
             x.add(span, self.linear(block.ffn, hidden) * ffn_gate)
             del hidden
+        yield
 
     def _self_attention(
         self,
@@ -215,14 +244,14 @@ class Layers:
 
         for span, part in x.read(self.spans):
             hidden = modulated(part)
-            values.write(span, _heads(attention, attention.v(hidden)))
+            values.write(span, heads_of(attention, attention.v(hidden)))
             hidden = attention.k(hidden)
             hidden = attention.norm_k(hidden)
-            keys.write(span, self.rope(_heads(attention, hidden).float(), span))
+            keys.write(span, self.rope(heads_of(attention, hidden).float(), span))
             del hidden
 
         def query(part: torch.Tensor, span: slice) -> torch.Tensor:
-            hidden = _heads(attention, attention.norm_q(attention.q(modulated(part)))).float()
+            hidden = heads_of(attention, attention.norm_q(attention.q(modulated(part)))).float()
             return self.rope(hidden, span).to(self.dtype)
 
         def queries() -> Iterator[Piece]:
@@ -235,54 +264,34 @@ class Layers:
 
     def _cross_attention(self, block: nn.Module, x: Tokens) -> None:
         attention = block.cross_attn
-        value = _heads(attention, self.linear(attention.v, self.text))
-        key = _heads(attention, attention.norm_k(self.linear(attention.k, self.text))).to(value.dtype)
-        if self.image is not None:
-            image_value = _heads(attention, self.linear(attention.v_img, self.image))
-            image_key = _heads(attention, attention.norm_k_img(self.linear(attention.k_img, self.image)))
-            image_key = image_key.to(value.dtype)
+        contents = self.context.keys_and_values(attention)
         for span, part in x.read(self.spans):
-            query = _heads(attention, attention.norm_q(self.linear(attention.q, block.norm3(part))))
-            query = query.to(value.dtype)
-            out = self.attention(query, key, value)
-            if self.image is not None:
-                out = out + self.attention(query, image_key, image_value)
+            query = heads_of(attention, attention.norm_q(self.linear(attention.q, block.norm3(part))))
+            query = query.to(contents[0][1].dtype)
+            out = self.attention(query, *contents[0])
+            for key, value in contents[1:]:
+                out = out + self.attention(query, key, value)
             x.add(span, self.linear(attention.o, out.flatten(2)))
             del query, out
 
 
 def _run_with_hints(
-    model: nn.Module, layers: Layers, x: Tokens, source: torch.Tensor, strength: float
-) -> None:
+    model: nn.Module, layers: Layers, x: Tokens, hints: Tokens, strength: float
+) -> Iterator[None]:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
-    device = layers.text.device
-    stream, _ = embed_patches(
-        model.vace_patch_embedding, [source], device, layers.dtype, layers.place, "hints"
-    )
     before = model.vace_blocks[0].before_proj
-    for (span, hint), (_, part) in zip(stream.read(layers.spans), x.read(layers.spans), strict=True):
-        stream.write(span, layers.linear(before, hint) + part.to(layers.dtype))
+    for (span, hint), (_, part) in zip(hints.read(layers.spans), x.read(layers.spans), strict=True):
+        hints.write(span, layers.linear(before, hint) + part.to(layers.dtype))
+    yield
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
         if i in hinted:
-            layers.run(hinted[i], stream, first=i == 0)
-        layers.run(block, x, first=i == 0)
+            yield from layers.run(hinted[i], hints, first=i == 0)
+        yield from layers.run(block, x, first=i == 0)
         if i in hinted:
-            for span, hint in stream.read(layers.spans):
+            for span, hint in hints.read(layers.spans):
                 x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)
-
-
-def embed_text(
-    model: nn.Module, context: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """Prompt embeddings, list of [L, text_dim], zero-padded to text_len and projected: [B, text_len, dim]."""
-    width = model.text_embedding[0].in_features
-    padded = torch.zeros(len(context), model.text_len, width, dtype=dtype, device=device)
-    for row, embedding in zip(padded, context):
-        if embedding.size(0) > model.text_len:
-            raise ValueError(f"a prompt of {embedding.size(0)} tokens is longer than {model.text_len}")
-        row[: embedding.size(0)] = embedding
-    return model.text_embedding(padded)
+            yield
 
 
 def embed_patches(
@@ -321,7 +330,7 @@ def predict(
 
 def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> torch.Tensor:
     """The head alone: the residual stream and the embedded time [1, dim] to [1, L, values of a patch] fp32."""
-    with _full_precision(time.device):
+    with full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
         return torch.cat([head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1)
 
@@ -357,22 +366,3 @@ class Rope:
             heads.copy_(torch.view_as_real(pairs).flatten(3))
             del pairs
         return x
-
-
-def sinusoidal_embedding(dim: int, position: torch.Tensor) -> torch.Tensor:
-    """Timesteps [B] to [B, dim] fp32: cosines, then sines, of geometrically falling rates, in fp64."""
-    half = dim // 2
-    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=position.device) / half)
-    angles = torch.outer(position.double(), rates)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
-
-
-def _heads(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(2, (attention.num_heads, -1))
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Outside any autocast that is on, as the parts that compute in fp32 must be."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

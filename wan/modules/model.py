@@ -23,8 +23,9 @@ from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
+from .conditions import Conditions, embed
+from .conditions import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
-from .forward import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .parts import block_forward, head_forward, unpatchify
 from .tokens import ON_DEVICE, Place
 
@@ -287,6 +288,8 @@ class WanModel(nn.Module):
         *,
         chunk: int = 0,
         place: Place = ON_DEVICE,
+        together: bool = False,
+        embed: Callable[..., Conditions] = embed,
     ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
@@ -299,6 +302,8 @@ class WanModel(nn.Module):
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
             place: where tensors over all tokens live.
+            together: whether each layer group serves all samples before the next is visited.
+            embed: gives a sample's conditions, see conditions.py.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -308,7 +313,11 @@ class WanModel(nn.Module):
         """
         image = None
         if clip_fea is not None and hasattr(self, "img_emb"):
-            image = self.img_emb(clip_fea, self.compute_dtype)
+            features = clip_fea.chunk(len(x))
+
+            def image(i: int) -> torch.Tensor:
+                return self.img_emb(features[i], self.compute_dtype)
+
         return dit_forward(
             self,
             x,
@@ -321,6 +330,8 @@ class WanModel(nn.Module):
             y=y,
             chunk=chunk,
             place=place,
+            together=together,
+            embed=embed,
         )
 
     @classmethod

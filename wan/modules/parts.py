@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .attention import flash_attention
+from .conditions import Context
 from .forward import Layers, Rope, head_patches, patches_to_video
 from .tokens import ON_DEVICE, Tokens
 
@@ -46,19 +47,19 @@ def block_forward(
     text, image = context, None
     if hasattr(block.cross_attn, "k_img"):
         image, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-    stream = x.to(torch.float32, copy=True)
+    stream, dtype = x.to(torch.float32, copy=True), block.self_attn.q.weight.dtype
     for i, (length, grid) in enumerate(zip(seq_lens.tolist(), grid_sizes.tolist())):
         layers = Layers(
             e[i : i + 1],
-            text[i : i + 1],
-            None if image is None else image[i : i + 1],
+            Context(text[i : i + 1], None if image is None else image[i : i + 1], dtype),
             Rope(freqs.to(x.device), tuple(grid)),
             flash_attention,
-            block.self_attn.q.weight.dtype,
+            dtype,
             [slice(0, length)],
             ON_DEVICE,
         )
-        layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32)
+        for _ in layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32):
+            pass
     return stream
 
 

@@ -1,13 +1,14 @@
 """The DiT of VACE (Jiang et al., VACE: All-in-One Video Creation and Editing, 2025): a second stack of blocks
 reads the source material and gives hints to the first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from ..utils.errors import InputError
 from .attention import flash_attention
+from .conditions import Conditions, embed
 from .forward import dit_forward
 from .model import WanModel, keeps_config
 from .tokens import ON_DEVICE, Place
@@ -81,6 +82,8 @@ class VaceWanModel(WanModel):
         *,
         chunk: int = 0,
         place: Place = ON_DEVICE,
+        together: bool = False,
+        embed: Callable[..., Conditions] = embed,
     ) -> list[torch.Tensor]:
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
@@ -98,4 +101,6 @@ class VaceWanModel(WanModel):
             vace_context_scale=vace_context_scale,
             chunk=chunk,
             place=place,
+            together=together,
+            embed=embed,
         )

@@ -1,0 +1,158 @@
+"""Conditions computed ahead, and both prompts per visit: the same bits, and each byte copied as often as must be."""
+
+import contextlib
+
+import pytest
+import torch
+from test_activation_offload import on
+from test_chunking import KINDS, make_inputs, make_model
+
+from virtual_gpu import VirtualGPU
+from wan.memory.activation_offload import apply_activation_offload
+from wan.memory.conditions import conditions_ahead
+from wan.memory.residency import Component
+from wan.memory.streaming import Streamer
+from wan.modules.conditions import context_layers
+from wan.modules.forward import cross_attentions
+
+TIMES = (999.0, 500.0)
+ALIGNMENT = 256
+
+
+def calls(kind, length, samples=1):
+    """Arguments of two steps with two prompts each; with two samples both prompts are in one call."""
+    inputs = make_inputs(kind, length)
+    (prompt,) = inputs["context"]
+    prompts = [prompt, prompt[:3] * 0.5]
+    for t in TIMES:
+        for given in [[p] for p in prompts] if samples == 1 else [prompts]:
+            call = inputs | {"t": torch.tensor([t] * samples), "context": given}
+            for name in ("x", "y", "vace_context"):
+                if name in call:
+                    call[name] = call[name] * samples
+            if "clip_fea" in call:
+                call["clip_fea"] = call["clip_fea"].repeat(samples, 1, 1)
+            yield call
+
+
+@contextlib.contextmanager
+def streamed(model, gpu, kind, length):
+    """The model's layer groups pass through the device, its conditions are computed ahead."""
+    inputs = on(gpu.device, list(calls(kind, length, 2))[0]["context"])
+    clip = make_inputs(kind, length).get("clip_fea")
+    times = [torch.tensor([t], device=gpu.device) for t in TIMES]
+    with conditions_ahead(model, gpu.device, times, inputs, clip, model.compute_dtype) as groups:
+        apart = [*model.layer_groups(), *model.embedding_layers()]
+        streamer = Streamer(groups, gpu.device)
+        with Component([model], gpu.device, apart, streamer).on_device():
+            yield groups, streamer
+
+
+def flows(model, gpu, kind, length, samples=1, **options):
+    results = []
+    for call in calls(kind, length, samples):
+        results += model(**{name: on(gpu.device, value) for name, value in call.items()}, **options)
+    return [flow.cpu() for flow in results]
+
+
+def expected_flows(model, kind, length, chunk):
+    return [flow for call in calls(kind, length) for flow in model(**call, chunk=chunk)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits(kind, dtype):
+    model = make_model(kind, dtype)
+    for length, chunk, offloaded in [(40, 0, False), (150, 64, True)]:
+        expected = expected_flows(model, kind, length, chunk)
+        with VirtualGPU() as gpu:
+            undo = apply_activation_offload(model, gpu.device, chunk, heads=3) if offloaded else lambda: None
+            with streamed(model, gpu, kind, length):
+                for samples, together in [(1, False), (2, False), (2, True)]:
+                    found = flows(model, gpu, kind, length, samples, together=together, chunk=chunk)
+                    assert all(map(torch.equal, found, expected)), (length, samples, together)
+            undo()
+            assert gpu.live == 0
+        assert "forward" not in vars(model)
+
+
+def test_samples_of_different_lengths_in_turns():
+    model = make_model("t2v")
+    one, other = make_inputs("t2v", 70), make_inputs("t2v", 150)
+    both = one | {"t": torch.tensor([500.0, 400.0]), "seq_len": 150}
+    both |= {name: one[name] + other[name] for name in ("x", "context")}
+    expected = model(**both, chunk=64)
+    with VirtualGPU() as gpu:
+        model.to(gpu.device)
+        for heads in (None, 1, 3):
+            undo = apply_activation_offload(model, gpu.device, 64, heads)
+            found = model(**{k: on(gpu.device, v) for k, v in both.items()}, chunk=64, together=True)
+            assert all(torch.equal(flow.cpu(), wanted) for flow, wanted in zip(found, expected))
+            undo()
+
+
+def test_what_is_constant_is_not_called_again():
+    model = make_model("i2v")
+    expected = expected_flows(model, "i2v", 40, 0)
+    with VirtualGPU() as gpu, streamed(model, gpu, "i2v", 40):
+        constant = [
+            *model.embedding_layers(),
+            *(layer for attention in cross_attentions(model) for layer in context_layers(attention)),
+        ]
+        for layer in constant:
+            for parameter in layer.parameters():
+                parameter.data.fill_(torch.nan)
+        assert all(map(torch.equal, flows(model, gpu, "i2v", 40), expected))
+        with pytest.raises(ValueError, match="prompt"):
+            call = next(calls("i2v", 40)) | {"context": [torch.ones(4, 16)]}
+            model(**{name: on(gpu.device, value) for name, value in call.items()})
+
+
+def layout(groups):
+    """Bytes of the parameters of groups as they are laid out on the device."""
+    sizes = [p.nbytes for group in groups for p in group.parameters()]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def settled(gpu, streamer):
+    """How much is on record when the worker has enqueued all that it was given."""
+    streamer._worker.submit(lambda: None).result()
+    return len(gpu.record)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_a_step(kind):
+    """Each weight of a group once a visit, and of what is constant only keys and values, and the time."""
+    model, length = make_model(kind, torch.bfloat16), 40
+    called = [
+        [
+            p
+            for layer in attention.children()
+            if layer not in context_layers(attention)
+            for p in layer.parameters()
+        ]
+        for attention in cross_attentions(model)
+    ]
+    tokens, heads = 8 + (257 if kind == "i2v" else 0), model.dim
+    with VirtualGPU() as gpu, streamed(model, gpu, kind, length) as (groups, streamer):
+        kept = [group for group in groups if group not in model.layer_groups()]
+        assert len(kept) == len(called)
+        of_context = sum(p.nbytes for group in kept for p in group.parameters()) - sum(
+            p.nbytes for parameters in called for p in parameters
+        )
+        texts, images = 2 * 8, tokens - 8
+        assert of_context == len(called) * (texts + images) * 2 * heads * 2  # keys and values in bf16
+
+        def copied(samples, together):
+            inputs = [{n: on(gpu.device, v) for n, v in c.items()} for c in calls(kind, length, samples)]
+            start = settled(gpu, streamer)
+            for call in inputs:
+                model(**call, together=together)
+            settled(gpu, streamer)
+            return sum(r.nbytes for r in gpu.record[start:] if r.kind == "copy_in")
+
+        copied(1, False)  # the ring is filled
+        conditions = 2 * 2 * (1 + 6) * model.dim * 4  # of two steps and prompts
+        rope = model.freqs.nbytes * 2 * 2
+        assert copied(1, False) == 2 * 2 * layout(groups) + conditions + rope
+        assert copied(2, True) == 2 * layout(groups) + conditions + rope

@@ -1,0 +1,142 @@
+"""What the blocks of a DiT read beside the tokens. It depends on the step's time, the prompt and the image alone.
+
+Of the time: what modulates every block, and the head. Of prompt and image, the context: keys and values of the cross
+attention of every block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]  # [1, n, heads, head_dim] each
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Those of one sample.
+
+    Attributes:
+        time: [1, dim] fp32, the embedded time.
+        modulation: [1, 6, dim] fp32, what the blocks read of it.
+        context: what they attend to.
+    """
+
+    time: torch.Tensor
+    modulation: torch.Tensor
+    context: Context
+
+
+class Context:
+    """What blocks attend to beside the tokens, as the context's own layers of each block see it.
+
+    Args:
+        text: [1, text_len, dim].
+        image: [1, 257 or 514, dim], or None.
+        dtype: the compute type.
+    """
+
+    def __init__(self, text: torch.Tensor, image: torch.Tensor | None, dtype: torch.dtype):
+        self.text, self.image, self.dtype = text, image, dtype
+
+    def keys_and_values(self, attention: nn.Module) -> list[KeysAndValues]:
+        """Those of a block's cross attention: of the text, then of the image if there is one."""
+        found = [text_keys_and_values(attention, self.text, self.dtype)]
+        if self.image is not None:
+            found.append(image_keys_and_values(attention, self.image, self.dtype))
+        return found
+
+
+def embed(
+    model: nn.Module,
+    t: torch.Tensor,
+    prompt: torch.Tensor,
+    image: Callable[[], torch.Tensor] | None,
+    dtype: torch.dtype,
+) -> Conditions:
+    """The Conditions of one sample.
+
+    Args:
+        model: a DiT, what embeds being where t is.
+        t: [1], the timestep.
+        prompt: [L, text_dim], L at most the model's text_len, on any device.
+        image: gives the embedded image; None without one.
+        dtype: the compute type.
+
+    Raises ValueError for a longer prompt.
+    """
+    time = embed_time(model, t)
+    with full_precision(t.device):
+        modulation = model.time_projection(time).unflatten(1, (6, -1))
+    text = embed_text(model, prompt, t.device, dtype)
+    return Conditions(time, modulation, Context(text, None if image is None else image(), dtype))
+
+
+def embed_time(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
+    """A timestep [1] to [1, dim] fp32."""
+    with full_precision(t.device):
+        return model.time_embedding(sinusoidal_embedding(model.freq_dim, t))
+
+
+def embed_text(
+    model: nn.Module, prompt: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """A prompt's embedding [L, text_dim], zero-padded to text_len and projected: [1, text_len, dim]."""
+    length, width = prompt.shape
+    if length > model.text_len:
+        raise ValueError(f"a prompt of {length} tokens is longer than {model.text_len}")
+    padded = torch.zeros(1, model.text_len, width, dtype=dtype, device=device)
+    padded[0, :length] = prompt
+    return model.text_embedding(padded)
+
+
+_CONTEXT_LAYERS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
+
+
+def context_layers(attention: nn.Module) -> list[nn.Module]:
+    """What a cross attention calls on its context."""
+    return [getattr(attention, name) for name in _CONTEXT_LAYERS if hasattr(attention, name)]
+
+
+def text_keys_and_values(attention: nn.Module, text: torch.Tensor, dtype: torch.dtype) -> KeysAndValues:
+    """What a cross attention makes of embedded text."""
+    return _keys_and_values(attention, attention.k, attention.norm_k, attention.v, text.to(dtype))
+
+
+def image_keys_and_values(attention: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> KeysAndValues:
+    """What a cross attention makes of an embedded image."""
+    return _keys_and_values(
+        attention, attention.k_img, attention.norm_k_img, attention.v_img, image.to(dtype)
+    )
+
+
+def _keys_and_values(
+    attention: nn.Module, k: nn.Module, norm: nn.Module, v: nn.Module, context: torch.Tensor
+) -> KeysAndValues:
+    value = heads_of(attention, v(context))
+    return heads_of(attention, norm(k(context))).to(value.dtype), value
+
+
+def heads_of(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """[1, n, dim] to [1, n, heads, head_dim]."""
+    return x.unflatten(2, (attention.num_heads, -1))
+
+
+def sinusoidal_embedding(dim: int, position: torch.Tensor) -> torch.Tensor:
+    """Timesteps [B] to [B, dim] fp32: cosines, then sines, of geometrically falling rates, in fp64."""
+    half = dim // 2
+    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=position.device) / half)
+    angles = torch.outer(position.double(), rates)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Outside any autocast that is on, as the parts that compute in fp32 must be."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
