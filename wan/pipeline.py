@@ -25,6 +25,7 @@ from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
+from .modules.vae_forward import Stored
 from .sampling import OnStep, Solver, denoise, guided, guided_together
 from .utils.accelerator import initialise
 from .utils.errors import InputError
@@ -395,10 +396,10 @@ class WanPipeline:
             on_latents(latent)
         return self.decode(latent)
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU."""
+    def decode(self, latent: torch.Tensor, stored: Stored | None = None) -> torch.Tensor:
+        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU, or to what is stored."""
         with self.stages("decode"):
-            return self.vae.decode([latent])[0]
+            return self.vae.decode([latent], stored=stored)[0]
 
     def _generator(self, seed: int) -> torch.Generator:
         """The source of noise: on the device if it is a GPU, as published results were made; negative is random."""

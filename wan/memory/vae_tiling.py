@@ -98,11 +98,15 @@ def encode_each(
 
 @torch.no_grad()
 def decode_each(
-    vae: Any, zs: Iterable[torch.Tensor], tile: int | str, capacity: int | None = None
+    vae: Any,
+    zs: Iterable[torch.Tensor],
+    tile: int | str,
+    capacity: int | None = None,
+    stored: vae_forward.Stored | None = None,
 ) -> list[torch.Tensor]:
     """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
-        return [decode(vae.model, z, vae.scale, tile, capacity) for z in zs]
+        return [decode(vae.model, z, vae.scale, tile, capacity, stored) for z in zs]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -117,20 +121,21 @@ def decode(
     scale: Sequence[torch.Tensor],
     tile: int | str = 0,
     capacity: int | None = None,
+    stored: vae_forward.Stored | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.decode, by tiles.
 
     When the device runs out of memory over the tiles, goes on with tiles of half the size.
 
     Args:
-        model, z, scale: as there.
+        model, z, scale, stored: as there.
         tile, capacity: see `apply_tiling`.
     """
     if tile == "auto":
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile)))
+    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile)), stored)
 
 
 def encode(
