@@ -249,7 +249,7 @@ def main() -> None:
 def run(checkout: Path, package: str) -> None:
     attach = importlib.import_module("lean.memory").attach
     from upstream_driver import stand_ins
-    from upstream_driver.driver import attention
+    from upstream_driver.surroundings import attention
     from virtual_gpu import VirtualGPU
 
     stand_ins.install()

@@ -15,22 +15,21 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "upstream_driver"))
-import driver  # noqa: E402
-import stand_ins  # noqa: E402
+sys.path.append(str(ROOT))  # behind upstream's tree, whose package has the name of ours
+from upstream_driver import stand_ins, surroundings  # noqa: E402
 
 
 def load_model_class(tree, kind):
     """Upstream's WanModel for a kind of device, with PyTorch's attention where there is no flash-attn."""
     if kind != "cuda":
-        return driver.load_tree(tree, kind).modules.model.WanModel
+        return surroundings.load_tree(tree, kind).modules.model.WanModel
     stand_ins.install()
     sys.path.insert(0, tree)
     sys.dont_write_bytecode = True
     import wan.modules.model
 
     if not any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface")):
-        wan.modules.model.flash_attention = driver.attention
+        wan.modules.model.flash_attention = surroundings.attention
     return wan.modules.model.WanModel
 
 

@@ -1,21 +1,30 @@
 """The offload folder: the same weights, converted once, whatever interrupts it."""
 
 import errno
+import faulthandler
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from test_resume import OFTEN, SETTINGS, command, in_a_child
 
 from wan import tiny
 from wan.modules.forward import storage_dtype
 from wan.modules.model import WanModel, weights_path
 from wan.utils.errors import InputError
+from wan.utils.events import Step, listening
+from wan.utils.progress import ProgressBars
 from wan.weights import mapped
 from wan.weights.converted import OffloadFolder
+from wan.weights.fingerprints import FileSizes
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +37,7 @@ def load(checkpoint, folder, dtype=torch.bfloat16):
 
 
 def converted_files(folder):
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def assert_same_weights(model, other):
@@ -81,7 +90,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
         InputError if isinstance(error, OSError) else KeyboardInterrupt, match="disk is full|^$"
     ):
         load(checkpoint, tmp_path)
-    assert not converted_files(tmp_path) and not list(tmp_path.glob("*.partial"))
+    assert not converted_files(tmp_path) and not list(tmp_path.glob(".wan-*"))
     monkeypatch.undo()
     assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
 
@@ -94,9 +103,9 @@ def test_a_killed_conversion_is_done_again(checkpoint, tmp_path):
         "WanModel.from_pretrained(sys.argv[1], torch.bfloat16, offload_folder=OffloadFolder(sys.argv[2]))"
     )
     assert subprocess.run([sys.executable, "-c", code, checkpoint, tmp_path]).returncode == 9
-    assert list(tmp_path.glob("*.partial")) and not converted_files(tmp_path)
+    assert list(tmp_path.glob(".wan-*")) and not converted_files(tmp_path)
     assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
 def test_contents_tell_checkpoints_apart(tmp_path):
@@ -156,6 +165,114 @@ def test_a_folder_that_cannot_be_made(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="offload_folder .*file: cannot be used"):
         load(checkpoint, tmp_path / "file")
+
+
+def test_a_file_is_checked_once(checkpoint, tmp_path, monkeypatch):
+    checked, checksum = [], mapped.MappedFile._checksum
+    monkeypatch.setattr(
+        mapped.MappedFile, "_checksum", lambda self: checked.append(self.path) or checksum(self)
+    )
+    for _ in range(3):
+        load(checkpoint, tmp_path)
+    (file,) = converted_files(tmp_path)
+    assert checked == [file]
+    os.utime(file, (1, 1))  # another version of it, for all that is known
+    load(checkpoint, tmp_path)
+    file.with_suffix(".json").write_text("[")
+    load(checkpoint, tmp_path)
+    assert checked == [file] * 3
+
+
+def test_what_no_run_can_use_is_removed(tmp_path):
+    folder, checkpoint = tmp_path / "folder", tmp_path / "toy"
+    name = "diffusion_pytorch_model.safetensors"
+    for seed in range(2):  # the second in the place of the first
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        load(tiny.write_checkpoint(checkpoint, "t2v-tiny", seed=seed), folder)
+    (file,) = converted_files(folder)
+    other = tiny.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=2)
+    load(other, folder)
+    assert len(converted_files(folder)) == 2
+    (tmp_path / "away").mkdir()
+    (checkpoint / name).rename(tmp_path / "away" / name)
+    stray = folder / f"diffusion_pytorch_model-{'0' * 16}.lock"
+    stray.touch()
+    for precious in ("notes.safetensors", "other.lock", "a.json"):
+        (folder / precious).touch()
+    load(other, folder)
+    (used,) = (path for path in converted_files(folder) if path.name != "notes.safetensors")
+    assert used != file
+    assert {path.name for path in folder.iterdir()} == {
+        *("notes.safetensors", "other.lock", "a.json", used.name, used.with_suffix(".json").name)
+    }
+    long_ago = time.time() - 40 * 24 * 3600
+    for path in (used, used.with_suffix(".json")):
+        os.utime(path, (long_ago, long_ago))
+    load(tiny.write_checkpoint(tmp_path / "third", "t2v-tiny", seed=3), folder)
+    assert not used.exists()
+
+
+def test_a_lock_that_is_held_stays(checkpoint, tmp_path):
+    lock = tmp_path / f"diffusion_pytorch_model-{'0' * 16}.lock"
+    with FileLock(lock):
+        load(checkpoint, tmp_path)
+        assert lock.exists()
+
+
+def test_room_is_looked_for_before_converting(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(mapped, "_header", lambda *_: pytest.fail("written"))
+    with pytest.raises(InputError, match=r"disk is full \(0.0 GiB are needed, 0.0 are free\)"):
+        load(checkpoint, tmp_path / "folder")
+    assert not list((tmp_path / "folder").glob(".wan-*"))
+
+
+def test_converting_and_checking_tell_how_far_they_are(checkpoint, tmp_path):
+    events = []
+    with listening(events.append):
+        load(checkpoint, tmp_path)
+    (file,) = converted_files(tmp_path)
+    done = {}
+    for event in events:
+        assert event.done == done.get(event.stage, 0) + 1 <= event.total
+        done[event.stage] = event.done
+    tensors = len(WanModel.from_config(checkpoint).state_dict())
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    assert done == {
+        f"Converting {index}": tensors,
+        f"Checking {file.name}": 1,
+        f"Loading {file.name}": tensors,
+    }
+
+
+@pytest.mark.parametrize("when", ["seen", "unseen"])
+def test_a_mapped_file_that_is_cut_short_is_told(when, tmp_path, monkeypatch, capfd):
+    """Before the next pass; and where that comes too late, the signal that ends the process says where it was."""
+    monkeypatch.chdir(tmp_path)
+    tell = ProgressBars.__call__
+
+    def cut(bars, event):
+        tell(bars, event)
+        if event == Step("denoise", 2, 4):
+            os.truncate(*converted_files(Path("folder")), 4096)
+
+    def disturb():
+        ProgressBars.__call__ = cut
+        faulthandler.disable()  # as it is outside of tests
+        if when == "unseen":
+            FileSizes.check = lambda self: None
+
+    line = ["--task", "t2v-tiny", *SETTINGS, "--save_file"]
+    code = in_a_child([*line, "a.mp4", *OFTEN, "--offload_folder", "folder"], disturb)
+    (state,), errors = tmp_path.glob("a.mp4.*.state"), capfd.readouterr().err
+    if when == "unseen":
+        assert code == -signal.SIGBUS and "Fatal Python error: Bus error" in errors
+        return
+    assert code == 2 and "was cut short while it was in use" in errors.splitlines()[-1]
+    converted_files(Path("folder"))[0].unlink()
+    assert command("--resume", state) == 0 and command(*line, "b.mp4") == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 
 def test_the_files_are_safetensors(checkpoint, tmp_path):

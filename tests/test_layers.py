@@ -19,12 +19,12 @@ LAYERS = [
     ["wan.weights"],
     ["wan.modules", "wan.sampling", "wan.distributed"],
     ["wan.memory"],
-    ["wan.tiny"],
+    ["wan.tiny", "wan.speed"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
     ["wan"],  # names the pipelines
     ["wan.run"],
-    ["wan.cli"],
+    ["wan.cli", "wan.__main__"],
     ["generate", "benchmarks"],
 ]
 KINDS = sorted({name.split("-")[0] for name in TASKS})

@@ -52,7 +52,7 @@ def run_of(task, size, frame_num=81, **options):
 
 
 def test_shortcuts_change_no_live_count(request):
-    run, capacity = run_of("vace-1.3B", "832*480", frame_num=17, **LOW_VRAM), 2 * GIB
+    run, capacity = run_of("vace-1.3B", "832*480", frame_num=9, **LOW_VRAM), 2 * GIB
     whole = count(run, capacity)
     request.getfixturevalue("shortcuts")
     short = count(run, capacity)

@@ -1,15 +1,19 @@
 """Runs that are killed go on to the same bytes; what cannot be trusted is refused; nothing is left behind."""
 
+import builtins
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import signal
+import sys
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import generate
 import wan
@@ -17,8 +21,8 @@ from wan import tiny
 from wan.run import Request, keeper, outputs, run, runner
 from wan.run.interrupts import Interrupted, Interrupts
 from wan.run.state import read_state, write_state
-from wan.utils import progress
-from wan.utils.events import Step
+from wan.utils import files, progress
+from wan.utils.events import Finished, StageDone, StageStarted, Step
 
 SETTINGS = ["--frame_num", "5", "--sample_steps", "4", "--base_seed", "3"]
 OFTEN = ["--save_every", "0"]
@@ -65,16 +69,24 @@ def in_a_child(arguments, disturb=lambda: None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def counts(event):
+    """Whether an event is the edge of a stage, a step of denoising or the end; others tell how far a stage is."""
+    if isinstance(event, Step):
+        return event.stage == "denoise"
+    return isinstance(event, (StageStarted, StageDone, Finished))
+
+
 def at_event(number, kind):
-    """Sends this process a signal when that event is told."""
+    """Sends this process a signal when that event is told, of those that count."""
 
     def disturb():
         tell, told = progress.ProgressBars.__call__, []
 
         def listener(bars, event):
-            told.append(event)
             tell(bars, event)
-            if len(told) == number:
+            if counts(event):
+                told.append(event)
+            if counts(event) and len(told) == number:
                 os.kill(os.getpid(), kind)
 
         progress.ProgressBars.__call__ = listener
@@ -217,6 +229,62 @@ def test_the_way_back_works_when_pasted_anywhere(whole, tmp_path, monkeypatch, c
     assert os.listdir(folder) == ["out.mp4"]
 
 
+def test_the_way_back_is_the_command_that_was_used(monkeypatch, tmp_path, capsys):
+    state = Path("a b.state").absolute()
+    script = Path(generate.__file__).resolve()
+    assert shlex.split(keeper.way_back(state)) == [sys.executable, str(script), "--resume", str(state)]
+    installed = tmp_path / "bin" / "wan-generate"
+    installed.parent.mkdir()
+    installed.write_text("#!/bin/sh")
+    installed.chmod(0o755)
+    monkeypatch.setenv("PATH", str(installed.parent))
+    for started in (str(installed), "wan-generate"):  # by its path, or found by the shell
+        monkeypatch.setattr(sys, "argv", [started])
+        assert shlex.split(keeper.way_back(state)) == [str(installed), "--resume", str(state)]
+    assert command("--frame_num", "8") == 2
+    assert capsys.readouterr().err.startswith("wan-generate: --frame_num 8")
+
+
+def test_the_installed_command_is_interrupted_in_imports(monkeypatch, capsys):
+    def stopped(name, *rest, **more):
+        if "cli" in name:
+            raise KeyboardInterrupt
+        return real(name, *rest, **more)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", stopped)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/wan-generate"])
+    from wan.__main__ import main
+
+    assert main() == 130 and capsys.readouterr().err == "wan-generate: interrupted\n"
+
+
+def test_a_run_with_a_lora_goes_on_to_the_same_bytes(whole, tmp_path, capsys):
+    file, generator = tmp_path / "l.safetensors", torch.Generator().manual_seed(0)
+    weight = tiny_weights()["blocks.0.self_attn.q.weight"]
+    pair = {"lora_A": (4, weight.shape[1]), "lora_B": (weight.shape[0], 4)}
+    key = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {f"{key}.{name}.weight": torch.randn(*s, generator=generator) for name, s in pair.items()}
+    save_file(tensors, file)
+    flags = ("--lora", f"{file}:0.7")
+    expected = whole("t2v-tiny", *flags)
+    assert expected != whole("t2v-tiny")
+    state = stopped("t2v-tiny", 2, *flags)
+    assert "--lora: settled by the state" in refused(capsys, "--resume", state, "--lora", str(file))
+    original = file.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file)
+    assert "--lora: is not what the run started with" in refused(capsys, "--resume", state)
+    file.unlink()
+    assert "no such file" in refused(capsys, "--resume", state)
+    file.write_bytes(original)
+    assert command("--resume", state, "--low_vram", "--dit_chunk", "64") == 0
+    assert Path("out.mp4").read_bytes() == expected
+
+
+def tiny_weights():
+    return load_file(tiny.checkpoint("t2v-tiny") / "diffusion_pytorch_model.safetensors")
+
+
 def test_two_runs_of_one_name_have_states_of_their_own():
     first = stopped()
     assert (
@@ -277,7 +345,7 @@ def test_a_full_disk_keeps_the_state_elsewhere(whole, monkeypatch, tmp_path, cap
     caplog.set_level("INFO")
     other = tmp_path / "temporary"
     other.mkdir()
-    monkeypatch.setattr(keeper.tempfile, "gettempdir", lambda: str(other))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(other))
     write = write_state
 
     def full(path, state):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from virtual_gpu import VirtualGPU
+from wan.memory.activation_offload import ActivationOffload
 from wan.memory.retrofit import check_memory_options, save_memory
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -150,7 +151,14 @@ def test_image_encoder(gpu):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dit_stream": 0.0}, {"dit_stream": 2e-5}, {"dit_stream": 0.0, "dit_chunk": 64}]
+    "options",
+    [
+        {"dit_stream": 0.0},
+        {"dit_stream": 2e-5},
+        {"dit_stream": 0.0, "dit_chunk": 64},
+        {"dit_stream": 0.0, "dit_chunk": 64, "activation_offload": True},
+        {"dit_stream": 0.0, "activation_offload": True},
+    ],
 )
 def test_transformer(gpu, options):
     pipeline = make_pipeline()
@@ -165,6 +173,22 @@ def test_transformer(gpu, options):
         del result, inputs
         assert 0 < gpu.live < bytes_of(model)
         home(gpu, model)
+
+
+def test_tokens_stay_in_ram(gpu, monkeypatch):
+    """Beside weights and chunks the device holds keys and values of one group of heads at a time."""
+    homes = []
+    make = ActivationOffload.homes
+    monkeypatch.setattr(
+        ActivationOffload, "homes", lambda place, *args: homes.append(make(place, *args)) or homes[-1]
+    )
+    pipeline = make_pipeline()
+    save_memory(pipeline, dit_chunk=64, activation_offload=True)
+    pipeline.model.to("vgpu")
+    pipeline.model(**dit_inputs("vgpu"))
+    assert len(homes) == 1 + 4 * 4, "the residual stream; keys, values, queries and results of each block"
+    assert {home.tensor.device.type for parts in homes for home in parts} == {"cpu"}
+    home(gpu, pipeline.model)
 
 
 def test_an_exception_sends_the_weights_home(gpu):

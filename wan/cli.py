@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import logging
 import signal
 import sys
@@ -16,12 +18,11 @@ from .run.request import KEEPING, Request
 from .utils.accelerator import is_out_of_memory
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
+from .utils.program import program_name
 from .utils.progress import ProgressBars
 
 if TYPE_CHECKING:
     from .run.batch import Entry
-
-PROGRAM = "generate.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logging.raiseExceptions = False  # a log that nobody reads, or a full disk behind it, is no reason to stop
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stdout)
+    _tell_crashes()
     try:
         with Interrupts() as interrupts:
             jobs = _parse(argv)
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             from .run.batch import run_entries
 
-            return 1 if run_entries(jobs, runner.run) else 0
+            return 1 if run_entries(jobs, runner) else 0
     except InputError as error:
         return _complain(error.told("--"), 2)
     except OSError as error:
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser: upstream's flags under their names, types and defaults, and the memory flags."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Makes videos and images with Wan2.1 in less memory."
+        prog=program_name(), description="Makes videos and images with Wan2.1 in less memory."
     )
     parser.error = _fail  # type: ignore[method-assign]
     add_flags(parser, Request)
@@ -132,8 +134,15 @@ def _resumed(given: dict[str, Any], memory: dict[str, Any]) -> Request:
     return resumed_request(given.pop("resume"), given, memory)
 
 
+def _tell_crashes() -> None:
+    """Has a signal that no exception comes of say where it happened, such as SIGBUS: a mapped file was cut short."""
+    if hasattr(signal, "SIGBUS") and not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # no standard error
+            faulthandler.enable(all_threads=False)
+
+
 def _complain(message: object, code: int) -> int:
-    print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{program_name()}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
 

@@ -20,20 +20,22 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
-from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
 from .modules.vae_forward import Stored
 from .sampling import OnStep, Solver, denoise, guided, guided_together
+from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
+from .weights.fingerprints import FileSizes, file_fingerprint
 from .weights.lora import Loras
+from .weights.prompts import PromptCache, computed_by
 from .weights.reading import checkpoint_files
 
 
@@ -91,6 +93,9 @@ class WanPipeline:
         on_event: Listener | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         lora_skip_unknown: bool = False,
+        attention: str = "auto",
+        compile: bool = False,
+        prompt_cache: PromptCache | None = None,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -106,6 +111,8 @@ class WanPipeline:
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
+            attention, compile: kernels that round otherwise, as wan.run.Request's.
+            prompt_cache: where encoded prompts are kept and looked for.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
@@ -120,11 +127,14 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
-        if self.device.type == "cuda":
-            load_flash_attn()  # a broken one is told now
+        check_speed(attention, compile, self.options)
+        check_able(attention, compile, self.device, config.param_dtype)
+        self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
+        self._prompts = prompt_cache
+        self._sizes = FileSizes()
         self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
     # What programs written for these pipelines read of them.
@@ -159,13 +169,12 @@ class WanPipeline:
 
     @cached_property
     def model(self) -> WanModel:
-        folder = self.options.offload_folder
+        folder = OffloadFolder(self.options.offload_folder) if self.options.offload_folder else None
         model = self.model_class.from_pretrained(
-            self.checkpoint_dir,
-            dtype=self.config.param_dtype,
-            offload_folder=OffloadFolder(folder) if folder else None,
-            loras=self._loras,
+            self.checkpoint_dir, dtype=self.config.param_dtype, offload_folder=folder, loras=self._loras
         )
+        apply_speed(model, *self._speed)
+        self._sizes.remember(folder.mapped if folder else self.weight_files("denoise"))
         apply_chunking(model, self.options.dit_chunk)
         if self.options.activation_offload:
             apply_activation_offload(model, self.device, self.options.dit_chunk)
@@ -178,21 +187,26 @@ class WanPipeline:
             device="cpu" if self.options.vae_cpu else self.device,
             dim=self.config.get("vae_dim", 96),
         )
-        apply_tiling(vae, self.options.vae_tile)
+        apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter())
         visit_by_halves(vae, self.device)
         return vae
 
-    def load(self, encoders: bool = True) -> None:
+    def load(self, encoders: bool = True, prompts: Sequence[str] | None = None) -> None:
         """Loads the components that are not loaded yet, so that a damaged file is found before hours of work.
 
         Args:
             encoders: those of text and images too, which denoising does not need.
+            prompts: what the text encoder is for; if the cache has it all, it is not loaded.
 
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
-        for component in [self._text, *([self._image] if self.uses_clip else [])] if encoders else []:
-            assert component is not None
-        assert self.model is not None and self.vae is not None
+        with self.stages.loading():
+            if encoders and (prompts is None or any(self._cached(prompt) is None for prompt in prompts)):
+                assert self._text is not None
+                self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
+            if encoders and self.uses_clip:
+                assert self._image is not None
+            assert self.model is not None and self.vae is not None
 
     def _check_files(self) -> None:
         folder, config = self.checkpoint_dir, self.config
@@ -261,27 +275,78 @@ class WanPipeline:
         """Whether components stay on the device, by generate()'s argument or, if that is None, by the option."""
         return not (self.options.offload_model if offload_model is None else offload_model)
 
+    def prompts(self, prompt: str, negative_prompt: str = "") -> tuple[str, str]:
+        """What is encoded for a prompt: it, and the negative prompt or the config's."""
+        return prompt, negative_prompt or self.sample_neg_prompt
+
+    def encode_ahead(self, prompt: str) -> None:
+        """Encodes a prompt into the cache, for a run to come; loads nothing but the text encoder."""
+        texts = self.prompts(prompt)
+        if any(self._cached(text) is None for text in texts):
+            with self.stages.loading():
+                assert self._text is not None
+            with self.stages("text"), torch.no_grad():
+                self._embeddings(texts, self._stay(None))
+
     def _encode_prompts(
         self, prompt: str, negative_prompt: str, offload_model: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both prompts to embeddings, [L, text_dim] on the device each."""
-        self.load()
+        texts = self.prompts(prompt, negative_prompt)
+        self.load(prompts=texts)
         stay = self._stay(offload_model)
         with self.stages("text"), torch.no_grad():
             if not stay:  # whatever an earlier run left on the device makes room
                 self._dit.leave()
                 if self.uses_clip:
                     self._image.leave()
-            with self._text.on_device(stay):
-                context, context_null = (
-                    self.text_encoder([text], self._text.device)[0].to(self.device)
-                    for text in (prompt, negative_prompt or self.sample_neg_prompt)
-                )
-                return context, context_null
+            context, context_null = self._embeddings(texts, stay)
+            return context, context_null
+
+    def _embeddings(self, texts: Sequence[str], stay: bool) -> list[torch.Tensor]:
+        """Each text's embedding, [L, text_dim] on the device, from the cache or encoded and put there."""
+        found = {text: self._cached(text) for text in texts}
+        missing = [text for text in found if found[text] is None]
+        if missing:
+            self._sizes.check()
+            layers = self.text_encoder.layer_groups()
+            with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
+                for text in missing:
+                    found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
+        if self._prompts:
+            for text in missing:
+                self._prompts.put(self._prompt_key(text), found[text])
+        return [found[text].to(self.device) for text in texts]
+
+    def _cached(self, text: str) -> torch.Tensor | None:
+        return self._prompts.get(self._prompt_key(text)) if self._prompts else None
+
+    def _prompt_key(self, text: str) -> dict[str, Any]:
+        """All that decides the bits of a text's embedding."""
+        device = torch.device("cpu") if self.options.t5_cpu else self.device
+        return self._encoder_identity | {"text": text, "by": computed_by(device)}
+
+    @cached_property
+    def _encoder_identity(self) -> dict[str, Any]:
+        folder = self.checkpoint_dir / self.config.t5_tokenizer
+        tokenizer = {path.name: file_fingerprint(path) for path in sorted(folder.glob("*")) if path.is_file()}
+        return {
+            "torch": str(torch.__version__),
+            "weights": file_fingerprint(self.checkpoint_dir / self.config.t5_checkpoint),
+            "tokenizer": tokenizer,
+            "text_len": self.config.text_len,
+            "dtype": str(self.config.t5_dtype),
+        }
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
-        with self.stages("image"), torch.no_grad(), self._image.on_device(self._stay(offload_model)):
+        stay, layers = self._stay(offload_model), self.clip.layer_groups()
+        with (
+            self.stages("image"),
+            torch.no_grad(),
+            self._image.on_device(stay),
+            self.stages.calls(layers, 1),
+        ):
             return self.clip.visual([video.to(self.device) for video in videos])
 
     def denoise(
@@ -320,6 +385,7 @@ class WanPipeline:
             contexts.append(conditioning.context_null.to(self.device))
 
         def flows(latent: torch.Tensor, t: torch.Tensor, contexts: list[torch.Tensor]) -> list[torch.Tensor]:
+            self._sizes.check()
             count = len(contexts)
             return self.model(
                 [latent] * count,
@@ -336,9 +402,8 @@ class WanPipeline:
         if self.options.guidance_together and guide_scale != 1:
             guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
         else:
-            guided_flow = guided(
-                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
-            )
+            with_prompt, without = (partial(flow, context=context) for context in (contexts[0], contexts[-1]))
+            guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])

@@ -102,6 +102,7 @@ class Solver:
         self.name, self.steps = name, steps
         self._device, self._dtype = device, dtype
         self._scheduler = make(steps, shift, device, num_train_timesteps)
+        self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -115,9 +116,21 @@ class Solver:
 
     def step(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """The latent one step further on. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
+        if not hasattr(self._scheduler, "model_outputs"):
+            self._flow = flow
         narrow = self._dtype is not torch.float32
         with torch.autocast(latent.device.type, self._dtype if narrow else None, enabled=narrow):
             return self._scheduler.step(flow[None], t, latent[None], return_dict=False)[0][0]
+
+    def clean(self, latent: torch.Tensor) -> torch.Tensor:
+        """The clean latent that the last step predicted, [C, F, H, W] fp32 on the CPU: the latent less all its noise.
+
+        latent: where that step led to.
+        """
+        if self._flow is None:  # the others keep it, and have taken the noise off
+            return self._scheduler.model_outputs[-1][0].float().cpu()
+        sigma = self._scheduler.sigmas[self.done].item()
+        return latent.cpu() - sigma * self._flow.cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """What the steps so far have left behind: tensors, numbers, and lists of them and of None."""

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .configs.tiny import TINY_CONFIGS
 from .utils.errors import InputError
+from .utils.files import user_cache
 
 VERSION = 2  # of the contents; a change of any tensor or file needs a new one
 
@@ -52,8 +53,7 @@ def checkpoint(task: str) -> Path:
     Raises:
         InputError: unknown task, or a cache directory that cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = cache / "wan-tiny" / f"v{VERSION}" / task
+    directory = user_cache("wan-tiny") / f"v{VERSION}" / task
     if not directory.is_dir():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)

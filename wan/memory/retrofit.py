@@ -8,6 +8,7 @@ home.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import nn
 from ..modules.forward import embedding_layers, layer_groups, storage_dtype
 from ..modules.vae_operations import decoder_passes, encoder_passes
 from ..utils.errors import InputError
+from .activation_offload import apply_activation_offload
 from .chunking import apply_chunking
 from .known import check_known
 from .methods import Undo, layer_methods
@@ -44,6 +46,7 @@ def attach(
     t5_stream: bool = False,
     dit_stream: float | None = None,
     dit_chunk: int = 0,
+    activation_offload: bool = False,
 ) -> Undo:
     """Makes what is built already need less memory; its own code goes on as before.
 
@@ -55,8 +58,9 @@ def attach(
         dtype: the type that the DiT's autocast computes in; default: the pipeline's `param_dtype`, or fp32.
         vae_tile: decode and encode by tiles: see MemoryOptions; None leaves the VAE's own way.
         vae_cpu: keep the VAE on the CPU; the half that a call needs comes for it.
-        t5_stream, dit_stream, dit_chunk: see MemoryOptions. CLIP is streamed with T5. A DiT is streamed if it has
-            `blocks`, whatever they are; chunks are refused for one that is not Wan2.1's, see wan.memory.known.
+        t5_stream, dit_stream, dit_chunk, activation_offload: see MemoryOptions. CLIP is streamed with T5. A DiT is
+            streamed if it has `blocks`, whatever they are; chunks and activation offload are refused for one that is
+            not Wan2.1's, see wan.memory.known.
 
     Returns:
         What undoes all of it; modules return to where they were. A streamed or chunked DiT of Wan2.1's stays in the
@@ -76,6 +80,7 @@ def attach(
             ("t5_stream", t5_stream, ["text_encoder", "clip"]),
             ("dit_stream", dit_stream is not None, DITS),
             ("dit_chunk", dit_chunk, DITS),
+            ("activation_offload", activation_offload, DITS),
         ):
             if wanted and not any(hasattr(parts, name) for name in takers):
                 raise InputError(f"there is no {' or '.join(takers)}", option)
@@ -94,22 +99,31 @@ def attach(
                 parts,
                 device,
                 dtype or getattr(parts, "param_dtype", torch.float32),
-                MemoryOptions(t5_stream=t5_stream, dit_stream=dit_stream, dit_chunk=dit_chunk),
+                MemoryOptions(
+                    t5_stream=t5_stream,
+                    dit_stream=dit_stream,
+                    dit_chunk=dit_chunk,
+                    activation_offload=activation_offload,
+                ),
             )
         )
         return undo.pop_all().close
 
 
-def check_memory_options(
-    *, t5_cpu: bool = False, t5_stream: bool = False, dit_stream: float | None = None, dit_chunk: int = 0
-) -> MemoryOptions:
-    """Returns the options as MemoryOptions; raises InputError for those that cannot work."""
-    options = MemoryOptions(t5_cpu=t5_cpu, t5_stream=t5_stream, dit_stream=dit_stream, dit_chunk=dit_chunk)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (t5_stream or dit_stream is not None or dit_chunk):
-        raise InputError(
-            "for one GPU only, leave them out on several", ("t5_stream", "dit_stream", "dit_chunk")
-        )
-    return options
+ONE_GPU = ("t5_stream", "dit_stream", "dit_chunk", "activation_offload")
+
+
+def check_memory_options(**options: Any) -> MemoryOptions:
+    """Returns t5_cpu, t5_stream, dit_stream, dit_chunk, activation_offload as MemoryOptions.
+
+    Raises InputError for those that cannot work.
+    """
+    checked, unused = MemoryOptions(**options), MemoryOptions()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(
+        getattr(checked, name) != getattr(unused, name) for name in ONE_GPU
+    ):
+        raise InputError("for one GPU only, leave them out on several", ONE_GPU)
+    return checked
 
 
 def save_memory(pipeline: Any, **options: Any) -> Undo:
@@ -119,7 +133,7 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
         pipeline: has `device`, `t5_cpu`, `param_dtype` (the type that the DiT's autocast computes in),
             `text_encoder.model`, `model` and, if it takes images, `clip.model`, made of modules that are named as
             the checkpoints name them.
-        options: t5_stream, dit_stream, dit_chunk, see MemoryOptions. CLIP is streamed with T5.
+        options: t5_stream, dit_stream, dit_chunk, activation_offload, see MemoryOptions. CLIP is streamed with T5.
 
     Returns:
         What undoes it. The DiT's weights stay in the types that they compute in: their fp32 values are not kept.
@@ -142,12 +156,16 @@ def _stream_and_chunk(
             if hasattr(pipeline, "clip"):
                 _stream_image_encoder(undo, pipeline.clip.model, device)
         for model in (getattr(pipeline, name) for name in DITS if hasattr(pipeline, name)):
-            if options.dit_chunk:
-                undo.callback(apply_chunking(model, options.dit_chunk, dtype))
+            # Only the forward pass that works in chunks takes a place for tokens; of all of them it makes one.
+            chunk = options.dit_chunk or (sys.maxsize if options.activation_offload else 0)
+            if chunk:
+                undo.callback(apply_chunking(model, chunk, dtype))
+            if options.activation_offload:
+                undo.callback(apply_activation_offload(model, device, chunk))
             if options.dit_stream is not None:
-                groups = layer_groups(model) if options.dit_chunk else _stack_by_stack(model)
+                groups = layer_groups(model) if chunk else _stack_by_stack(model)
                 _stream_dit(undo, model, groups, device, int(options.dit_stream * 2**30))
-            if (options.dit_chunk or options.dit_stream is not None) and _is_known(model):
+            if (chunk or options.dit_stream is not None) and _is_known(model):
                 _keep_in_lossless_types(model, dtype)
         return undo.pop_all().close
 

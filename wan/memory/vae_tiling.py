@@ -19,7 +19,7 @@ import contextlib
 import functools
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ SMALLEST_TILE, TILE_STEP = 64, 16  # pixels
 CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all tensors
 # The allocator takes at most so much of the device for live tensors: a share of them, and room in segments partly used.
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
+
+OnFrame = Callable[[int, int], None]  # is told after each frame of a tile: so many of so many done
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,9 @@ def check_tile(value: int | str) -> int | str:
     return value
 
 
-def apply_tiling(vae: Any, tile: int | str = "auto", capacity: int | None = None) -> Undo:
+def apply_tiling(
+    vae: Any, tile: int | str = "auto", capacity: int | None = None, on_frame: OnFrame | None = None
+) -> Undo:
     """Gives a VAE tiled `encode` and `decode` of the same signatures: a list or batch in, a list out.
 
     They compute on the device where the weights are when they are called, without autocast, one sample at a
@@ -69,6 +73,7 @@ def apply_tiling(vae: Any, tile: int | str = "auto", capacity: int | None = None
         tile: see `check_tile`. With "auto" each call takes the fewest tiles that fit, see `fitting_tile`.
         capacity: bytes of the device that this process may take, CUDA's own among them, for "auto"; None for the
             whole device.
+        on_frame: is told how far an encoding or decoding is; smaller tiles start anew.
 
     Returns:
         Function that puts the VAE's own `encode` and `decode` back.
@@ -78,22 +83,27 @@ def apply_tiling(vae: Any, tile: int | str = "auto", capacity: int | None = None
         RuntimeError: tiled already, or its methods are replaced already by something that tiles would undo.
     """
     check_tile(tile)
+    settings = {"tile": tile, "capacity": capacity, "on_frame": on_frame}
     return layer_methods(
         vae,
         "vae_tile",
         innermost=True,
-        encode=lambda _: functools.partial(encode_each, vae, tile=tile, capacity=capacity),
-        decode=lambda _: functools.partial(decode_each, vae, tile=tile, capacity=capacity),
+        encode=lambda _: functools.partial(encode_each, vae, **settings),
+        decode=lambda _: functools.partial(decode_each, vae, **settings),
     )
 
 
 @torch.no_grad()
 def encode_each(
-    vae: Any, videos: Iterable[torch.Tensor], tile: int | str, capacity: int | None = None
+    vae: Any,
+    videos: Iterable[torch.Tensor],
+    tile: int | str,
+    capacity: int | None = None,
+    on_frame: OnFrame | None = None,
 ) -> list[torch.Tensor]:
     """Encodes each video where the encoder's weights are now, without autocast; see `encode`."""
     with _no_autocast(vae.model.conv1.weight.device.type):
-        return [encode(vae.model, video, vae.scale, tile, capacity) for video in videos]
+        return [encode(vae.model, video, vae.scale, tile, capacity, on_frame) for video in videos]
 
 
 @torch.no_grad()
@@ -102,11 +112,12 @@ def decode_each(
     zs: Iterable[torch.Tensor],
     tile: int | str,
     capacity: int | None = None,
+    on_frame: OnFrame | None = None,
     stored: vae_forward.Stored | None = None,
 ) -> list[torch.Tensor]:
     """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
-        return [decode(vae.model, z, vae.scale, tile, capacity, stored) for z in zs]
+        return [decode(vae.model, z, vae.scale, tile, capacity, on_frame, stored) for z in zs]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -121,6 +132,7 @@ def decode(
     scale: Sequence[torch.Tensor],
     tile: int | str = 0,
     capacity: int | None = None,
+    on_frame: OnFrame | None = None,
     stored: vae_forward.Stored | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.decode, by tiles.
@@ -129,13 +141,14 @@ def decode(
 
     Args:
         model, z, scale, stored: as there.
-        tile, capacity: see `apply_tiling`.
+        tile, capacity, on_frame: see `apply_tiling`.
     """
     if tile == "auto":
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile)), stored)
+    large_pass = functools.partial(by_tiles, int(tile), on_frame=on_frame)
+    return vae_forward.decode(model, z, scale, large_pass, stored)
 
 
 def encode(
@@ -144,6 +157,7 @@ def encode(
     scale: Sequence[torch.Tensor],
     tile: int | str = 0,
     capacity: int | None = None,
+    on_frame: OnFrame | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.encode, by tiles.
 
@@ -151,11 +165,11 @@ def encode(
 
     Args:
         model, video, scale: as there.
-        tile, capacity: see `apply_tiling`.
+        tile, capacity, on_frame: see `apply_tiling`.
     """
     if tile == "auto":
         tile = _tile_for_device(encode_bytes, model, video.shape[1:], model.conv1.weight.device, capacity)
-    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, int(tile)))
+    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, int(tile), on_frame=on_frame))
 
 
 def by_tiles(
@@ -164,15 +178,19 @@ def by_tiles(
     source: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor,
+    on_frame: OnFrame | None = None,
 ) -> None:
     """As wan.modules.vae_forward.on_whole_frames in tiles of at most `tile` pixels, smaller ones if memory runs out."""
     longest = max(pixel_size(source.shape[2:], target.shape[2:]))
     tile = min(tile or longest, longest)
     while True:
         try:
-            for part in tiles(operations, source.shape[2:], target.shape[2:], tile):
-                sink = FrameWriter(target[part.target])
-                run_pass(operations, frames_of(source[part.source], weight), sink, part.crops)
+            parts = list(tiles(operations, source.shape[2:], target.shape[2:], tile))
+            for number, part in enumerate(parts):
+                frames = frames_of(source[part.source], weight)
+                if on_frame:
+                    frames = _told(frames, on_frame, number * source.size(1), len(parts) * source.size(1))
+                run_pass(operations, frames, FrameWriter(target[part.target]), part.crops)
             return
         except RuntimeError as error:
             smaller = tile // 2 // TILE_STEP * TILE_STEP
@@ -182,6 +200,14 @@ def by_tiles(
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
         torch.get_device_module(weight.device).empty_cache()
+
+
+def _told(frames: Iterable[torch.Tensor], on_frame: OnFrame, done: int, total: int) -> Iterator[torch.Tensor]:
+    for frame in frames:
+        yield frame
+        del frame  # else it would wait here for the next one
+        done += 1
+        on_frame(done, total)
 
 
 def fitting_tile(

@@ -6,16 +6,19 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
 from .request import Request
 from .settings import read_settings, settings
+
+if TYPE_CHECKING:
+    from .runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -85,29 +88,26 @@ def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapp
     return entries
 
 
-def run_entries(entries: Sequence[Entry], run: Callable[[Request], Path]) -> int:
-    """Runs what is not done yet, one after the other; a failure does not stop the rest.
-
-    Args:
-        run: makes a request.
+def run_entries(entries: Sequence[Entry], runner: Runner) -> int:
+    """Runs what is not done yet: texts are encoded first, then it is one after the other; a failure stops no other.
 
     Returns:
         How many failed; they are logged.
     """
-    made, there, failed = 0, 0, []
-    for entry in entries:
-        try:
-            if _is_done(entry):
-                there += 1
-                continue
-            run(_begun(entry) or entry.request)
-            made += 1
-        except Exception as error:
-            expected = isinstance(error, (InputError, OSError))
-            log.error(f"{entry.name}: {' '.join(str(error).split())}", exc_info=None if expected else error)
-            failed.append(entry.name)
+    failed: list[str] = []
+    left = [entry for entry in entries if not _is_done(entry)]
+    requests = {entry.name: _begun(entry) or entry.request for entry in left}
+    for step in (runner.encode_ahead, runner.run):
+        for name, request in requests.items():
+            if name not in failed:
+                try:
+                    step(request)
+                except Exception as error:
+                    expected = isinstance(error, (InputError, OSError))
+                    log.error(f"{name}: {' '.join(str(error).split())}", exc_info=None if expected else error)
+                    failed.append(name)
     told = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
-    log.info(f"{made} made, {there} were there{told}")
+    log.info(f"{len(left) - len(failed)} made, {len(entries) - len(left)} were there{told}")
     return len(failed)
 
 

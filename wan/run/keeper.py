@@ -8,7 +8,6 @@ import secrets
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,8 @@ import torch
 
 from ..sampling import Solver
 from ..utils.errors import InputError
+from ..utils.files import other_folders
+from ..utils.program import command
 from .interrupts import Interrupts
 from .state import State, write_state
 
@@ -101,7 +102,7 @@ class Keeper:
             raise
 
     def _write(self, state: State) -> None:
-        places = [self.path, *(folder / self.path.name for folder in _other_folders(self.path.parent))]
+        places = [self.path, *(folder / self.path.name for folder in other_folders(self.path.parent))]
         for place in places:
             try:
                 write_state(place, state)
@@ -125,9 +126,7 @@ def state_path(save_file: str) -> Path:
 
 def way_back(path: Path) -> str:
     """The command that goes on from a state, to be given in any folder."""
-    program = Path(__file__).resolve().parents[2] / "generate.py"
-    way_in = [str(program)] if program.is_file() else ["-m", "wan.cli"]
-    words = [sys.executable, *way_in, "--resume", str(path)]
+    words = [*command(), "--resume", str(path)]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
@@ -142,9 +141,3 @@ def not_finite(stage: str) -> InputError:
     return InputError(
         f"{stage} gave values that are infinite or not numbers: weights are damaged, or a setting is extreme"
     )
-
-
-def _other_folders(folder: Path) -> Iterator[Path]:
-    for other in (Path(tempfile.gettempdir()), Path.home()):
-        if other.is_dir() and other != folder:
-            yield other

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.options import MemoryOptions
+from ..modules.attention import CHOICES as ATTENTION_CHOICES
+from ..speed import check_speed
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
+from ..utils.files import user_cache
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
+SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
 # Pixels. Rotary embedding has 1024 positions of 16 each, and as many of 4 frames.
 SIDE_STEP = 16
 LONGEST_SIDE = 8192
+NO_CACHE = "off"
 NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
 # Fields that are the path of one file.
 PATHS = (
@@ -109,6 +114,20 @@ class Request:
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
     )
+    attention: str = option(
+        "auto",
+        "Attention of the DiT: sdpa for PyTorch's, flash for flash-attn, which differ in rounding; sage for "
+        "SageAttention, which computes in 8 bits and changes the picture; auto for flash-attn where it is installed "
+        "and runs, else PyTorch's (default).",
+        choices=ATTENTION_CHOICES,
+        group=SPEED,
+    )
+    compile: bool = option(
+        False,
+        "Compile the DiT's blocks: faster steps after a slow first one, and another rounding. Not with --dit_stream, "
+        "--dit_chunk, --activation_offload, --low_vram or --exact.",
+        group=SPEED,
+    )
     overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
     save_latents: str | None = option(
         None, "Save the latents, too, before they are decoded.", group=KEEPING, metavar="FILE"
@@ -129,6 +148,22 @@ class Request:
         "--ckpt_dir and those of files may be given anew.",
         group=KEEPING,
         metavar="STATE",
+    )
+    preview: str | None = option(
+        None,
+        "Show in DIR what is coming: a small moving picture of the clean latent that a step predicts.",
+        group=KEEPING,
+        metavar="DIR",
+    )
+    preview_every: int = option(
+        1, "Steps between two previews (default 1).", at_least=1, group=KEEPING, metavar="STEPS"
+    )
+    prompt_cache: str | None = option(
+        None,
+        "Keep encoded prompts in DIR, so that they need no text encoder again (default wan-prompts in the user's "
+        "cache; toy tasks keep none); off keeps none.",
+        group=KEEPING,
+        metavar="DIR",
     )
     ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
     ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
@@ -158,6 +193,13 @@ class Request:
         """The paths in `src_ref_images`."""
         return self.src_ref_images.split(",") if self.src_ref_images else None
 
+    @property
+    def prompt_folder(self) -> Path | None:
+        """Where encoded prompts are kept; None for nowhere."""
+        if self.prompt_cache is None:
+            return None if self.facts.toy else user_cache("wan-prompts")
+        return None if self.prompt_cache == NO_CACHE else Path(self.prompt_cache)
+
     def to_json(self) -> dict[str, Any]:
         """The request as JSON's values, its paths absolute."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -168,6 +210,10 @@ class Request:
             values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
         if self.references:
             values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
+        if self.preview:
+            values["preview"] = os.path.abspath(self.preview)
+        if self.prompt_cache not in (None, NO_CACHE):
+            values["prompt_cache"] = os.path.abspath(self.prompt_cache)
         folder = self.memory.offload_folder
         memory = vars(self.memory) | {"offload_folder": os.path.abspath(folder) if folder else None}
         lora = [f"{os.path.abspath(file)}:{strength}" for file, strength in self.loras]
@@ -228,6 +274,7 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        check_speed(self.attention, self.compile, self.memory, self.exact)
         for file, _ in self.loras:
             if not Path(file).is_file():
                 raise InputError("no such file", "lora", file)

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from .. import tiny
+from ..sampling import OnStep, Solver
+from ..speed import check_able
 from ..utils.accelerator import (
     choose_device,
     configure_allocator,
@@ -20,15 +22,18 @@ from ..utils.accelerator import (
     require_accelerator,
 )
 from ..utils.errors import InputError
-from ..utils.events import Finished, Listener
+from ..utils.events import Event, Expected, Finished, Listener
 from ..utils.prompt_extend import extend_prompt
 from ..utils.video import EightBitFrames, save_image, save_video
 from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
 from ..weights.lora import lora_identity
+from ..weights.prompts import PromptCache
+from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite, not_finite
-from .outputs import check_outputs, final_path
+from .outputs import check_outputs, save_result
+from .preview import Preview, fit_colours
 from .ram import check_ram
 from .request import Request
 from .settings import settings_text
@@ -71,6 +76,8 @@ class Runner:
 
     def __init__(self, on_event: Listener | None = None, interrupts: Interrupts | None = None):
         self._listener = on_event or (lambda event: None)
+        self._forecast: Forecast | None = None
+        self._prompts: dict[Path | None, PromptCache] = {}  # by their folders
         self._interrupts = interrupts or Interrupts()
         self._pipeline: Any = None
         self._built: Any = None  # what the pipeline was built from
@@ -84,13 +91,27 @@ class Runner:
             if not state.finished:
                 check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts)
+            self._forecast = Forecast(request, pipeline)
             with keeper.told():
-                latent = _latents(pipeline, keeper)
+                latent = _latents(pipeline, keeper, self._tell)
                 video = _decoded(latent, keeper.state.request, pipeline)
                 path = _save(video, keeper.state.request, pipeline)
                 keeper.remove()
-        self._listener(Finished(path))
+        self._tell(Finished(path))
         return path
+
+    def encode_ahead(self, request: Request) -> None:
+        """Encodes the prompt of a request that is to be run later: the text encoder need not come again for it."""
+        if request.use_prompt_extend or request.decode_latents or request.resume:
+            return
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            self._pipeline_for(request).encode_ahead(request.prompt)
+
+    def _tell(self, event: Event) -> None:
+        self._listener(event)
+        end = self._forecast.end_after(event) if self._forecast else None
+        if end:
+            self._listener(Expected(end))
 
     def _pipeline_for(self, request: Request) -> Any:
         """The pipeline that a request needs: the last one, if it was built from the same."""
@@ -104,12 +125,16 @@ class Runner:
             request.memory,
             lora_identity(request.loras),
             request.lora_skip_unknown,
+            request.attention,
+            request.compile,
+            request.prompt_folder,
         )
         if built != self._built:
-            self._pipeline = self._built = None  # its room is needed
+            self._pipeline = self._built = self._forecast = None  # its room is needed
             device = choose_device(request.device)
             if not task.toy:
                 require_accelerator(device, request.device)
+            check_able(request.attention, request.compile, device, task.config.param_dtype)
             checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
             configure_allocator(device)
             hold_to_free(device)
@@ -117,9 +142,14 @@ class Runner:
                 task.config,
                 checkpoint,
                 device=device,
-                on_event=self._listener,
+                on_event=self._tell,
                 loras=request.loras,
                 lora_skip_unknown=request.lora_skip_unknown,
+                attention=request.attention,
+                compile=request.compile,
+                prompt_cache=self._prompts.setdefault(
+                    request.prompt_folder, PromptCache(request.prompt_folder)
+                ),
                 **vars(request.memory),
             )
             self._built = built
@@ -178,7 +208,7 @@ def _identified(state: State, pipeline: Any) -> State:
     return replace(state, weights=found | dict(state.weights))
 
 
-def _latents(pipeline: Any, keeper: Keeper) -> torch.Tensor:
+def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
     """Encodes and denoises, as far as that is not done: [C, F, H, W] fp32."""
     state = keeper.state
     if state.finished:
@@ -188,6 +218,7 @@ def _latents(pipeline: Any, keeper: Keeper) -> torch.Tensor:
     else:
         pipeline.load(encoders=False)
     request = state.request
+    on_step: OnStep = _previewed(pipeline, keeper, tell) if request.preview else keeper.after_step
     with keeper.interrupts.patience():
         latent = pipeline.denoise(
             keeper.state.conditioning,
@@ -197,10 +228,24 @@ def _latents(pipeline: Any, keeper: Keeper) -> torch.Tensor:
             guide_scale=request.sample_guide_scale,
             seed=request.base_seed,
             start=None if state.latent is None else (state.latent, state.solver),
-            on_step=keeper.after_step,
+            on_step=on_step,
         )
     keeper.finish(latent)
     return latent
+
+
+def _previewed(pipeline: Any, keeper: Keeper, tell: Listener) -> OnStep:
+    """What the keeper does after a step, and before that a preview."""
+    request = keeper.state.request
+    colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
+    references = keeper.state.conditioning.references
+    preview = Preview(request.preview, keeper.path.stem, colours, request.preview_every, references, tell)
+
+    def after_step(latent: torch.Tensor, solver: Solver) -> None:
+        preview.after_step(latent, solver)
+        keeper.after_step(latent, solver)
+
+    return after_step
 
 
 def _encode(pipeline: Any, keeper: Keeper) -> None:
@@ -213,7 +258,7 @@ def _encode(pipeline: Any, keeper: Keeper) -> None:
     log.info(f"Prompt: {request.prompt}")
     if request.use_prompt_extend:
         request = replace(request, prompt=_extended(request, arguments), use_prompt_extend=False)
-    pipeline.load()
+    pipeline.load(prompts=pipeline.prompts(request.prompt))
     keeper.save(request=request)
     conditioning = pipeline.prepare(request.prompt, **arguments, frame_num=request.frame_num)
     for embedding in (conditioning.context, conditioning.context_null):
@@ -255,10 +300,13 @@ def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Ten
 
 def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
     """Saves what `_decoded` gives."""
-    path, comment = final_path(request), settings_text(request)
-    with pipeline.stages("save"):
+    comment = settings_text(request)
+
+    def write(path: Path, over: bool) -> None:
         if request.facts.still:
-            save_image(video, path, comment)
+            save_image(video, path, comment, over)
         else:
-            save_video(video, path, request.facts.config.sample_fps, comment)
-    return path
+            save_video(video, path, request.facts.config.sample_fps, comment, over)
+
+    with pipeline.stages("save"):
+        return save_result(request, write)

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import secrets
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,28 +42,52 @@ def check_target(path: str | os.PathLike, field: str) -> None:
         raise InputError(f"{error.strerror}; choose another place", field, path) from error
 
 
+def user_cache(name: str) -> Path:
+    """A folder of this user for what can be made again: `$XDG_CACHE_HOME/NAME`, or `~/.cache/NAME` without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+
+
+def other_folders(folder: Path) -> Iterator[Path]:
+    """Where something may go that `folder` has no room for: that of temporary files, the user's own."""
+    for other in (Path(tempfile.gettempdir()), Path.home()):
+        if other.is_dir() and other != folder:
+            yield other
+
+
 @contextmanager
-def replacing(
-    path: str | os.PathLike, keep: bool = True, temporary: str | os.PathLike | None = None
-) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> Iterator[Path]:
     """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
 
     If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead. The body
     closes it, and nobody has `path` open or mapped: Windows renames neither from nor over such a file.
 
     Args:
-        temporary: a name in the same folder to use instead, where no other process does; what a killed process left
-            there is overwritten.
+        keep: see above.
+        over: whether what is at `path` by then is replaced; else that raises FileExistsError.
     """
     path = Path(path).absolute()
-    name = f".wan-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
-    temporary = Path(temporary or path.with_name(name))
+    temporary = path.with_name(f".wan-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         if keep:
-            os.replace(temporary, path)
+            (os.replace if over else _place)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Gives a file its name. Raises FileExistsError if that is taken, be it just now."""
+    if os.name == "nt":
+        os.rename(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without links
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from error
+        os.replace(temporary, path)
 
 
 def sweep(folder: str | os.PathLike) -> None:

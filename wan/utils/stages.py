@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from .events import Listener, MemorySample, StageDone, StageStarted, Step
+from .events import Listener, MemorySample, Pace, StageDone, StageStarted, Step, listening
 
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ class Stages:
         self._tell(StageStarted(name))
         start, failed = time.perf_counter(), True
         try:
-            yield
+            with listening(self._tell):
+                yield
             self._ask("synchronize")
             self.current, failed = None, False
         finally:
@@ -53,13 +55,51 @@ class Stages:
 
     def steps(self, items: Iterable[T], total: int, start: int = 0) -> Iterator[T]:
         """The items that are left of `total`, one after the other; tells when each is done with."""
-        stage = self.current or ""
+        stage, pace = self.current or "", Pace(start)
         for done, item in enumerate(items, start + 1):
             yield item
-            self._tell(Step(stage, done, total))
+            self._tell(Step(stage, done, total, pace.left(done, total)))
             allocated, reserved = self._ask("memory_allocated"), self._ask("memory_reserved")
             if allocated is not None:
                 self._tell(MemorySample(stage, allocated, reserved))
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the listener is told of files that are read, converted and checked."""
+        return listening(self._tell)
+
+    def counter(self) -> Callable[[int, int], None]:
+        """A function to call with the steps done of the stage under way, and their total, after each of them.
+
+        Fewer done than before, or another total, is work that starts anew. Outside of stages it tells nothing.
+        """
+        pace, before = Pace(), (0, 0)
+
+        def count(done: int, total: int) -> None:
+            nonlocal pace, before
+            if done <= before[0] or total != before[1]:
+                pace = Pace(done)
+            before = done, total
+            if self.current:
+                self._tell(Step(self.current, done, total, pace.left(done, total)))
+
+        return count
+
+    @contextlib.contextmanager
+    def calls(self, modules: Sequence[nn.Module], rounds: int) -> Iterator[None]:
+        """Inside, each call of one of the modules is a step of the stage; all are called `rounds` times."""
+        count, done = self.counter(), 0
+
+        def called(*_: object) -> None:
+            nonlocal done
+            done += 1
+            count(done, len(modules) * rounds)
+
+        handles = [module.register_forward_hook(called) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _ask(self, function: str) -> int | None:
         """What the backend's function of that name says of the device; None if it has none."""

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import InputError
+from .events import counted
 from .files import check_target, replacing
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,11 @@ class EightBitFrames:
 
 
 def save_video(
-    video: torch.Tensor, path: str | os.PathLike[str], fps: float = 16, comment: str | None = None
+    video: torch.Tensor,
+    path: str | os.PathLike[str],
+    fps: float = 16,
+    comment: str | None = None,
+    over: bool = True,
 ) -> None:
     """Write `video` as H.264 (constant rate factor 10, 4:2:0), frame by frame. The same input gives the same bytes.
 
@@ -86,15 +91,17 @@ def save_video(
         path: the target, ending in one of VIDEO_SUFFIXES.
         fps: frames per second.
         comment: text without line breaks for the file's metadata.
+        over: whether what is at `path` by then is replaced.
 
     Raises:
         ValueError: another shape.
+        FileExistsError: something is there.
         OSError: the encoder could not write the whole file (a full disk, for example).
     """
     if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
         raise ValueError(f"expected a video [3, F, H, W] with even H and W, got {list(video.shape)}")
     _, frame_num, height, width = video.shape
-    with replacing(path) as temporary:
+    with replacing(path, over=over) as temporary:
         encoder = imageio_ffmpeg.write_frames(
             str(temporary),
             (width, height),
@@ -106,7 +113,7 @@ def save_video(
         )
         try:
             encoder.send(None)
-            for frame in video.unbind(1):
+            for frame in counted(video.unbind(1), frame_num, "save"):
                 encoder.send(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
         except OSError as error:
             raise OSError(f"{path}: the video encoder stopped early") from error
@@ -126,16 +133,18 @@ def _count_frames(path: str | os.PathLike[str]) -> int:
         return 0
 
 
-def save_image(image: torch.Tensor, path: str | os.PathLike[str], comment: str | None = None) -> None:
+def save_image(
+    image: torch.Tensor, path: str | os.PathLike[str], comment: str | None = None, over: bool = True
+) -> None:
     """Write a picture [3, H, W] or [3, 1, H, W], float in [-1, 1] (rounded to 8 bits) or uint8, by `path`'s suffix.
 
-    A comment becomes part of the metadata of a .png.
+    A comment becomes part of the metadata of a .png; `over` as save_video's.
     """
     if image.ndim == 4:
         image = image.squeeze(1)
     if image.dtype != torch.uint8:
         image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
-    with replacing(path) as temporary:
+    with replacing(path, over=over) as temporary:
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
         if comment and temporary.suffix.lower() == ".png":
             metadata = PngInfo()

@@ -2,25 +2,38 @@
 
 import contextlib
 import errno
+import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..utils.errors import InputError
-from ..utils.files import replacing
+from ..utils.files import replacing, sweep
 from .fingerprints import checkpoint_fingerprint
 from .lora import Loras
 from .mapped import MappedFile, write_mapped
-from .reading import read_tensors
+from .reading import checkpoint_files, read_tensors
 
 FORMAT = "1"  # raise it when the meaning of the files changes
+UNUSED_DAYS = 30  # after which a conversion is removed
+_CONVERTED = re.compile(r"[^.].*-[0-9a-f]{16}\.safetensors")
 
 
 class OffloadFolder:
     """A folder of converted checkpoints, which runs may share.
+
+    Beside each conversion a record, `NAME.json`, says of which checkpoint it is, when its checksum was found right, and
+    by its own time when it was last used. Conversions whose checkpoint has changed or is gone, and those not used for
+    UNUSED_DAYS, are removed.
+
+    Attributes:
+        mapped: the files that `converted` returned.
 
     Args:
         path: made if it is missing.
@@ -31,6 +44,7 @@ class OffloadFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self.mapped: list[Path] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,6 +68,7 @@ class OffloadFolder:
         source = Path(source)
         fingerprint = checkpoint_fingerprint(source, dtype, f"{FORMAT} {loras.identity}" if loras else FORMAT)
         target = self.path / f"{source.name.split('.')[0]}-{fingerprint[:16]}.safetensors"
+        self._tidy(target)
         try:
             with self._locked(target):
                 # Never over a file that is there: a run may have it mapped, and Windows keeps what is mapped.
@@ -61,7 +76,12 @@ class OffloadFolder:
                     self._convert(source, dtype, loras, target, fingerprint)
         except (OSError, NotImplementedError) as error:  # the latter where the disk's format has no locks
             raise self._error(error) from error
-        return MappedFile(target, fingerprint)
+        checked = _version(target)
+        file = MappedFile(target, fingerprint, checked=checked == _record(target).get("checked"))
+        self.mapped.append(target)
+        with contextlib.suppress(OSError):  # without a record it is only checked again
+            _write_record(target, {"source": _versions(source), "checked": checked})
+        return file
 
     @contextlib.contextmanager
     def _locked(self, target: Path) -> Iterator[None]:
@@ -69,8 +89,11 @@ class OffloadFolder:
         if target.exists():
             yield
             return
-        with FileLock(target.with_suffix(".lock")):
+        lock = target.with_suffix(".lock")
+        with FileLock(lock):
             yield
+            with contextlib.suppress(OSError):  # on Windows it goes when the next run tidies up
+                lock.unlink(missing_ok=True)
 
     def _convert(
         self,
@@ -81,13 +104,71 @@ class OffloadFolder:
         fingerprint: str,
     ) -> None:
         merge, title = loras.merge if loras else None, f"Converting {source.name}"
-        with replacing(target, temporary=target.with_suffix(".partial")) as partial:
+        with replacing(target) as partial:
             write_mapped(partial, read_tensors(source), dtype, fingerprint, title, merge)
 
+    def _tidy(self, current: Path) -> None:
+        """Removes what no run can use any more, or has not for long, but for the file `current`."""
+        sweep(self.path)
+        with contextlib.suppress(OSError):
+            for path in list(self.path.iterdir()):
+                if path.suffix == ".lock" and _CONVERTED.fullmatch(path.with_suffix(".safetensors").name):
+                    _remove_free_lock(path)
+                elif path != current and _CONVERTED.fullmatch(path.name) and _is_old(path):
+                    for file in (path, path.with_suffix(".json")):
+                        with contextlib.suppress(OSError):  # Windows keeps what a run has mapped
+                            file.unlink(missing_ok=True)
+
     def _error(self, error: Exception) -> InputError:
+        reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.ENOSPC:
             return InputError(
-                "the disk is full, free space or choose another folder", "offload_folder", self.path
+                f"the disk is full ({reason}), free space or choose another folder",
+                "offload_folder",
+                self.path,
             )
-        reason = getattr(error, "strerror", None) or error
         return InputError(f"cannot be used ({reason}), choose another folder", "offload_folder", self.path)
+
+
+def _version(path: Path) -> list[int]:
+    """Tells a file from what stood there before."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
+def _versions(source: Path) -> dict[str, list[int]]:
+    return {str(path.absolute()): _version(path) for path in checkpoint_files(source)}
+
+
+def _record(target: Path) -> dict[str, Any]:
+    """What is known of a conversion; empty if nothing is."""
+    try:
+        record = json.loads(target.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write_record(target: Path, record: dict[str, Any]) -> None:
+    with replacing(target.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(record))
+
+
+def _is_old(target: Path) -> bool:
+    """Whether a conversion's checkpoint has changed or is gone, or it has not been used for long."""
+    record, source = target.with_suffix(".json"), _record(target).get("source")
+    used = max(path.stat().st_mtime for path in (target, record) if path.exists())
+    if time.time() - used > UNUSED_DAYS * 24 * 3600:
+        return True
+    try:
+        return isinstance(source, dict) and any(
+            _version(Path(path)) != version for path, version in source.items()
+        )
+    except OSError:
+        return True
+
+
+def _remove_free_lock(path: Path) -> None:
+    """Removes a lock that no process holds. One that waits for it just then converts once more than needed."""
+    with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(path, timeout=0):
+        path.unlink()

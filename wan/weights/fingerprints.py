@@ -1,11 +1,13 @@
 """Digests that tell one checkpoint from another."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from ..utils.errors import InputError
 from .reading import checkpoint_files, read_tensors
 
 EDGE = 2**20  # bytes at both ends of a file that its fingerprint covers
@@ -46,3 +48,24 @@ def file_fingerprint(path: Path) -> str:
             file.seek(max(0, size - PIECE) * number // (PIECES - 1))
             digest.update(file.read(PIECE))
     return digest.hexdigest()[:16]
+
+
+class FileSizes:
+    """The sizes of files that are mapped: reading what was cut off them ends the process by a signal."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Path, int] = {}
+
+    def remember(self, paths: Iterable[Path]) -> None:
+        """Takes the files' sizes as those that they are to keep, but for files that are known already."""
+        for path in paths:
+            self._sizes.setdefault(path, path.stat().st_size)
+
+    def check(self) -> None:
+        """Raises InputError for a file that has become shorter. One that is gone is still there where it is mapped."""
+        for path, size in self._sizes.items():
+            with contextlib.suppress(OSError):
+                if path.stat().st_size < size:
+                    raise InputError(
+                        f"{path} was cut short while it was in use, download or convert it again"
+                    )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..utils.errors import InputError
+from ..utils.events import counted
 from .reading import TensorFile, read_tensors
 
 ALIGNMENT = 64  # bytes, of PyTorch's own allocations
@@ -46,7 +46,7 @@ def load_weights(
         path, tensors = source.path, [(name, partial(source.read, name)) for name in source.names]
     expected = module.state_dict()
     loaded, unexpected, misshaped = {}, [], []
-    for stored_name, read in tqdm(tensors, desc=f"Loading {path.name}", leave=False):
+    for stored_name, read in counted(tensors, len(tensors), f"Loading {path.name}"):
         targets = names(stored_name) if names else stored_name
         if targets is None:
             continue

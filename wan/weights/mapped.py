@@ -4,19 +4,21 @@ The weights take no RAM that the system cannot take back. Files are in safetenso
 (https://huggingface.co/docs/safetensors), with a checksum of the data.
 """
 
+import errno
 import json
 import math
 import mmap
 import os
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..utils.errors import InputError
+from ..utils.events import counted
 from .reading import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,11 +30,16 @@ class MappedFile:
 
     The tensors must not be written to.
 
+    Args:
+        path: of the file.
+        fingerprint: that it was written with.
+        checked: whether its checksum is known to be right; else all of it is read.
+
     Raises:
         InputError: a file that is damaged, or not what `fingerprint` says.
     """
 
-    def __init__(self, path: Path, fingerprint: str):
+    def __init__(self, path: Path, fingerprint: str, checked: bool = False):
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -42,7 +49,9 @@ class MappedFile:
             metadata = self._entries.pop("__metadata__")
             self._start = 8 + length
             self.names = list(self._entries)
-            whole = metadata["fingerprint"] == fingerprint and int(metadata["checksum"]) == self._checksum()
+            end = max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+            whole = metadata["fingerprint"] == fingerprint and self._start + end == len(self._map)
+            whole = whole and (checked or int(metadata["checksum"]) == self._checksum())
         except (OSError, ValueError, KeyError, OverflowError):
             whole = False
         if not whole:
@@ -61,8 +70,8 @@ class MappedFile:
 
     def _checksum(self) -> int:
         data = memoryview(self._map)[self._start :]
-        checksum = 0
-        for start in tqdm(range(0, len(data), _PIECE), desc=f"Checking {self.path.name}", leave=False):
+        checksum, starts = 0, range(0, len(data), _PIECE)
+        for start in counted(starts, len(starts), f"Checking {self.path.name}"):
             checksum = zlib.crc32(data[start : start + _PIECE], checksum)
         return checksum
 
@@ -81,8 +90,10 @@ def write_mapped(
         tensors: (name, function that reads it); each is read twice.
         dtype: maps a tensor's name to the type to keep it in.
         fingerprint: to be asked for when it is opened.
-        title: of the progress bar.
+        title: of the steps that are told.
         merge: makes of a name and a tensor the tensor to write, of the same shape.
+
+    Raises OSError: no room, which is seen before anything is written, or no right to write.
     """
     tensors, entries, offset = list(tensors), {}, 0
     for name, read in tensors:
@@ -94,10 +105,14 @@ def write_mapped(
             "data_offsets": [offset, offset + size],
         }
         offset += size
+    free = shutil.disk_usage(path.parent).free
+    if offset > free:
+        told = f"{offset / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free"
+        raise OSError(errno.ENOSPC, told)
     with open(path, "wb") as file:
         file.write(_header(entries, fingerprint, checksum=0))
         checksum = 0
-        for name, read in tqdm(tensors, desc=title):
+        for name, read in counted(tensors, len(tensors), title):
             tensor = merge(name, read()) if merge else read()
             data = tensor.to(dtype(name)).contiguous().view(-1).view(torch.uint8).numpy()
             for start in range(0, data.size, _PIECE):
