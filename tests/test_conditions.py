@@ -9,7 +9,7 @@ from test_chunking import KINDS, make_inputs, make_model
 
 from virtual_gpu import VirtualGPU
 from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.conditions import conditions_ahead
+from wan.memory.conditions import _Kept, conditions_ahead
 from wan.memory.residency import Component
 from wan.memory.streaming import Streamer
 from wan.modules.conditions import context_layers
@@ -127,24 +127,13 @@ def settled(gpu, streamer):
 def test_copies_of_a_step(kind):
     """Each weight of a group once a visit, and of what is constant only keys and values, and the time."""
     model, length = make_model(kind, torch.bfloat16), 40
-    called = [
-        [
-            p
-            for layer in attention.children()
-            if layer not in context_layers(attention)
-            for p in layer.parameters()
-        ]
-        for attention in cross_attentions(model)
-    ]
-    tokens, heads = 8 + (257 if kind == "i2v" else 0), model.dim
+    attentions = cross_attentions(model)
+    tokens = 2 * 8 + (257 if kind == "i2v" else 0)  # of two texts, and an image
     with VirtualGPU() as gpu, streamed(model, gpu, kind, length) as (groups, streamer):
-        kept = [group for group in groups if group not in model.layer_groups()]
-        assert len(kept) == len(called)
-        of_context = sum(p.nbytes for group in kept for p in group.parameters()) - sum(
-            p.nbytes for parameters in called for p in parameters
-        )
-        texts, images = 2 * 8, tokens - 8
-        assert of_context == len(called) * (texts + images) * 2 * heads * 2  # keys and values in bf16
+        kept = [module for group in groups for module in group.modules() if isinstance(module, _Kept)]
+        of_context = sum(p.nbytes for module in kept for p in module.parameters())
+        assert len(kept) == len(attentions)
+        assert of_context == len(attentions) * tokens * 2 * model.dim * 2  # keys and values in bf16
 
         def copied(samples, together):
             inputs = [{n: on(gpu.device, v) for n, v in c.items()} for c in calls(kind, length, samples)]

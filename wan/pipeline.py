@@ -309,7 +309,7 @@ class WanPipeline:
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
-            layers = self.text_encoder.layer_groups()
+            layers = list(self.text_encoder.model.block)
             with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
                 for text in missing:
                     found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
@@ -375,7 +375,13 @@ class WanPipeline:
         """
         shape = conditioning.shape
         solver = Solver(
-            sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps, self.param_dtype
+            sample_solver,
+            sampling_steps,
+            shift,
+            self.device,
+            self.num_train_timesteps,
+            self.param_dtype,
+            self.options.activation_offload,
         )
         inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
         seq_len = self._sequence_length(*shape[1:])

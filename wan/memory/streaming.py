@@ -178,10 +178,10 @@ class Streamer:
         slot.group, group.slot = group, slot
         # Of those that share the buffer, too: what they held last may reach into this one's bytes.
         released = [other.released for other in (*self._ring, slot) if other.buffer is slot.buffer]
-        group.arrival = self._worker.submit(self._copy, group, slot.room(group.size), released)
+        group.arrival = self._worker.submit(self._copy, group, slot, released)
 
-    def _copy(self, group: _Group, room: torch.Tensor, released: list[Any]) -> Any:
-        """On the worker thread: enqueues the copy of a group to its room; returns the event behind it."""
+    def _copy(self, group: _Group, slot: _Slot, released: list[Any]) -> Any:
+        """On the worker thread: enqueues the copy of a group to its slot; returns the event behind it."""
         with self._backend.stream(self._copy_stream):
             for event in released:
                 self._copy_stream.wait_event(event)
@@ -191,7 +191,7 @@ class Streamer:
                 stage.copied.synchronize()
                 part = stage.buffer[: group.size - start]
                 group.read(start, part)
-                room[start : start + part.numel()].copy_(part, non_blocking=True)
+                slot.room(group.size)[start : start + part.numel()].copy_(part, non_blocking=True)
                 stage.copied.record(self._copy_stream)
             return self._copy_stream.record_event()
 
