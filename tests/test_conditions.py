@@ -1,14 +1,15 @@
 """Conditions computed ahead, and both prompts per visit: the same bits, and each byte copied as often as must be."""
 
 import contextlib
+import os
 
 import pytest
 import torch
 from test_activation_offload import on
 from test_chunking import KINDS, make_inputs, make_model
 
-from virtual_gpu import VirtualGPU
-from wan.memory.activation_offload import apply_activation_offload
+from virtual_gpu import RaceError, VirtualGPU
+from wan.memory.activation_offload import ActivationOffload, apply_activation_offload
 from wan.memory.conditions import _Kept, conditions_ahead
 from wan.memory.residency import Component
 from wan.memory.streaming import Streamer
@@ -79,19 +80,58 @@ def test_bits(kind, dtype, length, chunk):
     assert "forward" not in vars(model)
 
 
-def test_samples_of_different_lengths_in_turns():
-    model = make_model("t2v")
-    one, other = make_inputs("t2v", 70), make_inputs("t2v", 150)
+def in_turns(gpu, model, heads=None):
+    """A call of a short and a longer sample, in turns, and what each gives alone."""
+    one, other = make_inputs("t2v", 40), make_inputs("t2v", 150)
     both = one | {"t": torch.tensor([500.0, 400.0]), "seq_len": 150}
     both |= {name: one[name] + other[name] for name in ("x", "context")}
-    expected = model(**both, chunk=64)
-    with VirtualGPU() as gpu:
-        model.to(gpu.device)
-        for heads in (None, 1, 3):
-            undo = apply_activation_offload(model, gpu.device, 64, heads)
-            found = model(**{k: on(gpu.device, v) for k, v in both.items()}, chunk=64, together=True)
-            assert all(torch.equal(flow.cpu(), wanted) for flow, wanted in zip(found, expected))
-            undo()
+    expected = model(**both, chunk=128)
+    model.to(gpu.device)
+    undo = apply_activation_offload(model, gpu.device, 128, heads)
+    found = model(**{k: on(gpu.device, v) for k, v in both.items()}, chunk=128, together=True)
+    found = [flow.cpu() for flow in found]
+    undo()
+    model.to("cpu")
+    return found, expected
+
+
+def test_samples_of_different_lengths_in_turns(monkeypatch):
+    model = make_model("t2v")
+    for heads in (None, 1, 3):
+        with VirtualGPU() as gpu:
+            assert all(map(torch.equal, *in_turns(gpu, model, heads)))
+
+    allocate = ActivationOffload._allocate
+
+    def hasty(place, slots, count, nbytes):
+        for slot in slots:
+            slot.free = place.compute_stream().record_event()
+        allocate(place, slots, count, nbytes)
+
+    monkeypatch.setattr(ActivationOffload, "_allocate", hasty)
+    with pytest.raises(RaceError), VirtualGPU() as gpu:
+        in_turns(gpu, make_model("t2v"))
+
+
+@pytest.mark.skipif(
+    "WAN_WIDE_SWEEP" not in os.environ, reason="minutes of cases, asked for by WAN_WIDE_SWEEP=1"
+)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way(kind, dtype, together):
+    """Head groups of each size, one that leaves a remainder among them; chunks and lengths that leave odd rests."""
+    model = make_model(kind, dtype)
+    for length, chunk in [(40, 0), (97, 64), (131, 97), (131, 0), (225, 70)]:
+        expected = expected_flows(model, kind, length, chunk)
+        for heads in (1, 2, 3, 4, None):
+            with VirtualGPU() as gpu:
+                undo = apply_activation_offload(model, gpu.device, chunk, heads)
+                with streamed(model, gpu, kind, length):
+                    for samples in (1, 2):
+                        found = flows(model, gpu, kind, length, samples, together=together, chunk=chunk)
+                        assert all(map(torch.equal, found, expected)), (length, chunk, heads, samples)
+                undo()
 
 
 def test_what_is_constant_is_not_called_again():

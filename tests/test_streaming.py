@@ -470,6 +470,23 @@ def test_overwriting_a_buffer_in_use_is_a_race(large_stages, monkeypatch):
         race()
 
 
+@pytest.mark.parametrize("heard", ["both", "own"])
+def test_a_jump_that_waits_for_one_end_of_the_ring_is_a_race(large_stages, monkeypatch, heard):
+    """Two groups that do not follow those in the ring: the first may reach into what the other end held."""
+    if heard == "own":
+        copy = Streamer._copy
+        monkeypatch.setattr(
+            Streamer,
+            "_copy",
+            lambda self, group, slot, released: copy(self, group, slot, [slot.released]),
+        )
+    layers = network()
+    order = [0, 1, 3, 0, 2, 4, 1, 2, 0, 3, 4, 2]
+    expected = contextlib.nullcontext() if heard == "both" else pytest.raises(RaceError, match="copy_")
+    with expected, VirtualGPU(), Streamer(layers, "vgpu"):
+        run(layers, sample().to("vgpu"), order)
+
+
 def test_refilling_a_staging_buffer_too_soon_is_a_race(monkeypatch):
     monkeypatch.setattr(virtual_streams.Event, "synchronize", lambda event: None)
     with pytest.raises(RaceError, match="pinned"):
