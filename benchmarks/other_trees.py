@@ -86,7 +86,7 @@ def _imported(name: str) -> Any:
                 raise
             stand_in = types.ModuleType(error.name)
             stand_in.__spec__, stand_in.__path__ = ModuleSpec(error.name, None), []
-            stand_in.__getattr__ = _anything
+            vars(stand_in)["__getattr__"] = _anything
             sys.modules[error.name] = stand_in
 
 
@@ -163,7 +163,9 @@ def try_dit(name: str, make: Callable[..., nn.Module], attach: Callable[..., Any
     features, wanted = torch.randn(1, 257, 1280), inspect.signature(model.forward).parameters
 
     def call(device: str) -> torch.Tensor:
-        there = {key: [value.to(device)] for key, value in inputs.items() if key != "y" or image}
+        there: dict[str, Any] = {
+            key: [value.to(device)] for key, value in inputs.items() if key != "y" or image
+        }
         there |= {"t": torch.tensor([500.0]).to(device), "seq_len": TOKENS}
         if image and "clip_fea" in wanted:
             there["clip_fea"] = features.to(device)
@@ -272,7 +274,7 @@ def run(checkout: Path, package: str) -> None:
                             try_dit(title, made, attach, kind)
                         if (
                             name == "WanModel"
-                            and "clip_fea" not in inspect.signature(made.forward).parameters
+                            and "clip_fea" not in inspect.signature(made.forward).parameters  # type: ignore[attr-defined]
                         ):
                             try_experts(title, made, attach)
                 except Exception as error:

@@ -90,9 +90,8 @@ def test_what_grows_with_the_length_is_a_few_heads():
 def test_bytes_that_travel(kind):
     """Of a pass in bf16, per token and channel: the residual stream in fp32, all else in two bytes."""
     model, inputs = make_model(kind, torch.bfloat16), make_inputs(kind, 150)
-    visits = (
-        5 * 4 + 4 * 2
-    )  # the stream for keys, queries, both attentions' sums and the FFN; keys, values, queries, out
+    # The stream for keys, queries, both attentions' sums and the FFN; keys, values, queries and attention output.
+    visits = 5 * 4 + 4 * 2
     leaves = 3 * 4 + 4 * 2  # the stream with each sum; the same
     blocks = SIZES["num_layers"] + (kind == "vace")
     visits, leaves = blocks * visits + 4, blocks * leaves + 4  # the head; the embedded patches

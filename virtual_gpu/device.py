@@ -91,7 +91,7 @@ class VirtualGPU:
     ):
         self.meta, self.pin_limit, self.record_ops = meta, pin_limit, record_ops
         allocator = RecordingAllocator if record_requests else CachingAllocator
-        self.allocator = allocator(capacity, expandable_segments, granularity)
+        self.allocator: Any = allocator(capacity, expandable_segments, granularity)
         self.initialized = False
         self.pinned = 0
         self.timeline = Timeline(self)
