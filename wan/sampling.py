@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ class Solver:
         out = torch.empty_like(latent)
         for frames in torch.arange(latent.size(1)).chunk(PIECES):
             piece = slice(int(frames[0]), int(frames[-1]) + 1)
-            self.load_state_dict(_each(before, lambda whole, piece=piece: whole[:, :, piece]))
+            self.load_state_dict(_each(before, partial(_frames, piece)))
             out[:, piece] = self._stepped(flow[:, piece], t, latent[:, piece])
             states.append(_each(self.state_dict(), torch.Tensor.cpu))
         for name, value in _joined(states).items():
@@ -176,6 +177,10 @@ def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_each(item, function) for item in value]
     return function(value) if isinstance(value, torch.Tensor) and value.dim() == 5 else value
+
+
+def _frames(piece: slice, latent: torch.Tensor) -> torch.Tensor:
+    return latent[:, :, piece]
 
 
 def _joined(states: Sequence[Any]) -> Any:
