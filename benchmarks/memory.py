@@ -34,8 +34,8 @@ from PIL import Image
 from benchmarks import random_weights
 from upstream_driver import driver
 from virtual_gpu import VirtualGPU, least_capacity
-from wan.configs import SIZE_CONFIGS
 from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
+from wan.run.request import pixels
 from wan.tasks import TASKS, Task
 from wan.utils.accelerator import configure_allocator, initialise
 from wan.utils.errors import InputError
@@ -266,7 +266,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", default="t2v-1.3B", choices=list(TASKS))
-    add("--size", default="832*480", choices=list(SIZE_CONFIGS))
+    add("--size", default="832*480", metavar="W*H", help="default 832*480")
     add("--frame_num", type=int, help="default 81, 1 for t2i")
     add(
         "--capacity",
@@ -298,8 +298,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.memory = MemoryOptions(**{field.name: getattr(args, field.name) for field in fields(MemoryOptions)})
     task = TASKS[args.task]
-    if args.size not in task.sizes:
-        raise InputError(f"{args.task} supports {', '.join(task.sizes)}", "size", args.size)
+    args.pixels = pixels(task, args.size)
     if args.frame_num is None:
         args.frame_num = task.frame_num
     if args.capacity is not None and not args.capacity > 0:
@@ -319,8 +318,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> tuple[Report, Report | None]:
     """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
-    width, height = SIZE_CONFIGS[args.size]
-    run = Run(args.task, (width, height), args.frame_num, args.memory)
+    run = Run(args.task, args.pixels, args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
     if args.tree is not None:

@@ -24,6 +24,7 @@ from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
+from .modules.vae_forward import Stored
 from .sampling import OnStep, Solver, denoise, guided, guided_together
 from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
@@ -308,7 +309,7 @@ class WanPipeline:
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
-            layers = self.text_encoder.layer_groups()
+            layers = list(self.text_encoder.model.block)
             with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
                 for text in missing:
                     found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
@@ -374,7 +375,13 @@ class WanPipeline:
         """
         shape = conditioning.shape
         solver = Solver(
-            sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps, self.param_dtype
+            sample_solver,
+            sampling_steps,
+            shift,
+            self.device,
+            self.num_train_timesteps,
+            self.param_dtype,
+            self.options.activation_offload,
         )
         inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
         seq_len = self._sequence_length(*shape[1:])
@@ -460,10 +467,10 @@ class WanPipeline:
             on_latents(latent)
         return self.decode(latent)
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU."""
+    def decode(self, latent: torch.Tensor, stored: Stored | None = None) -> torch.Tensor:
+        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU, or to what is stored."""
         with self.stages("decode"):
-            return self.vae.decode([latent])[0]
+            return self.vae.decode([latent], stored=stored)[0]
 
     def _generator(self, seed: int) -> torch.Generator:
         """The source of noise: on the device if it is a GPU, as published results were made; negative is random."""

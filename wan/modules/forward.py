@@ -45,8 +45,8 @@ def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_groups(model: nn.Module) -> list[nn.Module]:
-    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: self attention, cross attention
-    and FFN of every block.
+    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: of every block's self attention
+    what makes keys and values, then the rest; cross attention; FFN.
 
     In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
     block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head), or is called once
@@ -56,7 +56,13 @@ def layer_groups(model: nn.Module) -> list[nn.Module]:
     groups = [hints[0].before_proj] if hints else []
     for i, block in enumerate(model.blocks):
         for visited in [hints[i], block] if i in hints else [block]:
-            groups += [visited.self_attn, visited.cross_attn, visited.ffn]
+            attention = visited.self_attn
+            groups += [
+                nn.ModuleList([attention.k, attention.norm_k, attention.v]),
+                nn.ModuleList([attention.q, attention.norm_q, attention.o]),
+                visited.cross_attn,
+                visited.ffn,
+            ]
         if i in hints:
             groups.append(hints[i].after_proj)
     return groups
@@ -144,8 +150,8 @@ def dit_forward(
         of_sample = None if image is None else partial(image, i)
         conditions = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
         joined = [x[i]] if y is None else [x[i], y[i]]
-        name = f"tokens {i}" if together else "tokens"
-        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name)
+        name = f"{i} " if together else ""
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name + "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = Layers(
@@ -156,13 +162,14 @@ def dit_forward(
             dtype,
             spans(tokens.length, chunk),
             place,
+            name,
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
                 yield from run(layers, block, tokens, first=n == 0)
         else:
             hints, _ = embed_patches(
-                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, f"{name} of hints"
+                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, name + "hints"
             )
             yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
@@ -198,6 +205,7 @@ class Layers:
         dtype: torch.dtype,
         spans: list[slice],
         place: Place,
+        name: str = "",
     ):
         self.modulation = modulation  # [1, 6, dim] fp32
         self.context = context
@@ -206,6 +214,7 @@ class Layers:
         self.dtype = dtype
         self.spans = spans
         self.place = place
+        self.name = name  # of what it keeps in its place over a pause
 
     def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The layer in the compute type."""
@@ -220,7 +229,7 @@ class Layers:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
             6, dim=1
         )
-        self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
+        yield from self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
         yield
         self._cross_attention(block, x)
         yield
@@ -238,10 +247,12 @@ class Layers:
         scale: torch.Tensor,
         gate: torch.Tensor,
         norm_dtype: torch.dtype,
-    ) -> None:
+    ) -> Iterator[None]:
         attention = block.self_attn
         shape = attention.num_heads, attention.q.out_features // attention.num_heads
-        keys, values = (self.place.heads(name, x.length, shape, self.dtype) for name in ("keys", "values"))
+        keys, values = (
+            self.place.heads(self.name + name, x.length, shape, self.dtype) for name in ("keys", "values")
+        )
 
         def modulated(part: torch.Tensor) -> torch.Tensor:
             hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
@@ -254,6 +265,7 @@ class Layers:
             hidden = attention.norm_k(hidden)
             keys.write(span, self.rope(heads_of(attention, hidden).float(), span))
             del hidden
+        yield
 
         def query(part: torch.Tensor, span: slice) -> torch.Tensor:
             hidden = heads_of(attention, attention.norm_q(attention.q(modulated(part)))).float()

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
 from ..modules.attention import CHOICES as ATTENTION_CHOICES
 from ..speed import check_speed
@@ -27,6 +26,9 @@ SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+# Pixels. Rotary embedding has 1024 positions of 16 each, and as many of 4 frames.
+SIDE_STEP = 16
+LONGEST_SIDE = 8192
 NO_CACHE = "off"
 NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
 # Fields that are the path of one file.
@@ -48,12 +50,13 @@ class Request:
     task: str = option(DEFAULT_TASK, "What to make, and with which model.", choices=TASKS)
     size: str | None = option(
         None,
-        "Width*height of the video. Tasks that start from an image take its area and keep the image's aspect.",
-        choices=tuple(SIZE_CONFIGS),
+        "Width*height of the video, in multiples of 16. Tasks that start from an image choose from the sizes of their "
+        "model, take the area and keep the image's aspect.",
+        metavar="W*H",
         shown_default="1280*720",
     )
     frame_num: int | None = option(
-        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=10001
+        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=4001
     )
     ckpt_dir: str | None = option(
         None,
@@ -183,8 +186,7 @@ class Request:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
-        width, height = SIZE_CONFIGS[self.size]
-        return width, height
+        return pixels(self.facts, self.size)
 
     @property
     def references(self) -> list[str] | None:
@@ -244,8 +246,7 @@ class Request:
 
     def _check(self) -> None:
         task = self.facts
-        if self.size not in task.sizes:
-            raise InputError(f"{self.task} supports {', '.join(task.sizes)}", "size", self.size)
+        pixels(task, self.size)
         if self.frame_num < 1 or self.frame_num % 4 != 1:
             raise InputError("give 4n+1 frames, such as 81", "frame_num", self.frame_num)
         if task.still and self.frame_num != 1:
@@ -312,6 +313,22 @@ class Request:
         size = self.size.replace("*", "x") if sys.platform == "win32" else self.size
         time = datetime.now().strftime("%Y%m%d_%H%M%S")
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"
+
+
+def pixels(task: Task, size: str) -> tuple[int, int]:
+    """(width, height) of "width*height". Raises InputError for a size that the task cannot make."""
+    found = re.fullmatch(r"([0-9]{1,5})\*([0-9]{1,5})", size)
+    width, height = map(int, found.groups()) if found else (0, 0)
+    if size not in task.sizes:
+        if not task.free_size:
+            raise InputError(f"choose one of {', '.join(task.sizes)}", "size", size)
+        if not all(0 < side <= LONGEST_SIDE and side % SIDE_STEP == 0 for side in (width, height)):
+            raise InputError(
+                f"give width*height in multiples of {SIDE_STEP} up to {LONGEST_SIDE}, such as {task.size}",
+                "size",
+                size,
+            )
+    return width, height
 
 
 def _example(names: str | None) -> str | None:

@@ -24,22 +24,24 @@ from ..utils.accelerator import (
 from ..utils.errors import InputError
 from ..utils.events import Event, Expected, Finished, Listener
 from ..utils.prompt_extend import extend_prompt
-from ..utils.video import save_image, save_video
+from ..utils.video import EightBitFrames, save_image, save_video
 from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
 from ..weights.lora import lora_identity
 from ..weights.prompts import PromptCache
 from .forecast import Forecast
 from .interrupts import Interrupts
-from .keeper import Keeper, check_finite
+from .keeper import Keeper, check_finite, not_finite
 from .outputs import check_outputs, save_result
 from .preview import Preview, fit_colours
+from .ram import check_ram
 from .request import Request
 from .settings import settings_text
 from .state import State, read_state
 
 log = logging.getLogger(__name__)
 
+DECODING = "decoding"
 MERGED = "merged LoRAs"  # beside the names of files
 
 
@@ -86,12 +88,13 @@ class Runner:
         state = _start(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             pipeline = self._pipeline_for(request)
+            if not state.finished:
+                check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts)
             self._forecast = Forecast(request, pipeline)
             with keeper.told():
                 latent = _latents(pipeline, keeper, self._tell)
-                video = pipeline.decode(latent.to(pipeline.device))
-                check_finite(video, "decoding")
+                video = _decoded(latent, keeper.state.request, pipeline)
                 path = _save(video, keeper.state.request, pipeline)
                 keeper.remove()
         self._tell(Finished(path))
@@ -250,6 +253,8 @@ def _encode(pipeline: Any, keeper: Keeper) -> None:
     request = keeper.state.request
     arguments = pipeline.arguments(request)
     log.info(f"Task {request.task}, {request.size}, {request.frame_num} frames, seed {request.base_seed}")
+    if request.size not in request.facts.sizes:
+        log.warning(f"{request.task} was trained at {', '.join(request.facts.sizes)}, not at {request.size}")
     log.info(f"Prompt: {request.prompt}")
     if request.use_prompt_extend:
         request = replace(request, prompt=_extended(request, arguments), use_prompt_extend=False)
@@ -279,8 +284,22 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
     return result.prompt
 
 
+def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Tensor:
+    """The video [3, F, H, W] in 8 bits, or a picture [3, 1, H, W] in [-1, 1], which is rounded otherwise."""
+    latent = latent.to(pipeline.device)
+    if request.facts.still:
+        picture = pipeline.decode(latent)
+        check_finite(picture, DECODING)
+        return picture
+    frames = EightBitFrames()
+    video = pipeline.decode(latent, frames)
+    if not frames.finite:
+        raise not_finite(DECODING)
+    return video
+
+
 def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
-    """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture."""
+    """Saves what `_decoded` gives."""
     comment = settings_text(request)
 
     def write(path: Path, over: bool) -> None:
