@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from ..utils.files import replacing, sweep
 from .fingerprints import file_fingerprint
+from .writing import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,9 @@ class PromptCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
             with replacing(self.folder / f"{name}.safetensors") as temporary:
-                safetensors.torch.save_file({"prompt": tensor}, temporary, metadata)
+                write_tensors(temporary, {"prompt": tensor}, metadata)
             self._shrink()
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
             log.warning(
                 f"The encoded prompt could not be kept in {self.folder}: {' '.join(str(error).split())}"
             )
