@@ -20,12 +20,12 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
-from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
 from .sampling import OnStep, Solver, denoise, guided, guided_together
+from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
@@ -92,6 +92,8 @@ class WanPipeline:
         on_event: Listener | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         lora_skip_unknown: bool = False,
+        attention: str = "auto",
+        compile: bool = False,
         prompt_cache: PromptCache | None = None,
         **memory: Any,
     ):
@@ -108,6 +110,7 @@ class WanPipeline:
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
+            attention, compile: kernels that round otherwise, as wan.run.Request's.
             prompt_cache: where encoded prompts are kept and looked for.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
@@ -123,8 +126,9 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
-        if self.device.type == "cuda":
-            load_flash_attn()  # a broken one is told now
+        check_speed(attention, compile, self.options)
+        check_able(attention, compile, self.device, config.param_dtype)
+        self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
@@ -175,6 +179,7 @@ class WanPipeline:
         model = self.model_class.from_pretrained(
             self.checkpoint_dir, dtype=self.config.param_dtype, offload_folder=folder, loras=self._loras
         )
+        apply_speed(model, *self._speed)
         self._sizes.remember(folder.mapped if folder else self.weight_files("denoise"))
         apply_chunking(model, self.options.dit_chunk)
         if self.options.activation_offload:
@@ -382,9 +387,8 @@ class WanPipeline:
         if self.options.guidance_together and guide_scale != 1:
             guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
         else:
-            guided_flow = guided(
-                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
-            )
+            with_prompt, without = (partial(flow, context=context) for context in (contexts[0], contexts[-1]))
+            guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])

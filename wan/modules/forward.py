@@ -24,6 +24,8 @@ from torch import nn
 from .conditions import Conditions, Context, embed, full_precision, heads_of
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
 
+RunBlock = Callable[..., Iterator[None]]  # called as Layers.run is
+
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
     "norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_k_img", "modulation", "emb_pos",
@@ -111,6 +113,7 @@ def dit_forward(
     place: Place = ON_DEVICE,
     together: bool = False,
     embed: Callable[..., Conditions] = embed,
+    run_block: RunBlock | None = None,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
@@ -123,6 +126,7 @@ def dit_forward(
         together: whether each layer group serves all samples, one after the other, before the next is visited. Each
             sample's arithmetic is its own either way.
         embed: what gives a sample's Conditions, called as conditions.embed.
+        run_block: what runs a block, instead of Layers.run.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -130,6 +134,7 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
+    run = run_block or Layers.run
     if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
@@ -154,12 +159,12 @@ def dit_forward(
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
-                yield from layers.run(block, tokens, first=n == 0)
+                yield from run(layers, block, tokens, first=n == 0)
         else:
             hints, _ = embed_patches(
                 model.vace_patch_embedding, [vace_context[i]], device, dtype, place, f"{name} of hints"
             )
-            yield from _run_with_hints(model, layers, tokens, hints, vace_context_scale)
+            yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
         return predict(model, tokens, conditions.time, grid, layers.spans).to(dtype).float()
 
@@ -276,7 +281,7 @@ class Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: Layers, x: Tokens, hints: Tokens, strength: float
+    model: nn.Module, layers: Layers, run: RunBlock, x: Tokens, hints: Tokens, strength: float
 ) -> Iterator[None]:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     before = model.vace_blocks[0].before_proj
@@ -286,8 +291,8 @@ def _run_with_hints(
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
         if i in hinted:
-            yield from layers.run(hinted[i], hints, first=i == 0)
-        yield from layers.run(block, x, first=i == 0)
+            yield from run(layers, hinted[i], hints, first=i == 0)
+        yield from run(layers, block, x, first=i == 0)
         if i in hinted:
             for span, hint in hints.read(layers.spans):
                 x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)

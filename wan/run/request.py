@@ -13,6 +13,8 @@ from typing import Any
 
 from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
+from ..modules.attention import CHOICES as ATTENTION_CHOICES
+from ..speed import check_speed
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.files import user_cache
@@ -21,6 +23,7 @@ from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
+SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
@@ -107,6 +110,20 @@ class Request:
     exact: bool = option(
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
+    )
+    attention: str = option(
+        "auto",
+        "Attention of the DiT: sdpa for PyTorch's, flash for flash-attn, which differ in rounding; sage for "
+        "SageAttention, which computes in 8 bits and changes the picture; auto for flash-attn where it is installed "
+        "and runs, else PyTorch's (default).",
+        choices=ATTENTION_CHOICES,
+        group=SPEED,
+    )
+    compile: bool = option(
+        False,
+        "Compile the DiT's blocks: faster steps after a slow first one, and another rounding. Not with --dit_stream, "
+        "--dit_chunk, --activation_offload, --low_vram or --exact.",
+        group=SPEED,
     )
     overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
     save_latents: str | None = option(
@@ -256,6 +273,7 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        check_speed(self.attention, self.compile, self.memory, self.exact)
         for file, _ in self.loras:
             if not Path(file).is_file():
                 raise InputError("no such file", "lora", file)

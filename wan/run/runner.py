@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import tiny
 from ..sampling import OnStep, Solver
+from ..speed import check_able
 from ..utils.accelerator import (
     choose_device,
     configure_allocator,
@@ -122,6 +123,8 @@ class Runner:
             request.memory,
             lora_identity(request.loras),
             request.lora_skip_unknown,
+            request.attention,
+            request.compile,
             request.prompt_folder,
         )
         if built != self._built:
@@ -129,6 +132,7 @@ class Runner:
             device = choose_device(request.device)
             if not task.toy:
                 require_accelerator(device, request.device)
+            check_able(request.attention, request.compile, device, task.config.param_dtype)
             checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
             configure_allocator(device)
             hold_to_free(device)
@@ -139,6 +143,8 @@ class Runner:
                 on_event=self._tell,
                 loras=request.loras,
                 lora_skip_unknown=request.lora_skip_unknown,
+                attention=request.attention,
+                compile=request.compile,
                 prompt_cache=self._prompts.setdefault(
                     request.prompt_folder, PromptCache(request.prompt_folder)
                 ),
@@ -209,9 +215,8 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
         _encode(pipeline, keeper)
     else:
         pipeline.load(encoders=False)
-    request, on_step = state.request, keeper.after_step
-    if request.preview:
-        on_step = _previewed(pipeline, keeper, tell)
+    request = state.request
+    on_step: OnStep = _previewed(pipeline, keeper, tell) if request.preview else keeper.after_step
     with keeper.interrupts.patience():
         latent = pipeline.denoise(
             keeper.state.conditioning,
