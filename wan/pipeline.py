@@ -33,9 +33,9 @@ from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
-from .weights.fingerprints import FileSizes, file_fingerprint
+from .weights.fingerprints import FileSizes
 from .weights.lora import Loras
-from .weights.prompts import PromptCache, computed_by
+from .weights.prompts import EncodedPrompts, PromptCache
 from .weights.reading import checkpoint_files
 
 
@@ -133,7 +133,14 @@ class WanPipeline:
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
-        self._prompts = prompt_cache
+        self._prompts = EncodedPrompts(
+            prompt_cache,
+            self.checkpoint_dir / config.t5_checkpoint,
+            self.checkpoint_dir / config.t5_tokenizer,
+            torch.device("cpu") if t5_cpu else self.device,
+            text_len=config.text_len,
+            dtype=str(config.t5_dtype),
+        )
         self._sizes = FileSizes()
         self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
@@ -201,7 +208,7 @@ class WanPipeline:
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
         with self.stages.loading():
-            if encoders and (prompts is None or any(self._cached(prompt) is None for prompt in prompts)):
+            if encoders and (prompts is None or any(self._prompts.get(prompt) is None for prompt in prompts)):
                 assert self._text is not None
                 self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
             if encoders and self.uses_clip:
@@ -282,7 +289,7 @@ class WanPipeline:
     def encode_ahead(self, prompt: str) -> None:
         """Encodes a prompt into the cache, for a run to come; loads nothing but the text encoder."""
         texts = self.prompts(prompt)
-        if any(self._cached(text) is None for text in texts):
+        if any(self._prompts.get(text) is None for text in texts):
             with self.stages.loading():
                 assert self._text is not None
             with self.stages("text"), torch.no_grad():
@@ -305,7 +312,7 @@ class WanPipeline:
 
     def _embeddings(self, texts: Sequence[str], stay: bool) -> list[torch.Tensor]:
         """Each text's embedding, [L, text_dim] on the device, from the cache or encoded and put there."""
-        found = {text: self._cached(text) for text in texts}
+        found = {text: self._prompts.get(text) for text in texts}
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
@@ -313,30 +320,9 @@ class WanPipeline:
             with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
                 for text in missing:
                     found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
-        if self._prompts:
-            for text in missing:
-                self._prompts.put(self._prompt_key(text), found[text])
+        for text in missing:
+            self._prompts.put(text, found[text])
         return [found[text].to(self.device) for text in texts]
-
-    def _cached(self, text: str) -> torch.Tensor | None:
-        return self._prompts.get(self._prompt_key(text)) if self._prompts else None
-
-    def _prompt_key(self, text: str) -> dict[str, Any]:
-        """All that decides the bits of a text's embedding."""
-        device = torch.device("cpu") if self.options.t5_cpu else self.device
-        return self._encoder_identity | {"text": text, "by": computed_by(device)}
-
-    @cached_property
-    def _encoder_identity(self) -> dict[str, Any]:
-        folder = self.checkpoint_dir / self.config.t5_tokenizer
-        tokenizer = {path.name: file_fingerprint(path) for path in sorted(folder.glob("*")) if path.is_file()}
-        return {
-            "torch": str(torch.__version__),
-            "weights": file_fingerprint(self.checkpoint_dir / self.config.t5_checkpoint),
-            "tokenizer": tokenizer,
-            "text_len": self.config.text_len,
-            "dtype": str(self.config.t5_dtype),
-        }
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""

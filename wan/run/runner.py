@@ -19,6 +19,7 @@ from ..utils.accelerator import (
     configure_allocator,
     exact_arithmetic,
     hold_to_free,
+    is_out_of_memory,
     require_accelerator,
 )
 from ..utils.errors import InputError
@@ -237,7 +238,13 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
 def _previewed(pipeline: Any, keeper: Keeper, tell: Listener) -> OnStep:
     """What the keeper does after a step, and before that a preview."""
     request = keeper.state.request
-    colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
+    try:
+        colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("No preview: out of memory while its colours were sought")
+        return keeper.after_step
     references = keeper.state.conditioning.references
     preview = Preview(request.preview, keeper.path.stem, colours, request.preview_every, references, tell)
 
