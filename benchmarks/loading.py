@@ -9,6 +9,8 @@ The checkpoint is generated, sharded like the 14B files, in a temporary director
 back without swapping. Both are without what the process needs before it loads anything.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +32,14 @@ from wan.weights.lora import Loras
 GIB = 2**30
 
 
-def write_checkpoint(directory, task, layers, shards=4):
+def write_checkpoint(directory: Path, task: str, layers: int | None, shards: int = 4) -> None:
     """Writes config.json and fp32 weights, sharded, of a task's DiT with `layers` blocks (None for all)."""
     config = dit_config(task)
     config["num_layers"] = layers or config["num_layers"]
     (directory / "config.json").write_text(json.dumps(config))
     expected = WanModel.from_config(directory).state_dict()
-    names, weight_map = sorted(expected), {}
+    names = sorted(expected)
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"diffusion_pytorch_model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
@@ -45,7 +49,7 @@ def write_checkpoint(directory, task, layers, shards=4):
     (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_lora(path, directory, rank):
+def write_lora(path: Path, directory: Path, rank: int) -> None:
     """Writes a LoRA in bf16 for every matrix of a checkpoint's DiT."""
     tensors = {}
     for name, parameter in WanModel.from_config(directory).state_dict().items():
@@ -57,9 +61,11 @@ def write_lora(path, directory, rank):
     save_file(tensors, path)
 
 
-def measure(directory, offload_folder=None, lora=None):
+def measure(
+    directory: str | Path, offload_folder: str | Path | None = None, lora: str | Path | None = None
+) -> dict[str, int]:
     """Loads a checkpoint in a fresh process. Returns a dict of bytes: kept, anonymous, resident."""
-    command = [sys.executable, "-m", "benchmarks.loading", "--load", directory]
+    command: list[str | Path] = [sys.executable, "-m", "benchmarks.loading", "--load", directory]
     command += ["--offload_folder", offload_folder] if offload_folder else []
     command += ["--lora", lora] if lora else []
     root = Path(__file__).resolve().parents[1]
@@ -67,7 +73,9 @@ def measure(directory, offload_folder=None, lora=None):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def load(directory, offload_folder=None, lora=None):
+def load(
+    directory: str | Path, offload_folder: str | Path | None = None, lora: str | Path | None = None
+) -> dict[str, int]:
     """Loads a checkpoint in this process. Returns what `measure` does."""
     folder = OffloadFolder(offload_folder) if offload_folder else None
     parameters = WanModel.from_config(directory).state_dict()
@@ -75,7 +83,7 @@ def load(directory, offload_folder=None, lora=None):
     loras = Loras([(lora, 1.0)], shapes) if lora else None
     before, peak, done = _memory(), _memory(), threading.Event()
 
-    def sample():
+    def sample() -> None:
         while not done.is_set():
             for name, value in _memory().items():
                 peak[name] = max(peak[name], value)
@@ -90,13 +98,13 @@ def load(directory, offload_folder=None, lora=None):
     return {"kept": kept} | {name: peak[name] - before[name] for name in peak}
 
 
-def _memory():
+def _memory() -> dict[str, int]:
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
     return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

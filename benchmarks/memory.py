@@ -13,6 +13,8 @@ Live bytes are those in tensors. A card needs what the allocator reserves for th
 what it has cached when it runs out: --least_capacity tells how much. Beside that CUDA itself takes 0.35 to 0.45 GiB.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -21,8 +23,10 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,9 +34,9 @@ from PIL import Image
 from benchmarks import random_weights
 from upstream_driver import driver
 from virtual_gpu import VirtualGPU, least_capacity
-from wan.configs import SIZE_CONFIGS
 from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
-from wan.tasks import TASKS
+from wan.run.request import pixels
+from wan.tasks import TASKS, Task
 from wan.utils.accelerator import configure_allocator, initialise
 from wan.utils.errors import InputError
 from wan.utils.flags import add_flags, boolean
@@ -54,7 +58,7 @@ class Run:
     layers: int | None = None
 
     @property
-    def facts(self):
+    def facts(self) -> Task:
         return TASKS[self.task]
 
 
@@ -84,7 +88,7 @@ def count(
     run: Run, capacity: int | None = None, expandable_segments: bool = True, find_least: bool = False
 ) -> Report:
     """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
-    options = {"expandable_segments": expandable_segments, "record_requests": find_least}
+    options: dict[str, Any] = {"expandable_segments": expandable_segments, "record_requests": find_least}
     with VirtualGPU(capacity, True, **options) as gpu, random_weights.weights_from(random_weights.untouched):
         report = report_on(run, gpu.device)
     if find_least and report.out_of_memory is None:
@@ -106,7 +110,7 @@ def measure(run: Run, capacity: int | None = None, expandable_segments: bool = T
 
 def count_upstream(
     run: Run,
-    tree: str | os.PathLike,
+    tree: str | Path,
     capacity: int | None = None,
     expandable_segments: bool = True,
     find_least: bool = False,
@@ -120,7 +124,11 @@ def count_upstream(
         InputError: the tree does not know an option.
     """
     defaults = vars(MemoryOptions())
-    call = {"frame_num": run.frame_num, "sampling_steps": STEPS, "offload_model": run.memory.offload_model}
+    call: dict[str, Any] = {
+        "frame_num": run.frame_num,
+        "sampling_steps": STEPS,
+        "offload_model": run.memory.offload_model,
+    }
     if run.facts.area_only:
         names = ["img" if name == "image" else name for name in run.facts.inputs]
         call |= dict.fromkeys(names, run.size) | {"max_area": run.size[0] * run.size[1]}
@@ -156,7 +164,7 @@ def count_upstream(
     return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"], least)
 
 
-def report_on(run, device):
+def report_on(run: Run, device: torch.device) -> Report:
     """Runs it, on weights from wherever the caller has them made."""
     backend, report, pipeline = torch.get_device_module(device), Report(), None
     initialise(device)
@@ -184,25 +192,25 @@ def report_on(run, device):
     return report
 
 
-def _ignored(event):
+def _ignored(event: Any) -> None:
     pass
 
 
 class _NoText:
     """A text encoder that takes no time."""
 
-    def layer_groups(self):
+    def layer_groups(self) -> list[Any]:
         return []
 
-    def __call__(self, texts, device):
+    def __call__(self, texts: list[str], device: Any) -> list[torch.Tensor]:
         return [torch.zeros(512, 4096, dtype=torch.bfloat16) for _ in texts]
 
 
-def _skip_calls(model, calls):
+def _skip_calls(model: Any, calls: int) -> None:
     """Makes the first `calls` calls of a DiT return zeros: the other calls need more memory, or as much."""
     forward, left = model.forward, calls
 
-    def skipping(x, *args, **kwargs):
+    def skipping(x: list[torch.Tensor], *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         nonlocal left
         left -= 1
         return forward(x, *args, **kwargs) if left < 0 else [torch.zeros_like(latent) for latent in x]
@@ -210,16 +218,16 @@ def _skip_calls(model, calls):
     model.forward = skipping
 
 
-def _generate(pipeline, run, source_device):
+def _generate(pipeline: Any, run: Run, source_device: torch.device) -> torch.Tensor:
     """generate() of the task; sources are made on `source_device`."""
     width, height = run.size
-    arguments = {"size": run.size}
+    arguments: dict[str, Any] = {"size": run.size}
     if run.facts.area_only:
         names = ["img" if name == "image" else name for name in run.facts.inputs]
         arguments = {name: Image.new("RGB", run.size) for name in names} | {"max_area": width * height}
     elif run.facts.inputs:
 
-        def zeros(*shape):
+        def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, height, width, device=source_device)
 
         references = [zeros(3, 1) for _ in range(REFERENCES)]
@@ -231,7 +239,7 @@ def _generate(pipeline, run, source_device):
     return pipeline.generate(PROMPT, **arguments, frame_num=run.frame_num, sampling_steps=STEPS, seed=0)
 
 
-def _requested(error):
+def _requested(error: Any) -> int:
     """The bytes that an out-of-memory error asked for."""
     if hasattr(error, "requested"):
         return error.requested
@@ -239,7 +247,7 @@ def _requested(error):
     return round(float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, also if the run was out of memory; 2 for bad input."""
     try:
         args = parse_arguments(argv)
@@ -252,13 +260,13 @@ def main(argv=None):
     return 0
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--task", default="t2v-1.3B", choices=list(TASKS))
-    add("--size", default="832*480", choices=list(SIZE_CONFIGS))
+    add("--size", default="832*480", metavar="W*H", help="default 832*480")
     add("--frame_num", type=int, help="default 81, 1 for t2i")
     add(
         "--capacity",
@@ -290,8 +298,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.memory = MemoryOptions(**{field.name: getattr(args, field.name) for field in fields(MemoryOptions)})
     task = TASKS[args.task]
-    if args.size not in task.sizes:
-        raise InputError(f"{args.task} supports {', '.join(task.sizes)}", "size", args.size)
+    args.pixels = pixels(task, args.size)
     if args.frame_num is None:
         args.frame_num = task.frame_num
     if args.capacity is not None and not args.capacity > 0:
@@ -309,9 +316,9 @@ def parse_arguments(argv=None):
     return args
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> tuple[Report, Report | None]:
     """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
-    run = Run(args.task, SIZE_CONFIGS[args.size], args.frame_num, args.memory)
+    run = Run(args.task, args.pixels, args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
     if args.tree is not None:
@@ -321,7 +328,7 @@ def _run(args):
     return measure(run, capacity, expandable), count(run, capacity, expandable) if args.compare else None
 
 
-def _table(args, report, counted):
+def _table(args: argparse.Namespace, report: Report, counted: Report | None) -> str:
     """The report as text; `counted` is the virtual GPU's, to be compared, or None."""
     of = f" of {args.capacity} GiB" if args.capacity else ""
     lines = [f"{args.task}, {args.size}, {args.frame_num} frames, {args.device} device{of}", ""]

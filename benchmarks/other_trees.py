@@ -14,6 +14,7 @@ these modules; libraries of its that are missing here are empty stand-ins, and a
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 import shutil
@@ -33,10 +34,6 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [
-    "modules/forward.py", "modules/tokens.py", "modules/vae_forward.py", "modules/vae_operations.py",
-    "utils/errors.py", "utils/flags.py", "utils/accelerator.py",
-]  # fmt: skip
 GRID, TOKENS = (3, 16, 18), 216  # of the DiT's latents; four chunks of tokens
 DIT = {
     "model_type": "t2v", "dim": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 3, "freq_dim": 16, "text_dim": 20,
@@ -53,11 +50,24 @@ T5 = {
 
 
 def copy_library(target: Path) -> None:
-    """Copies what wan.memory needs, as a package of another name; the folder must not exist."""
-    shutil.copytree(ROOT / "wan/memory", target / "memory", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / "wan" / name, target / name)
+    """Copies wan.memory and what it imports, as a package of another name; the folder must not exist."""
+    waiting, package = list((ROOT / "wan/memory").glob("*.py")), ROOT / "wan"
+    while waiting:
+        file = waiting.pop()
+        copy = target / file.relative_to(package)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+            waiting += imported_by(file)
+
+
+def imported_by(file: Path) -> Iterator[Path]:
+    """The files that a file's relative imports name."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            names = [folder.with_suffix(".py"), folder / "__init__.py"]
+            yield from filter(Path.is_file, [*names, *(folder / f"{item.name}.py" for item in node.names)])
 
 
 def modules_of(checkout: Path, folder: str) -> Iterator[Any]:
@@ -86,7 +96,7 @@ def _imported(name: str) -> Any:
                 raise
             stand_in = types.ModuleType(error.name)
             stand_in.__spec__, stand_in.__path__ = ModuleSpec(error.name, None), []
-            stand_in.__getattr__ = _anything
+            vars(stand_in)["__getattr__"] = _anything
             sys.modules[error.name] = stand_in
 
 
@@ -163,7 +173,9 @@ def try_dit(name: str, make: Callable[..., nn.Module], attach: Callable[..., Any
     features, wanted = torch.randn(1, 257, 1280), inspect.signature(model.forward).parameters
 
     def call(device: str) -> torch.Tensor:
-        there = {key: [value.to(device)] for key, value in inputs.items() if key != "y" or image}
+        there: dict[str, Any] = {
+            key: [value.to(device)] for key, value in inputs.items() if key != "y" or image
+        }
         there |= {"t": torch.tensor([500.0]).to(device), "seq_len": TOKENS}
         if image and "clip_fea" in wanted:
             there["clip_fea"] = features.to(device)
@@ -178,7 +190,8 @@ def try_dit(name: str, make: Callable[..., nn.Module], attach: Callable[..., Any
             f"{name}, {kind}: its forward takes inputs of its own ({type(error).__name__}: {str(error)[:80]})"
         )
         return
-    for options, device in (({"dit_stream": 0.0}, "vgpu:0"), ({"dit_chunk": 64}, "cpu")):
+    in_ram = {"dit_stream": 0.0, "dit_chunk": 64, "activation_offload": True}
+    for options, device in (({"dit_stream": 0.0}, "vgpu:0"), ({"dit_chunk": 64}, "cpu"), (in_ram, "vgpu:0")):
         compare(
             f"{name}, {kind}, attach({_listed(options)})",
             partial(call, device),
@@ -249,7 +262,7 @@ def main() -> None:
 def run(checkout: Path, package: str) -> None:
     attach = importlib.import_module("lean.memory").attach
     from upstream_driver import stand_ins
-    from upstream_driver.driver import attention
+    from upstream_driver.surroundings import attention
     from virtual_gpu import VirtualGPU
 
     stand_ins.install()
@@ -272,7 +285,7 @@ def run(checkout: Path, package: str) -> None:
                             try_dit(title, made, attach, kind)
                         if (
                             name == "WanModel"
-                            and "clip_fea" not in inspect.signature(made.forward).parameters
+                            and "clip_fea" not in inspect.signature(made.forward).parameters  # type: ignore[attr-defined]
                         ):
                             try_experts(title, made, attach)
                 except Exception as error:

@@ -3,12 +3,16 @@
 The pipelines run as they are; only what reads a file of weights is replaced.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
 import math
 import mmap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +24,11 @@ from wan.configs import WAN_CONFIGS
 from wan.tasks import TASKS
 from wan.tiny import train_tokenizer
 
-LOADERS = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
+LOADERS: tuple[Any, ...] = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def write_checkpoint(directory, task, layers=None):
+def write_checkpoint(directory: str | Path, task: str, layers: int | None = None) -> None:
     """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer.
 
     Files of weights are there, and empty.
@@ -40,7 +44,7 @@ def write_checkpoint(directory, task, layers=None):
     train_tokenizer(512).save_pretrained(directory / config.t5_tokenizer)
 
 
-def dit_config(task, layers=None):
+def dit_config(task: str, layers: int | None = None) -> dict[str, Any]:
     """The contents of the config.json of a task's DiT, as published, or with fewer `layers`."""
     config = TASKS[task].dit_config
     if layers and "dit_config" not in WAN_CONFIGS[task]:
@@ -51,13 +55,15 @@ def dit_config(task, layers=None):
 
 
 @contextlib.contextmanager
-def weights_from(make):
+def weights_from(make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Iterator[None]:
     """Inside, models that are built get their weights from `make(shape, dtype)` instead of from files.
 
     Types are those in which files are kept, see wan.weights.loading.load_weights.
     """
 
-    def load_weights(module, path, *, names=None, dtype=None, merge=None):
+    def load_weights(
+        module: torch.nn.Module, path: Any, *, names: Any = None, dtype: Any = None, merge: Any = None
+    ) -> None:
         weights = {
             name: make(tuple(tensor.shape), dtype(name)) for name, tensor in module.state_dict().items()
         }
@@ -74,18 +80,18 @@ def weights_from(make):
             module.load_weights = original
 
 
-def untouched(shape, dtype):
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros on the CPU that take no memory as long as nobody writes to them; reading takes none on Linux."""
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @functools.cache
-def _block(dtype):
+def _block(dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
 
 
-def random(shape, dtype):
+def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Normal numbers on the CPU, as small as trained weights: one block of them over and over, which is fast."""
     block = _block(dtype)
     weights = torch.empty(shape, dtype=dtype)

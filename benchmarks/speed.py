@@ -11,6 +11,8 @@ GB/s is what a pass copies to the device over the time that it takes: what is ne
 On a CPU nothing is streamed, for the weights are where they are used: there the rows tell that the code runs.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -19,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +42,8 @@ GIB = 2**30
 PASSES = 2  # per step
 STRIDE = (4, 8, 8)  # of the VAE: frames, rows, columns
 TOY = "t2v-tiny"
+CHUNK = int(LOW_VRAM["dit_chunk"])
+TimePass = Callable[[], tuple[float, int] | None]  # (seconds, peak bytes), None if there is not the room
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,20 @@ class Case:
     layers: int | None = None  # of the DiT, None for the task's
 
     @property
-    def latent_shape(self):
+    def latent_shape(self) -> tuple[int, int, int, int]:
         width, height = SIZE_CONFIGS[self.size]
         temporal, vertical, horizontal = STRIDE
         return (16, (self.frame_num - 1) // temporal + 1, height // vertical, width // horizontal)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         _, frames, rows, columns = self.latent_shape
         return frames * (rows // 2) * (columns // 2)
 
 
 CASES = {
-    "t2v-1.3B": Case("t2v-1.3B", "832*480", 81, LOW_VRAM["dit_chunk"]),
-    "t2v-14B": Case("t2v-14B", "1280*720", 81, LOW_VRAM["dit_chunk"]),
+    "t2v-1.3B": Case("t2v-1.3B", "832*480", 81, CHUNK),
+    "t2v-14B": Case("t2v-14B", "1280*720", 81, CHUNK),
     TOY: Case(TOY, "128*96", 9, 64),
 }
 
@@ -87,12 +93,12 @@ class Row:
     out_of_memory: bool = False
 
     @property
-    def step(self):
+    def step(self) -> float:
         """Seconds per step."""
         return PASSES * statistics.median(self.passes)
 
 
-def measure(case, device, rounds, tree=None):
+def measure(case: Case, device: torch.device, rounds: int, tree: str | None = None) -> list[Row]:
     """The Rows of a case, the resident model's first; upstream's last if `tree`, its checkout, is given."""
     variants, rows = _variants(case, device), []
     with contextlib.ExitStack() as stack:
@@ -113,7 +119,7 @@ def measure(case, device, rounds, tree=None):
     return rows
 
 
-def _variants(case, device):
+def _variants(case: Case, device: torch.device) -> list[tuple[Row, TimePass]]:
     """Our variants of a case as pairs: a Row, and what times a pass, see `_timed`."""
     dtype = WAN_CONFIGS[case.task].param_dtype
     with tempfile.TemporaryDirectory() as folder:
@@ -130,8 +136,8 @@ def _variants(case, device):
         moved = 0
     inputs = pass_inputs(case.latent_shape, case.tokens, device, dtype)
 
-    def variant(name, component, chunk, streamed_bytes=0):
-        def time_pass():
+    def variant(name: str, component: Component, chunk: int, streamed_bytes: int = 0) -> tuple[Row, TimePass]:
+        def time_pass() -> tuple[float, int] | None:
             undo = apply_chunking(model, chunk)
             try:
                 return _timed(component, model, inputs, device)
@@ -147,7 +153,9 @@ def _variants(case, device):
     ]
 
 
-def pass_inputs(latent_shape, tokens, device, dtype):
+def pass_inputs(
+    latent_shape: Sequence[int], tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Keyword arguments of a text-to-video DiT: one sample, a prompt as long as can be."""
     return {
         "x": [torch.randn(latent_shape, device=device)],
@@ -157,7 +165,9 @@ def pass_inputs(latent_shape, tokens, device, dtype):
     }
 
 
-def _timed(component, model, inputs, device):
+def _timed(
+    component: Component, model: WanModel, inputs: dict[str, Any], device: torch.device
+) -> tuple[float, int] | None:
     """One pass with the component on the device: (seconds, peak bytes), or None if the device has not the room."""
     backend = None if device.type == "cpu" else torch.get_device_module(device)
     try:
@@ -179,7 +189,7 @@ def _timed(component, model, inputs, device):
 
 
 @contextlib.contextmanager
-def _upstream(case, device, tree):
+def _upstream(case: Case, device: torch.device, tree: str) -> Iterator[TimePass]:
     """What times a pass of upstream's model, as `_timed` does, in a process of its own: see upstream_speed.py."""
     job = {
         "tree": str(Path(tree).resolve()),
@@ -194,7 +204,7 @@ def _upstream(case, device, tree):
         [sys.executable, script, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
 
-        def time_pass():
+        def time_pass() -> tuple[float, int] | None:
             process.stdin.write("pass\n")
             process.stdin.flush()
             answer = process.stdout.readline()
@@ -209,7 +219,7 @@ def _upstream(case, device, tree):
                 process.stdin.close()  # ends it
 
 
-def table(rows):
+def table(rows: Sequence[Row]) -> str:
     """A markdown table, times as ratios to the first row's too."""
     lines = ["| weights | s/step | ratio | peak GiB | GB/s to the device |", "|---|---:|---:|---:|---:|"]
     base = rows[0]
@@ -225,7 +235,7 @@ def table(rows):
     return "\n".join(lines)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, also if something did not fit the device; 2 for bad input."""
     try:
         args = parse_arguments(argv)
@@ -245,7 +255,7 @@ def main(argv=None):
     return 0
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

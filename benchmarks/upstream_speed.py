@@ -5,36 +5,38 @@ comes in, a line goes out: [seconds, peak bytes] of one pass, or null if the dev
 nothing stays on the device: the model is built anew, on the device, with the weights that upstream starts from.
 """
 
+from __future__ import annotations
+
 import contextlib
+import importlib
 import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "upstream_driver"))
-import driver  # noqa: E402
-import stand_ins  # noqa: E402
+sys.path.append(str(ROOT))  # behind upstream's tree, whose package has the name of ours
+from upstream_driver import stand_ins, surroundings  # noqa: E402
 
 
-def load_model_class(tree, kind):
+def load_model_class(tree: str, kind: str) -> Any:
     """Upstream's WanModel for a kind of device, with PyTorch's attention where there is no flash-attn."""
     if kind != "cuda":
-        return driver.load_tree(tree, kind).modules.model.WanModel
+        return surroundings.load_tree(tree, kind).modules.model.WanModel
     stand_ins.install()
     sys.path.insert(0, tree)
     sys.dont_write_bytecode = True
-    import wan.modules.model
-
+    models: Any = importlib.import_module("wan.modules.model")
     if not any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface")):
-        wan.modules.model.flash_attention = driver.attention
-    return wan.modules.model.WanModel
+        models.flash_attention = surroundings.attention
+    return models.WanModel
 
 
-def time_pass(model_class, job, device):
+def time_pass(model_class: Any, job: dict[str, Any], device: torch.device) -> tuple[float, int] | None:
     """(seconds, peak bytes) of one pass as upstream's pipeline makes it: fp32 weights, cast as they are used."""
     dtype = getattr(torch, job["dtype"])
     backend = None if device.type == "cpu" else torch.get_device_module(device)
@@ -55,7 +57,7 @@ def time_pass(model_class, job, device):
     return seconds, backend.max_memory_allocated(device) if backend else 0
 
 
-def main():
+def main() -> None:
     job, out = json.loads(sys.argv[1]), sys.stdout
     kind = job["device"].partition(":")[0]
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:

@@ -11,14 +11,17 @@ on the virtual GPU, weights of the working half included, or measured where ther
 `--count` counts peaks of a larger video, too, without computing it.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import statistics
-import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -40,7 +43,7 @@ OVERLAP = 4  # a blended tile shares one part in so many with its neighbour, as 
 WHITE = 0.25  # difference on [-1, 1] that the maps show as white, 32 of 256 steps
 
 
-def randomized(model):
+def randomized(model: VAE) -> VAE:
     """Gives a VAE seeded weights that keep the spread of what goes through, so that all it reaches counts."""
     random = torch.Generator().manual_seed(0)
     for name, parameter in model.eval().requires_grad_(False).named_parameters():
@@ -50,7 +53,7 @@ def randomized(model):
     return model
 
 
-def as_diffusers(model, dim):
+def as_diffusers(model: VAE, dim: int) -> Any:
     """diffusers' AutoencoderKLWan with the weights of our VAE."""
     weights = convert_wan_vae_to_diffusers(dict(model.state_dict()))
     with torch.device("meta"):
@@ -59,7 +62,7 @@ def as_diffusers(model, dim):
     return other.eval().requires_grad_(False)
 
 
-def from_tree(tree, model, dim):
+def from_tree(tree: str, model: VAE, dim: int) -> Any:
     """The VAE of upstream's checkout `tree` with the weights of ours. Its file imports nothing else of the checkout."""
     spec = importlib.util.spec_from_file_location("upstream_vae", Path(tree) / "wan/modules/vae.py")
     module = importlib.util.module_from_spec(spec)
@@ -76,18 +79,18 @@ class Coder:
 
     name: str
     model: torch.nn.Module
-    run: callable
+    run: Callable[[str, torch.Tensor], torch.Tensor]
     seconds: list = field(default_factory=list)
     peak: int = 0
     result: torch.Tensor | None = None
 
 
-def ours(model, tile, direction, sample):
+def ours(model: VAE, tile: int, direction: str, sample: torch.Tensor) -> torch.Tensor:
     return getattr(vae_tiling, direction)(model, sample, [MEAN, 1 / STD], tile)
 
 
 @torch.no_grad()
-def theirs(model, tile, direction, sample):
+def theirs(model: Any, tile: int, direction: str, sample: torch.Tensor) -> torch.Tensor:
     """diffusers' VAE with tiles of `tile` pixels, or whole frames for 0, given and giving what ours does."""
     model.disable_tiling()
     if tile:
@@ -102,14 +105,16 @@ def theirs(model, tile, direction, sample):
 
 
 @torch.no_grad()
-def upstreams(model, direction, sample):
+def upstreams(model: Any, direction: str, sample: torch.Tensor) -> torch.Tensor:
     """Upstream's VAE, given and giving what ours does."""
     device = next(getattr(model, HALVES[direction][0]).parameters()).device
     result = getattr(model, direction)(sample.to(device)[None], [MEAN.to(device), 1 / STD.to(device)])[0]
     return result.clamp_(-1, 1) if direction == "decode" else result
 
 
-def coders(model, tree, tiles, blended, dim):
+def coders(
+    model: VAE, tree: str | None, tiles: Sequence[int], blended: Sequence[int], dim: int
+) -> list[Coder]:
     """The Coders, ours first, with the weights of `model`; upstream's only if its checkout `tree` is given."""
     other = as_diffusers(model, dim)
     upstream = [from_tree(tree, model, dim)] if tree else []
@@ -125,7 +130,7 @@ def coders(model, tree, tiles, blended, dim):
     ]
 
 
-def samples(direction, frames, height, width):
+def samples(direction: str, frames: int, height: int, width: int) -> torch.Tensor:
     """A seeded input: latents of normal spread, or a clip in [-1, 1] that moves."""
     if direction == "decode":
         shape = (len(MEAN), encoded_frames(frames), height // STRIDE, width // STRIDE)
@@ -135,13 +140,15 @@ def samples(direction, frames, height, width):
     return torch.stack([torch.sin(x * (1 + c) + 2 * t) * torch.cos(y * 2 - t) for c in range(3)])
 
 
-def place(direction, model, device):
+def place(direction: str, model: torch.nn.Module, device: torch.device | str) -> None:
     for name in HALVES[direction]:
         if hasattr(model, name):
             getattr(model, name).to(device)
 
 
-def compute(direction, all_coders, sample, rounds, device):
+def compute(
+    direction: str, all_coders: Sequence[Coder], sample: torch.Tensor, rounds: int, device: torch.device
+) -> None:
     """Times the coders in turn, `rounds` times; with CUDA measures their peaks.
 
     On the CPU it is its time that counts, of all threads together, which other programs disturb less.
@@ -163,7 +170,9 @@ def compute(direction, all_coders, sample, rounds, device):
                 torch.cuda.empty_cache()
 
 
-def count(direction, make_coders, dim, shape):
+def count(
+    direction: str, make_coders: Callable[[VAE], list[Coder]], dim: int, shape: tuple[int, int, int]
+) -> dict[str, int]:
     """Peak bytes of make_coders(model) by name, for a video of shape (frames, height, width)."""
     sample = torch.zeros(samples(direction, *(min(n, 8) for n in shape)).shape[0], 1, 1, 1)
     frames, height, width = shape
@@ -187,7 +196,9 @@ def count(direction, make_coders, dim, shape):
     return peaks
 
 
-def table(direction, all_coders, counted, clock):
+def table(
+    direction: str, all_coders: Sequence[Coder], counted: dict[str, dict[str, int]], clock: str
+) -> Iterator[str]:
     """Lines of a markdown table; differences are those from the first coder."""
     first, whole = all_coders[0], all_coders[0].result
     heads = ["", clock, "times", "peak GiB", "largest difference", "mean difference"]
@@ -212,7 +223,7 @@ def table(direction, all_coders, counted, clock):
         yield "| " + " | ".join(cells) + " |"
 
 
-def save_picture(path, compared, whole, width=400):
+def save_picture(path: str, compared: Sequence[Coder], whole: torch.Tensor, width: int = 400) -> None:
     """Maps of the last frame's difference from `whole`, the largest of the colours, side by side."""
     maps = []
     for coder in compared:
@@ -228,12 +239,12 @@ def save_picture(path, compared, whole, width=400):
         canvas.save(temporary, optimize=True)
 
 
-def parse_size(text):
+def parse_size(text: str) -> tuple[int, int]:
     width, height = (int(number) for number in text.replace("x", "*").split("*"))
     return height, width
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,9 +289,9 @@ def main(argv=None):
             save_picture(args.picture, compared[:1] + compared[-1:], all_coders[0].result)
 
 
-def vae_tiling_size(text):
+def vae_tiling_size(text: str) -> int | str:
     return vae_tiling.check_tile(int(text))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,8 +19,12 @@ import subprocess
 import sys
 import tempfile
 
-from apply import ABSENT, HERE, Refused, blob_id, git, load_history, load_series, parse_patch, read
+from patching import Refused, read
+from patching.lines import ABSENT, blob_id
+from patching.series import load_history, load_series, parse_patch
+from patching.tree import git
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 DIFF = "diff -U0 --full-index --no-renames --no-color --no-ext-diff --src-prefix=a/ --dst-prefix=b/"
 

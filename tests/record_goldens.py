@@ -15,8 +15,11 @@ from pathlib import Path
 import goldens
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "upstream_driver"))
-import driver  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # behind upstream's tree, whose package has the name of ours
+from upstream_driver import models, process, surroundings  # noqa: E402
+from upstream_driver.driver import PIPELINES  # noqa: E402
+from upstream_driver.watch import Watch  # noqa: E402
 
 BASE = "9737cba9c1c3c4d04b33fcad41c111989865d315"
 
@@ -33,12 +36,11 @@ def main():
     )
     if head.stdout.strip() != BASE or changes.stdout:
         sys.exit(f"{tree}: must be an unchanged checkout of {BASE}")
-    sys.path.append(str(driver.REPOSITORY))
     from wan import tiny
 
     goldens.FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for task in sys.argv[1:] or driver.PIPELINES:
+        for task in sys.argv[1:] or PIPELINES:
             checkpoint = tiny.write_checkpoint(Path(folder) / task, f"{task}-tiny")
             command = [sys.executable, __file__, "--record", task, tree, str(checkpoint), str(tiny.VERSION)]
             subprocess.run(command, check=True)
@@ -47,14 +49,14 @@ def main():
 def record(task, tree, checkpoint, version):
     """Runs every case of a task and writes its files. In this process `wan` is upstream's."""
     torch.set_num_threads(1)
-    wan = driver.load_tree(tree)
-    config = driver.task_config(wan, task)
-    driver.fit_sizes(wan, checkpoint, config)
+    wan = surroundings.load_tree(tree)
+    config = models.task_config(wan, task)
+    models.fit_sizes(wan, checkpoint, config)
     groups = {"generate": {}, "dit": {}}
     for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        driver.task_config(wan, task, dtype)
-        pipeline = driver.build(wan, task, config, checkpoint)
-        watch = driver.Watch()
+        models.task_config(wan, task, dtype)
+        pipeline = process.build(wan, task, config, checkpoint)
+        watch = Watch()
         watch.attach(pipeline)
         groups["dit"] |= {f"{precision}, {name}": flow for name, flow in dit(wan, pipeline, task, dtype)}
         for name, call in goldens.GENERATE_CASES[task].items():
@@ -94,7 +96,7 @@ def generate(wan, pipeline, task, call):
             if key in ("img", "first_frame", "last_frame"):
                 call[key] = Path(folder) / f"{key}.png"
                 goldens.picture(*value).save(call[key])
-        return driver.generate(wan, pipeline, task, call, inputs)
+        return process.generate(wan, pipeline, task, call, inputs)
 
 
 def vae(model):

@@ -86,6 +86,31 @@ def test_what_grows_with_the_length_is_a_few_heads():
     assert per_token <= 2 * 2 * head_dim * 2 + 4 * latent
 
 
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_bytes_that_travel(kind):
+    """Of a pass in bf16, per token and channel: the residual stream in fp32, all else in two bytes."""
+    model, inputs = make_model(kind, torch.bfloat16), make_inputs(kind, 150)
+    # The stream for keys, queries, both attentions' sums and the FFN; keys, values, queries and attention output.
+    visits = 5 * 4 + 4 * 2
+    leaves = 3 * 4 + 4 * 2  # the stream with each sum; the same
+    blocks = SIZES["num_layers"] + (kind == "vace")
+    visits, leaves = blocks * visits + 4, blocks * leaves + 4  # the head; the embedded patches
+    if kind == "vace":  # before_proj: both streams come and one leaves; after_proj: both come and one leaves
+        visits, leaves = visits + 4 * 4, leaves + 3 * 4
+    with VirtualGPU() as gpu:
+        model.to(gpu.device)
+        apply_activation_offload(model, gpu.device, 64, 2)
+        inputs = {name: on(gpu.device, value) for name, value in inputs.items()}
+        start = len(gpu.record)
+        model(**inputs, chunk=64)
+        copied = {
+            kind: sum(r.nbytes for r in gpu.record[start:] if r.kind == kind)
+            for kind in ("copy_in", "copy_out")
+        }
+    number = 150 * SIZES["dim"]
+    assert copied == {"copy_in": number * visits + model.freqs.nbytes, "copy_out": number * leaves}
+
+
 def test_page_locked_up_to_a_bound_and_kept():
     model, inputs = make_model("t2v"), make_inputs("t2v", 150)
     with VirtualGPU(pin_limit=120_000) as gpu:

@@ -14,14 +14,19 @@ import torch.nn.functional as F
 
 from wan.modules import attention
 from wan.modules.attention import (
+    CHOICES,
     FUSED,
     IN_PIECES,
+    SAGE,
     attend_in_pieces,
+    check_attention,
     choose_kernel,
     flash_attention,
     kernel_of,
     load_flash_attn,
+    load_sage,
 )
+from wan.utils.errors import InputError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 6), (8, 9), (9, 0), (12, 0)
@@ -177,7 +182,8 @@ def test_the_sixth_argument_is_dropout():
     names = (
         "q k v q_lens k_lens dropout_p softmax_scale q_scale causal window_size deterministic dtype version"
     )
-    assert list(inspect.signature(flash_attention).parameters) == names.split()
+    assert list(inspect.signature(flash_attention).parameters) == [*names.split(), "choice"]
+    assert inspect.signature(flash_attention).parameters["choice"].kind is inspect.Parameter.KEYWORD_ONLY
     with pytest.raises(ValueError, match="dropout_p"):
         flash_attention(*tensors(5, 5), None, None, 0.125)
 
@@ -188,7 +194,8 @@ def test_the_signature_is_upstreams():
 
     tree = ast.parse((Path(os.environ["WAN_UPSTREAM"]) / "wan/modules/attention.py").read_text())
     function = next(node for node in tree.body if getattr(node, "name", "") == "flash_attention")
-    assert [a.arg for a in function.args.args] == list(inspect.signature(flash_attention).parameters)
+    ours = list(inspect.signature(flash_attention).parameters)
+    assert [a.arg for a in function.args.args] == ours[: ours.index("choice")]
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
@@ -279,3 +286,101 @@ def test_the_kernel_is_told_once(caplog):
     for _ in range(2):
         flash_attention(*tensors(5, 5))
     assert caplog.messages == ["Attention in float32 on cpu: PyTorch's"]
+
+
+# The user's choice
+
+
+class Card(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    device = SimpleNamespace(type="cuda", index=0)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A CUDA device for what asks: returns the function that sets its capability and the packages on it."""
+
+    def make(capability=ADA, versions=(), sage=None):
+        monkeypatch.setattr(attention, "load_flash_attn", lambda: dict.fromkeys(versions, len))
+        monkeypatch.setattr(attention, "load_sage", lambda: sage)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        for name in ("can_use_flash_attention", "can_use_efficient_attention"):
+            monkeypatch.setattr(torch.backends.cuda, name, lambda call: True)
+        return torch.device("cuda", 0)
+
+    return make
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("versions", [(), (2,), (3, 2)])
+def test_the_choice_decides_the_kernel(card, choice, versions):
+    card(HOPPER, versions)
+    q, k, v = (x.as_subclass(Card) for x in tensors(4, 6, dtype=BF16))
+    if choice == "flash" and not versions:
+        with pytest.raises(
+            InputError, match="attention flash: takes no heads of width 16 in bfloat16 on cuda"
+        ):
+            kernel_of(q, k, v, choice=choice)
+        return
+    newest = f"flash-attn {max(versions)}" if versions else FUSED
+    expected = {"auto": newest, "sdpa": FUSED, "flash": newest, "sage": SAGE}[choice]
+    assert kernel_of(q, k, v, choice=choice) == expected
+
+
+def test_sage_is_called_as_it_wants(monkeypatch):
+    calls = []
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):
+        calls.append((tensor_layout, is_causal, sm_scale))
+        return reference(q, k, v, sm_scale, is_causal).to(q.dtype)
+
+    monkeypatch.setattr(attention, "load_sage", lambda: sageattn)
+    q, k, v = tensors(5, 7, dtype=BF16)
+    expected = reference(q, k, v, 0.3).to(BF16)
+    assert torch.equal(flash_attention(q, k, v, softmax_scale=0.3, choice="sage"), expected)
+    assert calls == [("NHD", False, 0.3)]
+    for unfit in (tensors(5, 7), tensors(5, 7, width=160, dtype=BF16)):
+        with pytest.raises(InputError, match="attention sage: takes no heads of width"):
+            flash_attention(*unfit, choice="sage")
+
+
+@pytest.mark.parametrize(
+    "choice, dtype, capability, versions, told",
+    [
+        ("flash", BF16, ADA, (), "is absent or broken, install flash-attn, `pip install flash-attn"),
+        ("sage", BF16, ADA, (2,), "is absent or broken, install SageAttention, `pip install sageattention"),
+        ("flash", FP32, ADA, (2,), "computes in bf16 and fp16 only, this model computes in float32"),
+        ("flash", BF16, TURING, (2,), r"needs compute capability 8.0 \(RTX 30\) or newer, cuda:0 has 7.5"),
+        ("flash", BF16, ADA, (3,), "is for compute capability 9 only: install flash-attn 2"),
+        ("flash", BF16, ADA, (3, 2), None),
+        ("flash", BF16, HOPPER, (3,), None),
+        ("sdpa", FP32, TURING, (), None),
+        ("auto", FP32, TURING, (), None),
+    ],
+)
+def test_a_choice_that_cannot_run_is_refused(card, choice, dtype, capability, versions, told):
+    device = card(capability, versions)
+    if told is None:
+        return check_attention(choice, device, dtype)
+    with pytest.raises(InputError, match=f"^attention {choice}: .*{told}.*; give auto or sdpa$"):
+        check_attention(choice, device, dtype)
+
+
+def test_sage_runs_where_it_is_installed(card):
+    check_attention("sage", card(ADA, (), len), BF16)
+    with pytest.raises(InputError, match="needs compute capability"):
+        check_attention("sage", card(TURING, (), len), BF16)
+
+
+def test_a_broken_sage_is_told(monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "sageattention", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [broken(ImportError("no triton"), "sageattention"), *sys.meta_path])
+    load_sage.cache_clear()
+    assert load_sage() is None
+    assert "SageAttention cannot be imported" in caplog.text
+    load_sage.cache_clear()

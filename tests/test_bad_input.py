@@ -109,6 +109,39 @@ CASES = [
     ([*TOY, "--size", "128x96"], "--size"),
     ([*TOY, "--task", "t2v"], "--task"),
     ([*TOY, "--sample_solver", "euler2"], "--sample_solver"),
+    *[([*TOY, "--attention", value], "--attention") for value in ("", "x", "Sage", "flash2")],
+    (
+        [*TOY, "--device", "cpu", "--attention", "flash"],
+        "--attention flash: computes on CUDA devices only, not on cpu",
+    ),
+    (
+        [*TOY, "--device", "cpu", "--attention", "sage"],
+        "--attention sage: computes on CUDA devices only, not on cpu",
+    ),
+    (
+        [*TOY, "--attention", "sage", "--dit_chunk"],
+        "--attention and --dit_chunk: sage quantises blocks of tokens",
+    ),
+    (
+        [*TOY, "--attention", "sage", "--activation_offload"],
+        "--attention and --activation_offload: sage quantises",
+    ),
+    (
+        [*TOY, "--attention", "sage", "--low_vram"],
+        "--attention, --dit_chunk, --activation_offload: sage quantises",
+    ),
+    ([*TOY, "--attention", "sage", "--exact"], "--attention and --exact: sage quantises"),
+    ([*TOY, "--compile", "--exact"], "--compile and --exact: "),
+    ([*TOY, "--compile", "--dit_chunk"], "--compile and --dit_chunk: compiled blocks have all"),
+    ([*TOY, "--compile", "--dit_stream"], "--compile and --dit_stream: compiled blocks have all"),
+    (
+        [*TOY, "--compile", "--activation_offload"],
+        "--compile and --activation_offload: compiled blocks have all",
+    ),
+    (
+        [*TOY, "--compile", "--low_vram"],
+        "--compile, --dit_stream, --dit_chunk, --activation_offload: compiled",
+    ),
     ([*TOY, "--no_such_flag"], "--no_such_flag"),
     ([*TOY, "--offload_folder", "there.mp4"], "--offload_folder"),
     (["--task", "i2v-tiny", "--image", "there.png", "--save_file", "a.mp4"], "not a readable image"),

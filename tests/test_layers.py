@@ -19,7 +19,7 @@ LAYERS = [
     ["wan.weights"],
     ["wan.modules", "wan.sampling", "wan.distributed"],
     ["wan.memory"],
-    ["wan.tiny"],
+    ["wan.tiny", "wan.speed"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
     ["wan"],  # names the pipelines

@@ -266,6 +266,30 @@ def test_against_diffusers_and_peft(tmp_path, measured):
             measured(difference(theirs(**latents)[0], expected), 1e-5, "flow")
 
 
+@pytest.mark.parametrize("task", ["i2v", "vace"])
+def test_against_pefts_own_loading(tmp_path, measured, task):
+    """Of an adapter's folder into this model: what the network predicts, and the merged weights."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from goldens import DIT_CASES, dit_inputs
+
+    inputs = dit_inputs(task, DIT_CASES["whole"])
+    weights = {name: w for name, w in weights_of(task).items() if w.dim() == 2}
+    path = tmp_path / "adapter_model.safetensors"
+    write_pairs(path, weights, "PEFT")
+    save_file({key.replace(".default.", "."): tensor for key, tensor in load_file(path).items()}, path)
+    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(matrices(weights)))
+    settings.save_pretrained(tmp_path)
+    ours = load(task, [(path, 1.0)])
+    theirs = peft.PeftModel.from_pretrained(load(task, []), tmp_path)
+    with torch.no_grad():
+        for mine, other in zip(ours(**inputs), theirs.base_model.model(**inputs), strict=True):
+            measured(((mine - other).norm() / other.norm()).item(), 1e-5, "flow")
+    merged = theirs.merge_and_unload().state_dict()
+    assert not torch.equal(merged["blocks.0.ffn.0.weight"], weights["blocks.0.ffn.0.weight"])
+    for name, tensor in ours.state_dict().items():
+        measured((tensor - merged[name]).abs().max().item(), 1e-5, name)
+
+
 def padded(context, length=512):
     return torch.nn.functional.pad(context, (0, 0, 0, length - len(context)))
 

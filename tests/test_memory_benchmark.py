@@ -34,7 +34,7 @@ def shortcuts(monkeypatch):
         layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
         if layers.blocks_run <= FEW_BLOCKS:
             all_chunks, layers.spans = layers.spans, layers.spans[:FEW_CHUNKS]
-            run_block(layers, *args, **kwargs)
+            yield from run_block(layers, *args, **kwargs)
             layers.spans = all_chunks
 
     def largest_tile(height, width, tile):  # with margins on all sides, or else on those that reach further
@@ -204,7 +204,7 @@ def test_the_least_capacity_is_enough_and_less_is_not(capsys, expandable):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--size", "1280*720"], "--size 1280*720"),
+        (["--size", "1280*728"], "--size 1280*728"),
         (["--capacity", "0"], "--capacity"),
         (["--vae_tile", "50"], "--vae_tile 50"),
         (["--frame_num", "80"], "--frame_num 80"),

@@ -142,6 +142,7 @@ def write_series(clone, patches, work, expected):
     patches.mkdir()
     for name in ("apply.py", "refresh.py"):
         shutil.copy(PATCHES / name, patches)
+    shutil.copytree(PATCHES / "patching", patches / "patching", ignore=shutil.ignore_patterns("__pycache__"))
     (patches / "BASE").write_text(git(clone, "rev-parse", "HEAD"))
     (patches / "series").write_text("".join(name + "\n" for name in NAMES))
     for name in NAMES:
@@ -194,7 +195,11 @@ def tree(kit, tmp_path):
 def load_apply(patches):
     spec = importlib.util.spec_from_file_location("patches_apply", patches / "apply.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(patches))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(patches))
     return module
 
 
@@ -405,14 +410,17 @@ def test_another_document_is_left_out_and_another_program_is_not(apply, tree):
 
 
 @pytest.mark.parametrize("flags", [[], ["--only", NAMES[0]]])
-def test_known_version_before_base(apply_module, apply, tree, monkeypatch, flags):
+def test_known_version_before_base(apply, tree, monkeypatch, flags):
     """Its lines stand where BASE's do: it needs no git."""
     shutil.rmtree(tree / ".git")
     edit(tree, "wan/pipeline.py", b"pipeline line 9\n", b"pipeline line nine\n")
     before = files(tree)
     refused(apply(tree, *flags), "wan/pipeline.py", "git fetch")
-    id_ = apply_module.blob_id(before["wan/pipeline.py"])
-    monkeypatch.setattr(apply_module, "ALSO_FITS", {"wan/pipeline.py": [id_]})
+    from patching import lines
+    from patching import tree as tree_module
+
+    id_ = lines.blob_id(before["wan/pipeline.py"])
+    monkeypatch.setattr(tree_module, "ALSO_FITS", {"wan/pipeline.py": [id_]})
     assert apply(tree, *flags)[0] == 0
     assert files(tree)["wan/pipeline.py"] == b"top\n" + before["wan/pipeline.py"]
     assert apply(tree, *flags)[1].endswith("nothing to do\n")
@@ -499,32 +507,31 @@ def test_update_that_stopped_half_way_is_completed(apply, apply_later, tree):
 
 @contextlib.contextmanager
 def maintainers_modules(monkeypatch):
-    """(apply, refresh) of the project's patches folder."""
+    """(lines, series, tree, refresh): the modules of the project's patches folder."""
     with monkeypatch.context() as patch:
         patch.syspath_prepend(PATCHES)
         patch.setattr(sys, "dont_write_bytecode", True)
-        modules = importlib.import_module("apply"), importlib.import_module("refresh")
-        yield modules
-        for module in modules:
-            del sys.modules[module.__name__]
+        names = [f"patching.{name}" for name in ("lines", "series", "tree")]
+        yield [importlib.import_module(name) for name in (*names, "refresh")]
+        del sys.modules["refresh"]
 
 
 def test_every_earlier_version_of_the_projects_patches_is_recognised(tmp_path, monkeypatch):
     """As far as its git has them, on files of numbered lines."""
-    with maintainers_modules(monkeypatch) as (apply, refresh):
-        series = apply.load_series(PATCHES)
-        history = apply.load_history(PATCHES)
+    with maintainers_modules(monkeypatch) as (lines, series_module, tree, refresh):
+        series = series_module.load_series(PATCHES)
+        history = series_module.load_history(PATCHES)
         earlier = list(refresh.earlier_series())
         if not earlier:
             pytest.skip("needs the project's git")
         for one in earlier:
             for path, chain in one.chains.items():
-                created = chain[0].before == apply.ABSENT
+                created = chain[0].before == lines.ABSENT
                 own = b"" if created else text(numbered("line", 1000))
                 for level in range(1, 1 + len(chain)):
-                    lines = apply.insert(own.splitlines(keepends=True), apply.compose(chain[:level]))
-                    put(tmp_path, {path: b"".join(lines)})
-                    file = apply.TreeFile(tmp_path, path, series, history)
+                    content = lines.insert(own.splitlines(keepends=True), lines.compose(chain[:level]))
+                    put(tmp_path, {path: b"".join(content)})
+                    file = tree.TreeFile(tmp_path, path, series, history)
                     assert file.own == (own or None), (
                         f"{path}: python patches/refresh.py brings history up to date"
                     )
@@ -665,6 +672,7 @@ def run_and_kill(kit, tree, number):
         "    return real(source, target)\n"
         "os.replace = replace\n"
         "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = os.path.dirname(sys.argv[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     return python("-c", code, kit[1] / "apply.py", tree)
@@ -793,14 +801,16 @@ def test_refresh_takes_the_projects_own_files(tmp_path):
 
 
 def test_runs_on_python_3_8():
-    ast.parse((PATCHES / "apply.py").read_text(), feature_version=(3, 8))
+    for path in (PATCHES / "apply.py", *(PATCHES / "patching").glob("*.py")):
+        ast.parse(path.read_text(), feature_version=(3, 8))
 
 
 def test_needs_no_module_that_windows_lacks(kit, tree):
     code = (
-        "import runpy, sys\n"
+        "import os, runpy, sys\n"
         "sys.modules.update(dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource', 'termios']))\n"
         "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = os.path.dirname(sys.argv[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     done = python("-c", code, kit[1] / "apply.py", tree)

@@ -1,6 +1,6 @@
 """The patches on the real thing: needs a checkout of upstream at BASE, named by WAN_UPSTREAM.
 
-The pipelines run at toy size on the virtual GPU, each tree in a process of its own (upstream_driver/driver.py).
+The pipelines run at toy size on the virtual GPU, each tree in a process of its own (upstream_driver).
 """
 
 import difflib
@@ -99,7 +99,8 @@ def earlier_patches(request, tmp_path):
         pytest.skip("needs the project's git")
     folder = tmp_path / "earlier"
     folder.mkdir()
-    for name in project_git("ls-tree", "--name-only", request.param, "./").decode().split():
+    for name in project_git("ls-tree", "-r", "--name-only", request.param, "./").decode().split():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(project_git("show", f"{request.param}:./{name}"))
     return folder
 
@@ -527,8 +528,8 @@ def test_low_vram_gives_the_same_picture_in_less_memory(run, same_picture, task)
 FAKE_PIPELINES = """
 import json, runpy, sys
 
-sys.path[:0] = sys.argv[1:3]
-import stand_ins
+sys.path[:0] = sys.argv[1:2]
+from upstream_driver import stand_ins
 
 stand_ins.install()
 import torch
@@ -551,7 +552,7 @@ class Pipeline:
 
 
 wan.WanT2V = wan.WanI2V = wan.WanFLF2V = wan.WanVace = Pipeline
-del sys.argv[1:3]
+del sys.argv[1]
 sys.argv[0] = "generate.py"
 runpy.run_path(wan.__path__[0] + "/../generate.py", run_name="__main__")
 """
@@ -578,11 +579,12 @@ def command(patched, tmp_path):
         arguments += ["--size", "1280*720" if task == "flf2v-14B" else "832*480"]
         arguments += [word for flag in pictures.get(task, []) for word in (flag, str(picture))]
         done = subprocess.run(
-            [sys.executable, "-c", FAKE_PIPELINES, ROOT / "upstream_driver", patched, *arguments, *flags],
+            [sys.executable, "-c", FAKE_PIPELINES, patched, *arguments, *flags],
             check=False,
             capture_output=True,
             text=True,
             cwd=tmp_path,
+            env=driver.environment(),
         )
         line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
         return done.returncode, line and json.loads(line[7:]), done.stderr

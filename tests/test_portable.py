@@ -18,7 +18,9 @@ from wan.weights.converted import OffloadFolder
 
 ROOT = Path(__file__).parent.parent
 POSIX = ["fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix_ipc", "spwd", "crypt"]
-SOURCES = [*sorted((ROOT / "wan").rglob("*.py")), ROOT / "generate.py", ROOT / "patches" / "apply.py"]
+PATCHES = ROOT / "patches"
+SOURCES = [*sorted((ROOT / "wan").rglob("*.py")), ROOT / "generate.py", PATCHES / "apply.py"]
+SOURCES += sorted((PATCHES / "patching").glob("*.py"))
 MODULES = [
     str(source.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for source in SOURCES
@@ -44,7 +46,7 @@ LIBRARIES = [
 def test_everything_imports_without_posix():
     modules = [name.removeprefix("patches.") for name in MODULES]
     code = IMPORT_ALL.format(
-        libraries=LIBRARIES, blocked=POSIX, modules=modules, root=str(ROOT), patches=str(ROOT / "patches")
+        libraries=LIBRARIES, blocked=POSIX, modules=modules, root=str(ROOT), patches=str(PATCHES)
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

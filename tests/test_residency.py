@@ -239,7 +239,8 @@ def test_outputs_are_equal_and_peaks_ordered(task):
 @every_task
 def test_streams_and_activations_in_ram_change_no_bit(task):
     videos = []
-    for memory in ({}, {"dit_stream": 0.0, "activation_offload": True, "vae_cpu": True}):
+    streamed = {"dit_stream": 0.0, "activation_offload": True, "guidance_together": True, "vae_cpu": True}
+    for memory in ({}, streamed):
         with VirtualGPU() as gpu:
             pipeline = build(task, gpu, dit_chunk=64, **memory)
             videos.append(generate(pipeline, task, sampling_steps=2))

@@ -95,20 +95,23 @@ def at_event(number, kind):
 
 
 def at_replacement(number, before):
-    """Kills this process before or after it renames its file number so and so."""
+    """Kills this process before or after it gives its file number so and so its name."""
 
     def disturb():
-        replace, done = os.replace, []
+        done = []
 
-        def killing(source, target):
-            done.append(target)
-            if before and len(done) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-            if len(done) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def killing(place):
+            def placing(source, target):
+                done.append(target)
+                if before and len(done) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                place(source, target)
+                if len(done) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        os.replace = killing
+            return placing
+
+        os.replace, os.link = killing(os.replace), killing(os.link)
 
     return disturb
 
@@ -452,7 +455,7 @@ def test_a_run_is_asked_to_stop_by_a_script(whole):
     interrupts = Interrupts()
 
     def listener(event):
-        if isinstance(event, Step) and event.done == 2:
+        if event == Step("denoise", 2, 4):
             interrupts.ask()
 
     request = generate.parse_arguments(["--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4"])

@@ -21,6 +21,17 @@ from wan.utils.events import Expected, Finished, MemorySample, StageDone, StageS
 from wan.utils.video import VideoFile
 from wan.weights.hub import find_checkpoint
 
+SIZES = [
+    "120*96",
+    "0*96",
+    "128x96",
+    "128*96*3",
+    "-16*16",
+    "16*8208",
+    "128 *96",
+    "\u0661\u0666*16",
+    "999999*16",
+]
 FEW = {"frame_num": 5, "sample_steps": 2, "base_seed": 3}
 
 
@@ -40,6 +51,8 @@ def test_a_request_is_whole_and_frozen():
         ({"task": "t2v-tony"}, "task t2v-tony: choose one of t2v-14B"),
         ({"sample_guide_scale": float("nan")}, "sample_guide_scale nan: give 0 to 1000"),
         ({"base_seed": 2**70}, f"base_seed {2**70}: give a number at most"),
+        *(({"size": size}, f"size {size}: give width*height in multiples of 16") for size in SIZES),
+        ({"size": "64*64", "task": "i2v-tiny"}, "size 64*64: choose one of 96*128, 128*96"),
         ({"image": "a.png"}, "image: belongs to i2v tasks, leave it out for t2v-tiny"),
         ({"ckpt_dir": "no/such/folder"}, "ckpt_dir no/such/folder: no such directory"),
     ],
@@ -51,6 +64,15 @@ def test_errors_carry_the_fields_name(wrong, told):
     assert str(error.value).startswith(told)
     assert error.value.fields == (next(iter(wrong)),)
     assert error.value.told("--").startswith(f"--{told.split(':')[0]}")
+
+
+@pytest.mark.parametrize("task", ["t2v-tiny", "vace-tiny"])
+def test_any_size_and_one_line_about_it(task, tmp_path, caplog):
+    request = Request(task, "48*80", 9, save_file=str(tmp_path / "a.mp4"), sample_steps=1)
+    file = VideoFile(run(request))
+    assert (file.width, file.height, len(file)) == (48, 80, 9)
+    told = [message for message in caplog.messages if "trained" in message]
+    assert told == [f"{task} was trained at 96*128, 128*96, not at 48*80"]
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.toy])

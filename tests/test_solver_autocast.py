@@ -56,6 +56,34 @@ def test_what_unipc_rounds(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_in_pieces_from_ram(name):
+    """The same bits, what is remembered too, and nothing of it on the device between the steps."""
+    start = torch.randn(4, 11, 6, 8, generator=torch.Generator().manual_seed(0))
+    with VirtualGPU() as gpu:
+        results = []
+        for offload in (False, True):
+            solver = Solver(name, 7, SHIFT, "vgpu", dtype=torch.bfloat16, offload=offload)
+            latent = start.to("vgpu")
+            for t in solver.timesteps:
+                latent = solver.step(pseudo_model(latent, t), t, latent)
+            held = [v for v in solver.state_dict().values() for v in (v if isinstance(v, list) else [v])]
+            held = [v for v in held if isinstance(v, torch.Tensor) and v.dim() == 5]
+            assert all((v.device.type == "cpu") is offload for v in held)
+            results.append([latent.cpu(), solver.clean(latent), *(v.cpu() for v in held)])
+        assert all(map(torch.equal, *results)) and len(results[0]) == 2 + (name != "euler") * len(held)
+        peaks = []
+        for offload in (False, True):
+            solver = Solver(name, 7, SHIFT, "vgpu", offload=offload)
+            latent = torch.zeros(16, 16, 40, 40, device="vgpu")
+            for t in solver.timesteps[:3]:
+                flow = torch.zeros_like(latent)
+                gpu.reset_peak()
+                latent = solver.step(flow, t, latent)
+            peaks.append(gpu.peak / latent.nbytes)
+        assert peaks[1] < 4.5 and (name == "euler" or peaks[0] > 6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_cpu_rounds_nothing(name):
     assert torch.equal(ours(name, 7, "cpu", torch.float32), ours(name, 7, "cpu", torch.bfloat16))
 

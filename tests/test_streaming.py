@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from virtual_gpu import RaceError, VirtualGPU
 from virtual_gpu import streams as virtual_streams
-from wan.memory import streaming
+from wan.memory import read_ahead, streaming
 from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -188,6 +188,13 @@ def test_a_ring_is_no_larger_than_what_is_streamed(gpu):
     assert Streamer(layers, "vgpu", buffers=2, resident_bytes=10**9).device_bytes == sum(map(size, layers))
 
 
+def test_a_ring_of_two_has_room_for_the_largest_pair(gpu):
+    layers = network()
+    sizes = [*map(size, layers)]
+    pairs = [a + b for a, b in zip(sizes, sizes[1:] + sizes[:1])]
+    assert Streamer(layers, "vgpu").device_bytes == max(pairs) < 2 * max(sizes)
+
+
 @given(st.lists(st.integers(1, 999), min_size=1, max_size=40), st.integers(-10, 50_000))
 def test_resident_groups_fit_and_are_spread(sizes, room):
     stays = streaming.spread(sizes, room)
@@ -290,7 +297,7 @@ def test_the_record_shows_copies_beside_the_computation_and_none_back():
     with VirtualGPU(record_ops=True) as gpu:
         x = sample().to("vgpu")
         with Streamer(layers, "vgpu"):
-            ring = [entry.allocation for entry in gpu.record if entry.kind == "alloc"][-2:]
+            ring = [entry.allocation for entry in gpu.record if entry.kind == "alloc"][-1:]
             run(layers, run(layers, x))
         record = gpu.record
         del x
@@ -377,6 +384,47 @@ def test_modules_of_a_group_may_be_called_alone_and_again(gpu):
             assert torch.equal(layers[1].up(part).cpu(), whole)
 
 
+def test_weights_are_asked_for_one_group_before_their_copy(gpu, monkeypatch):
+    order, lock = [], threading.Lock()
+    read, ask = streaming._Group.read, streaming._Group.read_ahead
+
+    def noted(kind, function):
+        def call(group, *args):
+            with lock:
+                order.append((kind, streamer._groups.index(group)))
+            return function(group, *args)
+
+        return call
+
+    monkeypatch.setattr(streaming, "STAGE_BYTES", 1 << 20)  # a group is read in one piece
+    monkeypatch.setattr(streaming._Group, "read", noted("read", read))
+    monkeypatch.setattr(streaming._Group, "read_ahead", noted("ask", ask))
+    layers = network()
+    streamer = Streamer(layers, "vgpu", resident_bytes=size(layers[1]))
+    resident = [streamer._groups.index(group) for group in streamer._resident]
+    with streamer:
+        run(layers, run(layers, sample().to("vgpu")))
+    order = [entry for entry in order if entry != ("read", *resident)]
+    asked, copied = ([i for kind, i in order if kind == k] for k in ("ask", "read"))
+    assert len(asked) > 4 and not set(asked) & set(resident)
+    for i, (kind, group) in enumerate(order[:-1]):
+        if kind == "ask":  # behind the copies before it, ahead of its own, which is the next
+            assert order[i + 1] == ("read", group)
+
+
+@pytest.mark.parametrize("advised", [True, False])
+def test_reading_ahead_takes_any_tensor(monkeypatch, tmp_path, advised):
+    if not advised:
+        monkeypatch.setattr(read_ahead, "_advise", lambda: None)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 1000)
+    mapped = torch.from_file(str(path), size=250_000, dtype=torch.uint8)
+    for tensor in (mapped, mapped[4097:9000], torch.randn(3, 5000).T, torch.ones(1)):
+        before = tensor.clone()
+        assert read_ahead.read_ahead(tensor)
+        assert torch.equal(tensor, before)
+
+
 # Races: what the order rests on, taken away, is noticed ------------------------------------------------------
 
 
@@ -420,6 +468,23 @@ def test_overwriting_a_buffer_in_use_is_a_race(large_stages, monkeypatch):
     monkeypatch.setattr(Streamer, "_leave", leave)
     with pytest.raises(RaceError, match="copy_"):
         race()
+
+
+@pytest.mark.parametrize("heard", ["both", "own"])
+def test_a_jump_that_waits_for_one_end_of_the_ring_is_a_race(large_stages, monkeypatch, heard):
+    """Two groups that do not follow those in the ring: the first may reach into what the other end held."""
+    if heard == "own":
+        copy = Streamer._copy
+        monkeypatch.setattr(
+            Streamer,
+            "_copy",
+            lambda self, group, slot, released: copy(self, group, slot, [slot.released]),
+        )
+    layers = network()
+    order = [0, 1, 3, 0, 2, 4, 1, 2, 0, 3, 4, 2]
+    expected = contextlib.nullcontext() if heard == "both" else pytest.raises(RaceError, match="copy_")
+    with expected, VirtualGPU(), Streamer(layers, "vgpu"):
+        run(layers, sample().to("vgpu"), order)
 
 
 def test_refilling_a_staging_buffer_too_soon_is_a_race(monkeypatch):

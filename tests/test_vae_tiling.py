@@ -26,7 +26,7 @@ from wan.modules import vae_forward, vae_operations
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.utils.accelerator import exact_arithmetic
 from wan.utils.errors import InputError
-from wan.utils.video import to_uint8
+from wan.utils.video import EightBitFrames, to_uint8
 
 SCALE = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
 FRAMES = (1, 5, 9, 13)
@@ -53,6 +53,15 @@ def assert_same_video(tiled, whole):
     steps = (to_uint8(tiled).int() - to_uint8(whole).int()).abs()
     assert steps.max() <= 1
     assert (steps == 0).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_frames_in_8_bits_are_those_of_the_video(tile):
+    z, stored = noise(16, 3, 11, 9), EightBitFrames()
+    (video,) = vae_tiling.decode_each(vae(), [z], tile)
+    (frames,) = vae_tiling.decode_each(vae(), [z], tile, stored=stored)
+    assert frames.dtype == torch.uint8 and stored.finite
+    assert torch.equal(frames, to_uint8(video))
 
 
 # The same numbers

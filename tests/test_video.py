@@ -14,6 +14,7 @@ from wan.utils.files import replacing
 from wan.utils.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
+    EightBitFrames,
     VideoFile,
     check_writable,
     open_image,
@@ -36,6 +37,16 @@ def read(path):
 
 def ffmpeg(*arguments):
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)], check=True)
+
+
+def test_frames_in_8_bits_where_they_are():
+    values = torch.linspace(-1, 1, 2401).reshape(1, 1, 49, 49)
+    frames = EightBitFrames()
+    assert torch.equal(frames(values.clone()), to_uint8(values)) and frames.finite
+    values[0, 0, 3, 3] = torch.nan
+    frames(values)
+    frames(torch.zeros(1, 3, 2, 2))
+    assert not frames.finite
 
 
 def test_to_uint8_cuts_instead_of_rounding():

@@ -1,35 +1,41 @@
 """Runs upstream's text or image encoder in a process of its own, on a CPU, with given sizes.
 
-    python upstream_driver/encoders.py TREE FOLDER
+    python -m upstream_driver.encoders TREE FOLDER
 
 FOLDER holds request.json: {"encoder": "text" or "image", "dtype": "float32", "sizes": arguments of upstream's builder,
 "texts": [...], "text_len": N}, weights.pth, tokenizer/ and, for images, videos.safetensors. The results go to
 out.safetensors, named by their numbers.
 """
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from .driver import environment
+from .surroundings import load_tree
 
-def encode(tree, folder, **request) -> list[torch.Tensor]:
+
+def encode(tree: str | Path, folder: Path, **request: Any) -> list[torch.Tensor]:
     """What upstream's encoder makes of a request; see above. The folder must hold the files that it needs."""
     (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, __file__, tree, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "upstream_driver.encoders", str(tree), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         raise RuntimeError(f"upstream's encoder failed:\n{done.stderr[-4000:]}")
     results = load_file(folder / "out.safetensors")
     return [results[str(i)] for i in range(len(results))]
 
 
-def _text(wan, folder, request):
+def _text(wan: Any, folder: Path, request: dict[str, Any]) -> list[torch.Tensor]:
     t5 = wan.modules.t5
     t5.umt5_xxl = partial(t5.umt5_xxl, **request["sizes"])
     encoder = t5.T5EncoderModel(
@@ -42,7 +48,7 @@ def _text(wan, folder, request):
     return encoder(request["texts"], "cpu")
 
 
-def _image(wan, folder, request):
+def _image(wan: Any, folder: Path, request: dict[str, Any]) -> list[torch.Tensor]:
     clip = wan.modules.clip
     clip.clip_xlm_roberta_vit_h_14 = partial(clip.clip_xlm_roberta_vit_h_14, **request["sizes"])
     # CUDA's autocast runs layer norm in fp32, weights included; the CPU's does not.
@@ -59,12 +65,10 @@ def _image(wan, folder, request):
     return [encoder.visual([videos[name] for name in sorted(videos)])]
 
 
-def main():
-    import driver
-
+def main() -> None:
     tree, folder = sys.argv[1], Path(sys.argv[2])
     request = json.loads((folder / "request.json").read_text())
-    wan = driver.load_tree(tree)
+    wan = load_tree(tree)
     results = {"text": _text, "image": _image}[request["encoder"]](wan, folder, request)
     save_file({str(i): t.contiguous() for i, t in enumerate(results)}, folder / "out.safetensors")
 

@@ -3,30 +3,37 @@
 Each does what upstream asks of the library and no more, after the library's documented behaviour.
 """
 
+from __future__ import annotations
+
 import importlib.machinery
 import importlib.util
 import sys
 import types
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+Contents = dict[str, dict[str, Any]]  # of a library: its modules' names, from a dot on, and what is in each
 
-def install():
+
+def install() -> None:
     """Makes torchvision, decord, dashscope and cv2 importable where they are missing."""
-    for name, build in {
-        "torchvision": _torchvision,
-        "decord": _decord,
-        "dashscope": lambda: {"": {}},
-        "cv2": lambda: {"": {}},
-    }.items():
+    libraries: dict[str, Contents] = {
+        "torchvision": _torchvision(),
+        "decord": _decord(),
+        "dashscope": {"": {}},
+        "cv2": {"": {}},
+    }
+    for name, modules in libraries.items():
         if importlib.util.find_spec(name) is None:
-            for suffix, contents in build().items():
+            for suffix, contents in modules.items():
                 _add(f"{name}{suffix}", contents)
 
 
-def _add(name, contents):
+def _add(name: str, contents: dict[str, Any]) -> None:
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
     module.__path__ = []
@@ -40,7 +47,7 @@ def _add(name, contents):
 # torchvision
 
 
-def to_tensor(image):
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """[C, H, W] in [0, 1] from an 8-bit PIL image."""
     pixels = torch.from_numpy(np.array(image, copy=True))
     if pixels.ndim == 2:
@@ -48,7 +55,7 @@ def to_tensor(image):
     return pixels.permute(2, 0, 1).contiguous().float().div(255)
 
 
-def center_crop(image, output_size):
+def center_crop(image: torch.Tensor, output_size: tuple[int, int]) -> torch.Tensor:
     """Crops [..., H, W] to (height, width) about the centre; what is too small is padded with zeros first."""
     height, width = output_size
     missing_y, missing_x = max(height - image.shape[-2], 0), max(width - image.shape[-1], 0)
@@ -60,30 +67,35 @@ def center_crop(image, output_size):
 
 
 class Compose:
-    def __init__(self, transforms):
+    def __init__(self, transforms: Sequence[Callable[[Any], Any]]):
         self.transforms = transforms
 
-    def __call__(self, image):
+    def __call__(self, image: Any) -> Any:
         for transform in self.transforms:
             image = transform(image)
         return image
 
 
 class Normalize:
-    def __init__(self, mean, std):
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = mean, std
 
-    def __call__(self, image):
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(v, dtype=image.dtype, device=image.device) for v in (self.mean, self.std))
         return (image - mean[:, None, None]) / std[:, None, None]
 
 
 class _NotNeeded:
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
 
-def make_grid(images, nrow=8, normalize=False, value_range=None):
+def make_grid(
+    images: torch.Tensor,
+    nrow: int = 8,
+    normalize: bool = False,
+    value_range: tuple[float, float] | None = None,
+) -> torch.Tensor:
     """One image of a batch of one, brought from value_range to [0, 1]."""
     if images.size(0) != 1 or not normalize:
         raise NotImplementedError("only a batch of one, normalized")
@@ -91,12 +103,12 @@ def make_grid(images, nrow=8, normalize=False, value_range=None):
     return ((images.clamp(low, high) - low) / max(high - low, 1e-5))[0]
 
 
-def save_image(images, path, **grid):
+def save_image(images: torch.Tensor, path: str, **grid: Any) -> None:
     pixels = make_grid(images, **grid).mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0).to(torch.uint8)
     Image.fromarray(pixels.cpu().numpy()).save(path)
 
 
-def _torchvision():
+def _torchvision() -> Contents:
     return {
         "": {},
         ".io": {},
@@ -118,7 +130,7 @@ def _torchvision():
 class VideoReader:
     """All frames of a video file, uint8 [H, W, 3]."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         import av
 
         with av.open(str(path)) as container:
@@ -129,22 +141,22 @@ class VideoReader:
             self.frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded]
         self.position = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.frames)
 
-    def get_avg_fps(self):
+    def get_avg_fps(self) -> float:
         return self.rate
 
-    def get_frame_timestamp(self, index):
+    def get_frame_timestamp(self, index: int) -> np.ndarray:
         return np.array([self.times[index], self.times[index] + 1 / self.rate], dtype=np.float32)
 
-    def next(self):
+    def next(self) -> torch.Tensor:
         self.position += 1
         return self.frames[self.position - 1]
 
-    def get_batch(self, indices):
+    def get_batch(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.stack([self.frames[index] for index in indices])
 
 
-def _decord():
+def _decord() -> Contents:
     return {"": {"VideoReader": VideoReader}, ".bridge": {"set_bridge": lambda name: None}}

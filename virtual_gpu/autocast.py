@@ -3,10 +3,15 @@
 Not modelled: the cache of cast weights, which CUDA keeps for weights that require grad.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     return text.split()
 
 
@@ -34,10 +39,10 @@ _others = torch.library.Library("_", "IMPL", _KEY)  # unregisters when it is col
 _others.fallback(torch.library.fallthrough_kernel)
 
 
-def register(library, device_type):
+def register(library: torch.library.Library, device_type: str) -> None:
     """Implement autocast for a device type that PyTorch knows as PrivateUse1."""
 
-    def eligible(value):
+    def eligible(value: Any) -> bool:
         return (
             isinstance(value, torch.Tensor)
             and value.device.type == device_type
@@ -45,17 +50,17 @@ def register(library, device_type):
             and value.dtype is not torch.float64
         )
 
-    def cast(value, dtype):
+    def cast(value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
             return [cast(v, dtype) for v in value]
         return value.to(dtype) if eligible(value) else value
 
-    def widest(values):
+    def widest(values: Iterable[Any]) -> torch.dtype:
         dtype = torch.get_autocast_dtype(device_type)
         return torch.float32 if any(eligible(v) and v.dtype is torch.float32 for v in values) else dtype
 
-    def kernel(func, policy):
-        def run(*args, **kwargs):
+    def kernel(func: Callable, policy: list[str]) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(_KEYS):
                 if policy is FLOAT32_RESULT:
                     if eligible(args[0]) and not any(

@@ -4,15 +4,20 @@ As torch.cuda, the device is initialised by its first use: a tensor, a stream, a
 can't be reset before.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from . import autocast
+from . import autocast, streams
 from .device import VirtualGPU, active, current
-from .streams import Event
-from .tensor import DEVICE_TYPE, attention, copy_
+from .tensor import DEVICE_TYPE, VirtualTensor, attention, copy_
+
+Device = Any  # there is one
 
 
 def _used() -> VirtualGPU:
@@ -25,69 +30,71 @@ class _DeviceModule:
     """What torch.get_device_module("vgpu") gives: the functions of torch.cuda that device-generic code uses."""
 
     @staticmethod
-    def is_available():
+    def is_available() -> bool:
         return bool(active)
 
     @staticmethod
-    def is_initialized():
+    def is_initialized() -> bool:
         return bool(active) and current().initialized
 
     @staticmethod
-    def init():
+    def init() -> None:
         current().initialize()
 
     @staticmethod
-    def _is_in_bad_fork():
+    def _is_in_bad_fork() -> bool:
         return False
 
     @staticmethod
-    def device_count():
+    def device_count() -> int:
         return 1
 
     @staticmethod
-    def current_device():
+    def current_device() -> int:
         _used()
         return 0
 
     @staticmethod
-    def set_device(device):
+    def set_device(device: Device) -> None:
         _used()
 
     @staticmethod
-    def manual_seed_all(seed):
+    def manual_seed_all(seed: int) -> None:
         pass
 
     @staticmethod
-    def get_amp_supported_dtype():
+    def get_amp_supported_dtype() -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
     @staticmethod
-    def empty_cache():
+    def empty_cache() -> None:
         current().empty_cache()
 
     @staticmethod
-    def synchronize(device=None):
+    def synchronize(device: Device = None) -> None:
         _used().timeline.synchronize()
 
     @staticmethod
-    def Stream(device=None, priority=0):
+    def Stream(device: Device = None, priority: int = 0) -> streams.Stream:
         return _used().timeline.new_stream()
 
     @staticmethod
-    def Event(enable_timing=False, blocking=False, interprocess=False):
-        return Event(current())
+    def Event(
+        enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> streams.Event:
+        return streams.Event(current())
 
     @staticmethod
-    def current_stream(device=None):
+    def current_stream(device: Device = None) -> streams.Stream:
         return _used().timeline.current
 
     @staticmethod
-    def default_stream(device=None):
+    def default_stream(device: Device = None) -> streams.Stream:
         return _used().timeline.default
 
     @staticmethod
     @contextlib.contextmanager
-    def stream(stream):
+    def stream(stream: streams.Stream | None) -> Iterator[None]:
         """Submit this thread's work to that stream inside; None changes nothing."""
         timeline = current().timeline
         before = timeline.current
@@ -98,23 +105,23 @@ class _DeviceModule:
             timeline.here.stream = before
 
     @staticmethod
-    def memory_allocated(device=None):
+    def memory_allocated(device: Device = None) -> int:
         return current().live
 
     @staticmethod
-    def max_memory_allocated(device=None):
+    def max_memory_allocated(device: Device = None) -> int:
         return current().peak
 
     @staticmethod
-    def memory_reserved(device=None):
+    def memory_reserved(device: Device = None) -> int:
         return current().reserved
 
     @staticmethod
-    def max_memory_reserved(device=None):
+    def max_memory_reserved(device: Device = None) -> int:
         return current().peak_reserved
 
     @staticmethod
-    def reset_peak_memory_stats(device=None):
+    def reset_peak_memory_stats(device: Device = None) -> None:
         gpu = current()
         if not gpu.initialized:
             raise RuntimeError(
@@ -123,7 +130,7 @@ class _DeviceModule:
         gpu.reset_peak()
 
     @staticmethod
-    def set_per_process_memory_fraction(fraction, device=None):
+    def set_per_process_memory_fraction(fraction: float, device: Device = None) -> None:
         """Hold the allocator to this part of the capacity, as CUDA does: counted in whole segments."""
         if not isinstance(fraction, float):
             raise TypeError("the fraction must be a float")
@@ -134,7 +141,7 @@ class _DeviceModule:
             gpu.allocator.limit = int(fraction * gpu.capacity)
 
     @staticmethod
-    def mem_get_info(device=None):
+    def mem_get_info(device: Device = None) -> tuple[int, int]:
         """Free and total bytes; without a capacity the total is 2**63 - 1."""
         gpu = _used()
         capacity = 2**63 - 1 if gpu.capacity is None else gpu.capacity
@@ -147,16 +154,30 @@ _library = torch.library.Library("aten", "IMPL")  # for factories; everything el
 autocast.register(_library, DEVICE_TYPE)
 
 
-def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+def _empty_strided(
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: Any = None,
+    layout: Any = None,
+    device: Device = None,
+    pin_memory: Any = None,
+) -> VirtualTensor:
     return current()._fresh(torch.empty_strided, size, stride, dtype=dtype)
 
 
-def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+def _empty(
+    size: Sequence[int],
+    dtype: Any = None,
+    layout: Any = None,
+    device: Device = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
+) -> VirtualTensor:
     memory_format = memory_format or torch.contiguous_format
     return current()._fresh(torch.empty, size, dtype=dtype, memory_format=memory_format)
 
 
-def _copy_from(source, destination, non_blocking=False):
+def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     return copy_(destination, source, non_blocking)
 
 

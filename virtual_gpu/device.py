@@ -24,16 +24,21 @@ dispatch key, which is experimental: it is made for tests and benchmarks, not fo
 registers the device type; there is nothing else to set up, and it works in every thread.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import threading
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from .allocator import GRANULARITY, CachingAllocator
+import torch
+
+from .allocator import GRANULARITY, Block, CachingAllocator
 from .host import host_side
 from .replay import RecordingAllocator
-from .streams import Timeline
+from .streams import Stream, Timeline
 from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor
 
 
@@ -71,6 +76,8 @@ class VirtualGPU:
     the block without an exception waits for all streams and raises RaceError if that shows a race.
     """
 
+    device: torch.device  # set with the device type
+
     def __init__(
         self,
         capacity: int | None = None,
@@ -84,30 +91,30 @@ class VirtualGPU:
     ):
         self.meta, self.pin_limit, self.record_ops = meta, pin_limit, record_ops
         allocator = RecordingAllocator if record_requests else CachingAllocator
-        self.allocator = allocator(capacity, expandable_segments, granularity)
+        self.allocator: Any = allocator(capacity, expandable_segments, granularity)
         self.initialized = False
         self.pinned = 0
         self.timeline = Timeline(self)
-        self._record = []
+        self._record: list[tuple] = []
         self._numbers = itertools.count()
-        self._allocations = {}  # weak references by address of the held storage
-        self._pinned = {}  # bytes by address of the storage
-        self._callbacks = []
+        self._allocations: dict[int, weakref.ref[Allocation]] = {}  # by address of the held storage
+        self._pinned: dict[int, int] = {}  # bytes by address of the storage
+        self._callbacks: list[Callable[[str], Any]] = []
         self._lock = threading.RLock()
         self._patches = contextlib.ExitStack()
 
-    def __enter__(self):
+    def __enter__(self) -> VirtualGPU:
         active.append(self)
         self._patches.enter_context(host_side(current))
         return self
 
-    def __exit__(self, exception_type, exception, traceback):
+    def __exit__(self, exception_type: Any, exception: BaseException | None, traceback: Any) -> None:
         self._patches.close()
         active.remove(self)
         if exception is None:
             self.timeline.synchronize()
 
-    def initialize(self):
+    def initialize(self) -> None:
         self.initialized = True
 
     @property
@@ -115,7 +122,7 @@ class VirtualGPU:
         return self.allocator.capacity
 
     @capacity.setter
-    def capacity(self, nbytes: int | None):
+    def capacity(self, nbytes: int | None) -> None:
         self.allocator.capacity = nbytes
 
     @property
@@ -134,15 +141,15 @@ class VirtualGPU:
     def peak_reserved(self) -> int:
         return self.allocator.peak_reserved
 
-    def reset_peak(self):
+    def reset_peak(self) -> None:
         self.allocator.reset_peak()
 
-    def empty_cache(self):
+    def empty_cache(self) -> None:
         with self._lock:
             self.allocator.empty_cache()
 
     @contextlib.contextmanager
-    def label(self, text):
+    def label(self, text: str) -> Iterator[None]:
         """Records and errors of this thread carry this label inside."""
         here = self.timeline.here
         before, here.label = here.label, text
@@ -152,19 +159,28 @@ class VirtualGPU:
             here.label = before
 
     @property
-    def record(self):
+    def record(self) -> list[Record]:
         return [Record(*fields) for fields in self._record]
 
-    def on_op(self, callback):
+    def on_op(self, callback: Callable[[str], Any]) -> None:
         """Call `callback(name)` before every operator, copies and attention included. What it raises, that raises."""
         self._callbacks.append(callback)
 
-    def note(self, kind, name="", nbytes=0, stream=None, allocation=None):
+    def note(
+        self,
+        kind: str,
+        name: str = "",
+        nbytes: int = 0,
+        stream: Stream | None = None,
+        allocation: int | None = None,
+    ) -> None:
         here = self.timeline.here
         stream = stream or here.stream or self.timeline.default
         self._record.append((kind, name, nbytes, stream.name, here.label, allocation))
 
-    def submit(self, name, reads=(), writes=()):
+    def submit(
+        self, name: str, reads: Iterable[VirtualTensor] = (), writes: Iterable[VirtualTensor] = ()
+    ) -> None:
         """An operator is about to run on the current stream; raises RaceError, or what a callback raises."""
         for callback in self._callbacks:
             callback(name)
@@ -173,7 +189,7 @@ class VirtualGPU:
         with self._lock:
             self.timeline.submit(name, reads, writes)
 
-    def pin(self, tensor):
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Count the memory of a host tensor as pinned, for as long as it lives; returns the tensor."""
         if isinstance(tensor, VirtualTensor):
             raise RuntimeError("only memory of the host can be pinned")
@@ -186,37 +202,37 @@ class VirtualGPU:
         self.note("pin", nbytes=nbytes)
         return tensor
 
-    def is_pinned(self, tensor):
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._pinned
 
-    def _unpin(self, address):
+    def _unpin(self, address: int) -> None:
         self.pinned -= self._pinned.pop(address)
 
-    def _allocation_of(self, held):
+    def _allocation_of(self, held: torch.Tensor) -> Allocation:
         storage = held.untyped_storage()
         with self._lock:
             known = self._allocations.get(storage._cdata)
-            allocation = known and known()
+            allocation = known() if known is not None else None
             if allocation is None:
                 allocation = Allocation(self, storage)
                 self._know(storage, allocation)
         return allocation
 
-    def _know(self, storage, allocation):
+    def _know(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
         self._allocations[storage._cdata] = weakref.ref(allocation)
 
-    def _allocate(self, nbytes, stream):
+    def _allocate(self, nbytes: int, stream: Stream) -> Block | None:
         """A block for a stream; None for no bytes."""
         self.initialized = True
         with self._lock:
             return self.allocator.alloc(nbytes, stream)
 
-    def _give_back(self, block, done=None):
+    def _give_back(self, block: Block | None, done: Callable[[], bool] | None = None) -> None:
         if block is not None:
             with self._lock:
                 self.allocator.free(block, done)
 
-    def _release(self, allocation):
+    def _release(self, allocation: Allocation) -> None:
         with self._lock:
             for storage in (allocation.storage, allocation.former):
                 if storage is not None:
@@ -228,7 +244,7 @@ class VirtualGPU:
             self.note("free", nbytes=allocation.nbytes, allocation=allocation.number)
             self.timeline.freed(allocation.accesses, allocation.stream, allocation.streams)
 
-    def _fresh(self, make, size, *args, **options):
+    def _fresh(self, make: Callable, size: Sequence[int], *args: Any, **options: Any) -> VirtualTensor:
         """A new tensor from a factory of torch, held as this GPU holds its tensors."""
         numel = 1
         for n in size:
@@ -237,10 +253,10 @@ class VirtualGPU:
         return VirtualTensor(make(size, *args, **options), self)
 
 
-active = []  # the GPUs whose blocks are open, innermost last
+active: list[VirtualGPU] = []  # the GPUs whose blocks are open, innermost last
 
 
-def current():
+def current() -> VirtualGPU:
     if not active:
         raise RuntimeError(f"no virtual GPU is there: use {DEVICE_TYPE} inside `with VirtualGPU():`")
     return active[-1]

@@ -1,22 +1,29 @@
 """What changes on the host while a virtual GPU is there."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._device import _device_constructors
 
 from .tensor import VirtualTensor
 
+if TYPE_CHECKING:
+    from .device import VirtualGPU
+
 
 @contextlib.contextmanager
-def host_side(current):
+def host_side(current: Callable[[], VirtualGPU]) -> Iterator[None]:
     """Inside, parameters move to the device and back in place, as with CUDA, and memory can be pinned.
 
     current: gives the virtual GPU whose block is innermost.
     """
     swap_was = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    patches = {(torch.Tensor, "data"): property(_get_data, _set_data)}
+    patches: dict[tuple[Any, str], Any] = {(torch.Tensor, "data"): property(_get_data, _set_data)}
     patches[torch.Tensor, "pin_memory"] = lambda tensor, device=None: current().pin(tensor.clone())
     patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: current().is_pinned(tensor)
     _device_constructors()  # `with torch.device(...)` finds the factories by identity, as they are when first listed
@@ -33,8 +40,8 @@ def host_side(current):
             setattr(*key, value)
 
 
-def _pinning(factory, current):
-    def make(*args, pin_memory=False, **kwargs):
+def _pinning(factory: Callable, current: Callable[[], VirtualGPU]) -> Callable:
+    def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         if not pin_memory:
             return factory(*args, **kwargs)
         gpu = current()
@@ -48,11 +55,11 @@ def _pinning(factory, current):
 _plain_data = torch.Tensor.data
 
 
-def _get_data(tensor):
+def _get_data(tensor: torch.Tensor) -> torch.Tensor:
     return _plain_data.__get__(tensor)
 
 
-def _set_data(tensor, value):
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     if not (isinstance(tensor, VirtualTensor) or isinstance(value, VirtualTensor)):
         _plain_data.__set__(tensor, value)
         return

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 
 from .allocator import Block, CachingAllocator
+
+Request = tuple[int | None, int | None, Hashable]
 
 
 class RecordingAllocator(CachingAllocator):
     """Keeps `trace`: in order, (number, bytes, stream) of each block handed out, (number, None, None) when it comes
     back, (None, None, None) when the cache is emptied."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.trace: list[tuple[int | None, int | None, Hashable]] = []
+        self.trace: list[Request] = []
         self._numbers: dict[Block, int] = {}
 
-    def alloc(self, nbytes, stream=None):
+    def alloc(self, nbytes: int, stream: Hashable = None) -> Block | None:
         block = super().alloc(nbytes, stream)
         if block is not None:
             self._numbers[block] = len(self.trace)
             self.trace.append((len(self.trace), nbytes, stream))
         return block
 
-    def free(self, block, done=None):
+    def free(self, block: Block, done: Callable[[], bool] | None = None) -> None:
         self.trace.append((self._numbers.pop(block), None, None))
         super().free(block, done)
 
-    def empty_cache(self):
+    def empty_cache(self) -> None:
         self.trace.append((None, None, None))
         super().empty_cache()
 
 
-def replay(trace, allocator: CachingAllocator) -> CachingAllocator:
+def replay(trace: Iterable[Request], allocator: CachingAllocator) -> CachingAllocator:
     """The allocator after the trace. Raises torch.OutOfMemoryError where the run would."""
-    blocks = {}
+    blocks: dict[int, Block] = {}
     for number, nbytes, stream in trace:
         if nbytes is not None:
             blocks[number] = allocator.alloc(nbytes, stream)

@@ -15,23 +15,33 @@ them writes it.
 The host is one actor: threads are expected to order themselves.
 """
 
+from __future__ import annotations
+
 import functools
 import threading
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .device import VirtualGPU
+    from .tensor import VirtualTensor
+
+    Clock = dict["Stream", int]  # per stream, the last work that happens before
+    Fields = tuple["Stream", int, int, int, bool, str, str | None]  # of an Access
 
 
 class RaceError(RuntimeError):
     """Two accesses to the same memory, one of them a write, that no stream, event or synchronisation orders."""
 
 
-def _exclusive(method):
+def _exclusive(method: Callable) -> Callable:
     """One thread at a time: clocks and the list of copies under way are shared by all."""
 
     @functools.wraps(method)
-    def locked(self, *args, **kwargs):
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.gpu._lock:
             return method(self, *args, **kwargs)
 
@@ -41,7 +51,7 @@ def _exclusive(method):
 class Access(NamedTuple):
     """Work number `tick` of `stream` touched bytes `begin` to `end` of a storage."""
 
-    stream: "Stream"
+    stream: Stream
     tick: int
     begin: int
     end: int
@@ -49,7 +59,7 @@ class Access(NamedTuple):
     name: str
     label: str | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         label = f" ({self.label})" if self.label else ""
         verb = "writes" if self.writes else "reads"
         return f"{self.name}{label} on {self.stream}, which {verb} {self.end - self.begin} bytes"
@@ -58,31 +68,32 @@ class Access(NamedTuple):
 class Stream:
     """Work in order of submission, unordered against other streams but for events. As torch.cuda.Stream."""
 
-    def __init__(self, gpu, name):
+    def __init__(self, gpu: VirtualGPU, name: str):
         self.gpu = gpu
         self.name = name
-        self.clock = {self: 0}  # per stream, the last work that happens before what this stream does next
+        # per stream, the last work that happens before what this stream does next
+        self.clock: Clock = {self: 0}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.name
 
     @_exclusive
-    def wait_event(self, event):
+    def wait_event(self, event: Event) -> None:
         self.gpu.note("wait_event", name=event.name, stream=self)
         merge(self.clock, event.clock)
 
-    def wait_stream(self, other):
+    def wait_stream(self, other: Stream) -> None:
         self.wait_event(other.record_event())
 
-    def record_event(self, event=None):
+    def record_event(self, event: Event | None = None) -> Event:
         event = Event(self.gpu) if event is None else event
         event.record(self)
         return event
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.gpu.timeline.host_learns(self.clock)
 
-    def query(self):
+    def query(self) -> bool:
         self.synchronize()
         return True
 
@@ -90,26 +101,26 @@ class Stream:
 class Event:
     """A point in a stream's work. As torch.cuda.Event, without timing. A query finds the work done."""
 
-    def __init__(self, gpu):
+    def __init__(self, gpu: VirtualGPU):
         self.gpu = gpu
-        self.clock = {}
+        self.clock: Clock = {}
         gpu.timeline.events += 1
         self.name = f"event {gpu.timeline.events}"
 
     @_exclusive
-    def record(self, stream=None):
+    def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.gpu.timeline.current
         self.gpu.initialize()
         self.clock = dict(stream.clock)
         self.gpu.note("record_event", name=self.name, stream=stream)
 
-    def wait(self, stream=None):
+    def wait(self, stream: Stream | None = None) -> None:
         (stream or self.gpu.timeline.current).wait_event(self)
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.gpu.timeline.host_learns(self.clock)
 
-    def query(self):
+    def query(self) -> bool:
         self.synchronize()
         return True
 
@@ -117,12 +128,18 @@ class Event:
 class HostCopy:
     """A copy between pinned host memory and the device of which the host does not know yet that it is done."""
 
-    def __init__(self, access, source=None, destination=None, values=None):
+    def __init__(
+        self,
+        access: Access,
+        source: torch.Tensor | None = None,
+        destination: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ):
         self.access = access
         self.source, self.digest = source, None if source is None else digest(source)
         self.destination, self.values = destination, values
 
-    def touches(self, tensor):
+    def touches(self, tensor: torch.Tensor) -> bool:
         """Whether it shares bytes with a tensor on the host."""
         mine = self.source if self.destination is None else self.destination
         if mine.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
@@ -131,10 +148,10 @@ class HostCopy:
         return begin < other_end and other_begin < end
 
     @property
-    def disturbed(self):
+    def disturbed(self) -> bool:
         return self.source is not None and digest(self.source) != self.digest
 
-    def finish(self):
+    def finish(self) -> None:
         if self.destination is not None:
             with torch.no_grad():
                 self.destination.copy_(self.values)
@@ -143,32 +160,35 @@ class HostCopy:
 class _Here(threading.local):
     """What a thread submits its work to, and under which label."""
 
-    stream = None  # the default stream
-    label = None
+    stream: Stream | None = None  # None is the default stream
+    label: str | None = None
 
 
 class Timeline:
     """The clocks of one virtual GPU and the check of every access against them."""
 
-    def __init__(self, gpu):
+    def __init__(self, gpu: VirtualGPU):
         self.gpu = gpu
         self.default = Stream(gpu, "default stream")
         self.streams = [self.default]
         self.events = 0  # made so far
-        self.host = {}  # the clock of what the host knows to be done
-        self.copies = []  # every HostCopy under way, oldest first
-        self.fault = None  # what happened where nothing can be raised, to be raised at the next chance
+        self.host: Clock = {}  # the clock of what the host knows to be done
+        self.copies: list[HostCopy] = []  # every HostCopy under way, oldest first
+        # what happened where nothing can be raised, to be raised at the next chance
+        self.fault: str | None = None
         self.here = _Here()
 
     @property
-    def current(self):
+    def current(self) -> Stream:
         return self.here.stream or self.default
 
-    def new_stream(self):
+    def new_stream(self) -> Stream:
         self.streams.append(Stream(self.gpu, f"stream {len(self.streams)}"))
         return self.streams[-1]
 
-    def submit(self, name, reads=(), writes=()):
+    def submit(
+        self, name: str, reads: Iterable[VirtualTensor] = (), writes: Iterable[VirtualTensor] = ()
+    ) -> None:
         """Put work on the current stream; `reads` and `writes` are tensors on the device.
 
         Raises RaceError when a conflicting access does not happen before it.
@@ -194,12 +214,12 @@ class Timeline:
                 allocation.accesses, (stream, tick, begin, end, True, name, label), clock
             )
 
-    def birth(self, nbytes):
+    def birth(self, nbytes: int) -> Fields:
         """The first access to a new storage of that many bytes."""
         stream = self.here.stream or self.default
         return stream, stream.clock[stream], 0, nbytes, True, "allocation", self.here.label
 
-    def freed(self, accesses, owner, recorded):
+    def freed(self, accesses: Iterable[Fields], owner: Stream, recorded: Container[Stream]) -> None:
         """A storage made on stream `owner` is gone; `recorded` are the streams named by record_stream."""
         for access in accesses:
             stream, tick = access[:2]
@@ -208,13 +228,13 @@ class Timeline:
             if tick > owner.clock.get(stream, 0) and tick > self.host.get(stream, 0):
                 self.fault = f"memory of {owner} was freed while nothing orders it after {Access(*access)}"
 
-    def when_known(self, streams):
+    def when_known(self, streams: Iterable[Stream]) -> Callable[[], bool]:
         """A function that tells whether the host knows by now that all work that these streams have is done."""
         ticks = {stream: stream.clock[stream] for stream in streams}
         return lambda: all(tick <= self.host.get(stream, 0) for stream, tick in ticks.items())
 
     @_exclusive
-    def touch_host(self, name, tensor, writes):
+    def touch_host(self, name: str, tensor: torch.Tensor, writes: bool) -> None:
         """The current stream is about to copy from pinned memory, or to it: what has to be done before is done."""
         stream = self.current
         for copy in [c for c in self.copies if c.touches(tensor) and (writes or c.destination is not None)]:
@@ -226,7 +246,7 @@ class Timeline:
             copy.finish()
 
     @_exclusive
-    def reads_host(self, name, source):
+    def reads_host(self, name: str, source: torch.Tensor) -> None:
         """An asynchronous copy from pinned memory was just submitted."""
         same = [c for c in self.copies if c.source is not None and c.source.data_ptr() == source.data_ptr()]
         self._check(same)
@@ -236,23 +256,23 @@ class Timeline:
         self.copies.append(HostCopy(self._now(name, source.nbytes, False), source))
 
     @_exclusive
-    def writes_host(self, name, destination, values):
+    def writes_host(self, name: str, destination: torch.Tensor, values: torch.Tensor) -> None:
         """An asynchronous copy of `values` to pinned memory was just submitted."""
         access = self._now(name, destination.nbytes, True)
         self.copies.append(HostCopy(access, destination=destination, values=values))
 
-    def _check(self, copies):
+    def _check(self, copies: Iterable[HostCopy]) -> None:
         for copy in copies:
             if copy.disturbed:
                 self.copies.remove(copy)  # said once
                 raise RaceError(f"the host overwrote pinned memory still being read by {copy.access}")
 
-    def _now(self, name, nbytes, writes):
+    def _now(self, name: str, nbytes: int, writes: bool) -> Access:
         stream = self.current
         return Access(stream, stream.clock[stream], 0, nbytes, writes, name, self.here.label)
 
     @_exclusive
-    def host_learns(self, clock):
+    def host_learns(self, clock: Clock) -> None:
         """The host waited for everything in `clock`."""
         self._check(self.copies)
         merge(self.host, clock)
@@ -261,35 +281,35 @@ class Timeline:
         for copy in done:
             copy.finish()
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         for stream in self.streams:
             stream.synchronize()
         self.raise_fault()
 
-    def raise_fault(self):
+    def raise_fault(self) -> None:
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise RaceError(fault)
 
 
-def _bytes(tensor):
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
     """Where a tensor on the host begins and ends in its storage."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
     begin = tensor.storage_offset() * tensor.itemsize
     return begin, begin + (last + 1) * tensor.itemsize
 
 
-def merge(clock, other):
+def merge(clock: Clock, other: Clock) -> None:
     for stream, tick in other.items():
         if tick > clock.get(stream, 0):
             clock[stream] = tick
 
 
-def digest(tensor):
+def digest(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _checked(earlier, access, clock):
+def _checked(earlier: Iterable[Fields], access: Fields, clock: Clock) -> list[Fields]:
     """The accesses to remember of a storage, `access` among them, without those that need no more checking."""
     stream, _, begin, end, writing, _, _ = access
     kept = []

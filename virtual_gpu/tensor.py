@@ -1,8 +1,18 @@
 """Tensors of the virtual GPU: what they hold, what their storages count, and how operators run on them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from .allocator import Block
+    from .device import VirtualGPU
+    from .streams import Fields, Stream
 
 aten = torch.ops.aten
 DEVICE_TYPE = "vgpu"
@@ -24,14 +34,15 @@ class Allocation:
         "streams",
     )
 
-    def __init__(self, gpu, storage):
+    def __init__(self, gpu: VirtualGPU, storage: torch.UntypedStorage):
         self.gpu = gpu
         self.storage = storage  # keeps the address, by which the ledger knows it, taken
-        self.former = None  # the storage with values, when they are known no more
+        # the storage with values, when they are known no more
+        self.former: torch.UntypedStorage | None = None
         self.stream = gpu.timeline.current
-        self.streams = ()  # those that record_stream named
-        self.accesses = ()  # none while it may be refused
-        self.block = None
+        self.streams: tuple[Stream, ...] = ()  # those that record_stream named
+        self.accesses: Sequence[Fields] = ()  # none while it may be refused
+        self.block: Block | None = None
         requested = storage.nbytes()
         self.resize(requested)
         self.number = next(gpu._numbers)
@@ -39,15 +50,15 @@ class Allocation:
         gpu.note("alloc", nbytes=self.nbytes, allocation=self.number)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return 0 if self.block is None else self.block.used
 
-    def resize(self, requested):
+    def resize(self, requested: int) -> None:
         block, self.block = self.block, self.gpu._allocate(requested, self.stream)
         if block is not None:
             self.gpu._give_back(block)
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.gpu._release(self)
 
 
@@ -55,9 +66,13 @@ class VirtualTensor(torch.Tensor):
     """A tensor on the virtual device. `held` is the CPU or meta tensor in it, `allocation` counts its storage."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    held: torch.Tensor
+    allocation: Allocation
 
     @staticmethod
-    def __new__(cls, held, gpu, allocation=None):
+    def __new__(
+        cls, held: torch.Tensor, gpu: VirtualGPU, allocation: Allocation | None = None
+    ) -> VirtualTensor:
         allocation = allocation or gpu._allocation_of(held)
         shape, strides = held.shape, held.stride()
         wrapper = torch.Tensor._make_wrapper_subclass(
@@ -75,36 +90,36 @@ class VirtualTensor(torch.Tensor):
         return wrapper
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _dispatch(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents=None):
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"VirtualTensor({self.held}, device='{self.device}')"
 
-    def numpy(self, *, force=False):
+    def numpy(self, *, force: bool = False) -> np.ndarray:
         if not force:
             raise TypeError(f"a tensor on {self.device} has no numpy array: call .cpu() first")
         return self.detach().cpu().numpy()
 
-    def tolist(self):
+    def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
         twin = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):
             twin = torch.nn.Parameter(twin, self.requires_grad)
         memo[id(self)] = twin
         return twin
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"a tensor on {self.device} cannot be pickled: call .cpu() first")
 
-    def record_stream(self, stream):
+    def record_stream(self, stream: Stream) -> None:
         self.allocation.streams += (stream,)
         self.allocation.gpu.note("record_stream", stream=stream, allocation=self.allocation.number)
 
     @property
-    def span(self):
+    def span(self) -> tuple[int, int]:
         """The first byte of its storage that it covers and the one after the last."""
         held = self.held
         begin = held.storage_offset() * held.itemsize
@@ -114,11 +129,11 @@ class VirtualTensor(torch.Tensor):
         return begin, begin + (last + 1) * held.itemsize
 
     @property
-    def known(self):
+    def known(self) -> bool:
         """Whether the held values are real: always so unless the GPU holds meta tensors."""
         return self.allocation.former is None and not self.held.is_meta and self.held.numel() <= KNOWN
 
-    def forget(self):
+    def forget(self) -> None:
         """Hold a meta tensor from now on, and so does every tensor that shares the storage."""
         allocation = self.allocation
         if allocation.former is None and not self.held.is_meta:
@@ -139,7 +154,7 @@ class _Operator:
     shape and strides.
     """
 
-    def __init__(self, func):
+    def __init__(self, func: Any):
         tags, arguments = set(func.tags), list(enumerate(func._schema.arguments))
         implicit = "CompositeImplicitAutograd"
         self.name = func.name()
@@ -153,18 +168,18 @@ class _Operator:
         in_place = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
         self.keeps_geometry = in_place and len(func._schema.returns) == 1
 
-    def writes(self, args, kwargs):
+    def writes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[VirtualTensor]:
         """The tensors that a call with these arguments writes."""
-        found = []
+        found: list[VirtualTensor] = []
         for i, name in self.written:
             _collect((args[i] if i < len(args) else kwargs.get(name),), found, [])
         return found
 
 
-_operators = {}
+_operators: dict[Any, _Operator] = {}
 
 
-def _dispatch(func, args, kwargs):
+def _dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     operator = _operators.get(func)
     if operator is None:
         operator = _operators[func] = _Operator(func)
@@ -180,8 +195,9 @@ def _dispatch(func, args, kwargs):
     return _run(operator, func, args, kwargs)
 
 
-def _run(operator, func, args, kwargs):
-    virtual, host = [], []
+def _run(operator: _Operator, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    virtual: list[VirtualTensor] = []
+    host: list[torch.Tensor] = []
     _collect(args, virtual, host)
     if kwargs:
         _collect(kwargs.values(), virtual, host)
@@ -190,7 +206,7 @@ def _run(operator, func, args, kwargs):
             f"{operator.name}: its tensors must be on one device, found {virtual[0].device} and {host[0].device}"
         )
     gpu = virtual[0].allocation.gpu
-    reads, writes = virtual, ()
+    reads, writes = virtual, []
     if operator.written:
         writes = operator.writes(args, kwargs)
         reads = [v for v in virtual if not any(v is w for w in writes)]
@@ -203,7 +219,15 @@ def _run(operator, func, args, kwargs):
     return _wrap(out, virtual, writes) if on_device else out
 
 
-def _meta_result(operator, func, args, kwargs, virtual, writes, on_device):
+def _meta_result(
+    operator: _Operator,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    virtual: Sequence[VirtualTensor],
+    writes: Sequence[VirtualTensor],
+    on_device: bool,
+) -> Any:
     """Geometry as a meta tensor, or the result itself if all values are known and it is small."""
     known = all(v.known for v in virtual)
     if not (known and (writes or operator.needs_values)):
@@ -216,7 +240,14 @@ def _meta_result(operator, func, args, kwargs, virtual, writes, on_device):
     return func(*_held(args), **_held_kwargs(kwargs, "cpu"))
 
 
-def _geometry(operator, func, args, kwargs, writes, on_device):
+def _geometry(
+    operator: _Operator,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    writes: Sequence[VirtualTensor],
+    on_device: bool,
+) -> Any:
     """The meta tensors that an operator returns. Meta kernels are slow, so what they say is remembered."""
     key = _signature((func, args, *kwargs.items()))
     known = _geometries.get(key)
@@ -229,15 +260,16 @@ def _geometry(operator, func, args, kwargs, writes, on_device):
         return out
     if operator.keeps_geometry:
         return writes[0].held
-    several, outputs = known
-    outputs = tuple(torch.empty_strided(*o[:2], dtype=o[2], device="meta") for o in outputs)
-    return outputs if several else outputs[0]
+    several, geometries = known
+    made = tuple(torch.empty_strided(*o[:2], dtype=o[2], device="meta") for o in geometries)
+    return made if several else made[0]
 
 
-_geometries = {}  # of operators that return new tensors, by the signature of the call
+# of operators that return new tensors, by the signature of the call
+_geometries: dict[Any, tuple[bool, list]] = {}
 
 
-def _signature(value):
+def _signature(value: Any) -> Any:
     kind = type(value)
     if kind is VirtualTensor:
         return value.signature
@@ -248,7 +280,7 @@ def _signature(value):
     return kind, value  # 1, 1.0 and True are equal but promote differently
 
 
-def _collect(values, virtual, host):
+def _collect(values: Iterable[Any], virtual: list[VirtualTensor], host: list[torch.Tensor]) -> None:
     """Add the tensors on the device, and those on the host that an operator on the device may not take, to lists."""
     for value in values:
         kind = type(value)
@@ -262,7 +294,7 @@ def _collect(values, virtual, host):
             host.append(value)
 
 
-def _held(value, meta=False):
+def _held(value: Any, meta: bool = False) -> Any:
     """`value` with the held tensor in place of every tensor on the device; as meta tensors if so asked."""
     if isinstance(value, VirtualTensor):
         if value.allocation.former is not None:
@@ -275,7 +307,7 @@ def _held(value, meta=False):
     return value
 
 
-def _held_kwargs(kwargs, device, meta=False):
+def _held_kwargs(kwargs: dict[str, Any], device: str, meta: bool = False) -> dict[str, Any]:
     if not kwargs:
         return kwargs
     held = {name: _held(value, meta) for name, value in kwargs.items()}
@@ -284,7 +316,7 @@ def _held_kwargs(kwargs, device, meta=False):
     return held
 
 
-def _wrap(out, virtual, writes):
+def _wrap(out: Any, virtual: Sequence[VirtualTensor], writes: Sequence[VirtualTensor]) -> Any:
     if isinstance(out, torch.Tensor):
         for known in writes:
             if known.held is out:
@@ -296,13 +328,13 @@ def _wrap(out, virtual, writes):
     return out
 
 
-def _wrap_views(out, allocation):
+def _wrap_views(out: Any, allocation: Allocation) -> Any:
     if isinstance(out, torch.Tensor):
         return VirtualTensor(out, allocation.gpu, allocation)
     return [_wrap_views(o, allocation) for o in out]
 
 
-def _follow(tensor):
+def _follow(tensor: VirtualTensor) -> None:
     """Give the wrapper the geometry that an in-place operator gave the tensor it holds."""
     held = tensor.held
     if tensor.shape != held.shape or tensor.stride() != held.stride():
@@ -312,7 +344,7 @@ def _follow(tensor):
             tensor.as_strided_(held.shape, held.stride(), held.storage_offset())
 
 
-def copy_(destination, source, non_blocking=False):
+def copy_(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if not isinstance(destination, VirtualTensor):
         return _copy_out(destination, source, non_blocking)
     gpu = destination.allocation.gpu
@@ -334,7 +366,9 @@ def copy_(destination, source, non_blocking=False):
     return destination
 
 
-def _copy_out(destination, source, non_blocking=False, pinned=False):
+def _copy_out(
+    destination: torch.Tensor, source: VirtualTensor, non_blocking: bool = False, pinned: bool = False
+) -> torch.Tensor:
     """Copy to the host; asynchronously if non_blocking and the destination is pinned."""
     gpu = source.allocation.gpu
     gpu.submit("copy_", [source])
@@ -353,7 +387,14 @@ def _copy_out(destination, source, non_blocking=False, pinned=False):
     return destination
 
 
-def _to_copy(source, *, device=None, non_blocking=False, pin_memory=None, **options):
+def _to_copy(
+    source: VirtualTensor,
+    *,
+    device: torch.device | None = None,
+    non_blocking: bool = False,
+    pin_memory: Any = None,
+    **options: Any,
+) -> torch.Tensor:
     func = aten._to_copy.default
     if device is None or device.type == DEVICE_TYPE:
         return _run(_TO_COPY, func, (source,), options)
@@ -365,13 +406,13 @@ def _to_copy(source, *, device=None, non_blocking=False, pin_memory=None, **opti
     return _copy_out(_host_zeros(geometry), source, non_blocking, pinned=True)
 
 
-def _host_zeros(like):
+def _host_zeros(like: torch.Tensor) -> torch.Tensor:
     """Zeros on the host with the geometry of a meta tensor, which take no memory until they are touched."""
     flat = torch.from_numpy(np.zeros(like.untyped_storage().nbytes(), np.uint8)).view(like.dtype)
     return flat.as_strided(like.shape, like.stride())
 
 
-def _item(source):
+def _item(source: VirtualTensor) -> Any:
     gpu = source.allocation.gpu
     gpu.submit("item", [source])
     gpu.timeline.current.synchronize()
@@ -381,8 +422,15 @@ def _item(source):
 
 
 def attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     tensors = [t for t in (query, key, value, attn_mask) if t is not None]
     if not all(isinstance(t, VirtualTensor) for t in tensors):
         raise RuntimeError(f"scaled_dot_product_attention: its tensors must all be on {DEVICE_TYPE}")
@@ -406,7 +454,7 @@ def attention(
     return out
 
 
-_SPECIAL = {
+_SPECIAL: dict[Any, Callable] = {
     aten.copy_.default: copy_,
     aten._to_copy.default: _to_copy,
     aten._local_scalar_dense.default: _item,

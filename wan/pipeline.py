@@ -20,21 +20,22 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
 from .memory.vae_tiling import apply_tiling
-from .modules.attention import load_flash_attn
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
+from .modules.vae_forward import Stored
 from .sampling import OnStep, Solver, denoise, guided, guided_together
+from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
 from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
 from .weights.converted import OffloadFolder
-from .weights.fingerprints import FileSizes, file_fingerprint
+from .weights.fingerprints import FileSizes
 from .weights.lora import Loras
-from .weights.prompts import PromptCache, computed_by
+from .weights.prompts import EncodedPrompts, PromptCache
 from .weights.reading import checkpoint_files
 
 
@@ -92,6 +93,8 @@ class WanPipeline:
         on_event: Listener | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         lora_skip_unknown: bool = False,
+        attention: str = "auto",
+        compile: bool = False,
         prompt_cache: PromptCache | None = None,
         **memory: Any,
     ):
@@ -108,6 +111,7 @@ class WanPipeline:
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
+            attention, compile: kernels that round otherwise, as wan.run.Request's.
             prompt_cache: where encoded prompts are kept and looked for.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
@@ -123,12 +127,20 @@ class WanPipeline:
             device = f"cuda:{device_id}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         initialise(self.device)
-        if self.device.type == "cuda":
-            load_flash_attn()  # a broken one is told now
+        check_speed(attention, compile, self.options)
+        check_able(attention, compile, self.device, config.param_dtype)
+        self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
-        self._prompts = prompt_cache
+        self._prompts = EncodedPrompts(
+            prompt_cache,
+            self.checkpoint_dir / config.t5_checkpoint,
+            self.checkpoint_dir / config.t5_tokenizer,
+            torch.device("cpu") if t5_cpu else self.device,
+            text_len=config.text_len,
+            dtype=str(config.t5_dtype),
+        )
         self._sizes = FileSizes()
         self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
@@ -168,6 +180,7 @@ class WanPipeline:
         model = self.model_class.from_pretrained(
             self.checkpoint_dir, dtype=self.config.param_dtype, offload_folder=folder, loras=self._loras
         )
+        apply_speed(model, *self._speed)
         self._sizes.remember(folder.mapped if folder else self.weight_files("denoise"))
         apply_chunking(model, self.options.dit_chunk)
         if self.options.activation_offload:
@@ -195,7 +208,7 @@ class WanPipeline:
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
         with self.stages.loading():
-            if encoders and (prompts is None or any(self._cached(prompt) is None for prompt in prompts)):
+            if encoders and (prompts is None or any(self._prompts.get(prompt) is None for prompt in prompts)):
                 assert self._text is not None
                 self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
             if encoders and self.uses_clip:
@@ -276,7 +289,7 @@ class WanPipeline:
     def encode_ahead(self, prompt: str) -> None:
         """Encodes a prompt into the cache, for a run to come; loads nothing but the text encoder."""
         texts = self.prompts(prompt)
-        if any(self._cached(text) is None for text in texts):
+        if any(self._prompts.get(text) is None for text in texts):
             with self.stages.loading():
                 assert self._text is not None
             with self.stages("text"), torch.no_grad():
@@ -299,38 +312,17 @@ class WanPipeline:
 
     def _embeddings(self, texts: Sequence[str], stay: bool) -> list[torch.Tensor]:
         """Each text's embedding, [L, text_dim] on the device, from the cache or encoded and put there."""
-        found = {text: self._cached(text) for text in texts}
+        found = {text: self._prompts.get(text) for text in texts}
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
-            layers = self.text_encoder.layer_groups()
+            layers = list(self.text_encoder.model.block)
             with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
                 for text in missing:
                     found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
-        if self._prompts:
-            for text in missing:
-                self._prompts.put(self._prompt_key(text), found[text])
+        for text in missing:
+            self._prompts.put(text, found[text])
         return [found[text].to(self.device) for text in texts]
-
-    def _cached(self, text: str) -> torch.Tensor | None:
-        return self._prompts.get(self._prompt_key(text)) if self._prompts else None
-
-    def _prompt_key(self, text: str) -> dict[str, Any]:
-        """All that decides the bits of a text's embedding."""
-        device = torch.device("cpu") if self.options.t5_cpu else self.device
-        return self._encoder_identity | {"text": text, "by": computed_by(device)}
-
-    @cached_property
-    def _encoder_identity(self) -> dict[str, Any]:
-        folder = self.checkpoint_dir / self.config.t5_tokenizer
-        tokenizer = {path.name: file_fingerprint(path) for path in sorted(folder.glob("*")) if path.is_file()}
-        return {
-            "torch": str(torch.__version__),
-            "weights": file_fingerprint(self.checkpoint_dir / self.config.t5_checkpoint),
-            "tokenizer": tokenizer,
-            "text_len": self.config.text_len,
-            "dtype": str(self.config.t5_dtype),
-        }
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
@@ -369,7 +361,13 @@ class WanPipeline:
         """
         shape = conditioning.shape
         solver = Solver(
-            sample_solver, sampling_steps, shift, self.device, self.num_train_timesteps, self.param_dtype
+            sample_solver,
+            sampling_steps,
+            shift,
+            self.device,
+            self.num_train_timesteps,
+            self.param_dtype,
+            self.options.activation_offload,
         )
         inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
         seq_len = self._sequence_length(*shape[1:])
@@ -396,9 +394,8 @@ class WanPipeline:
         if self.options.guidance_together and guide_scale != 1:
             guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
         else:
-            guided_flow = guided(
-                *(partial(flow, context=c) for c in (contexts[0], contexts[-1])), guide_scale
-            )
+            with_prompt, without = (partial(flow, context=context) for context in (contexts[0], contexts[-1]))
+            guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])
@@ -456,10 +453,10 @@ class WanPipeline:
             on_latents(latent)
         return self.decode(latent)
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU."""
+    def decode(self, latent: torch.Tensor, stored: Stored | None = None) -> torch.Tensor:
+        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU, or to what is stored."""
         with self.stages("decode"):
-            return self.vae.decode([latent])[0]
+            return self.vae.decode([latent], stored=stored)[0]
 
     def _generator(self, seed: int) -> torch.Generator:
         """The source of noise: on the device if it is a GPU, as published results were made; negative is random."""

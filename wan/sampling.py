@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,8 @@ class Solver:
         num_train_timesteps: of the training schedule.
         dtype: the model's compute type. Steps are taken under autocast to it, as the published ones are, which rounds
             UniPC's einsum on CUDA; everything else of a step is fp32 whatever it is.
+        offload: keep what it remembers in RAM, and take each step some latent frames at a time, which gives the same
+            bits: every number is computed from those at its place.
 
     Raises ValueError for an unknown name.
     """
@@ -95,12 +98,14 @@ class Solver:
         device: torch.device | str,
         num_train_timesteps: int = 1000,
         dtype: torch.dtype = torch.float32,
+        offload: bool = False,
     ):
         if name not in SOLVERS:
             raise ValueError(f"unknown solver {name!r}, choose one of {', '.join(SOLVERS)}")
         make = {"unipc": _unipc, "dpm++": _dpm, "euler": _euler}[name]
         self.name, self.steps = name, steps
         self._device, self._dtype = device, dtype
+        self._offload = offload
         self._scheduler = make(steps, shift, device, num_train_timesteps)
         self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
 
@@ -117,7 +122,21 @@ class Solver:
     def step(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """The latent one step further on. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
         if not hasattr(self._scheduler, "model_outputs"):
-            self._flow = flow
+            self._flow = flow.cpu() if self._offload else flow
+        if not self._offload:
+            return self._stepped(flow, t, latent)
+        before, states = self.state_dict(), []
+        out = torch.empty_like(latent)
+        for frames in torch.arange(latent.size(1)).chunk(PIECES):
+            piece = slice(int(frames[0]), int(frames[-1]) + 1)
+            self.load_state_dict(_each(before, partial(_frames, piece)))
+            out[:, piece] = self._stepped(flow[:, piece], t, latent[:, piece])
+            states.append(_each(self.state_dict(), torch.Tensor.cpu))
+        for name, value in _joined(states).items():
+            setattr(self._scheduler, name, value)
+        return out
+
+    def _stepped(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         narrow = self._dtype is not torch.float32
         with torch.autocast(latent.device.type, self._dtype if narrow else None, enabled=narrow):
             return self._scheduler.step(flow[None], t, latent[None], return_dict=False)[0][0]
@@ -148,6 +167,32 @@ class Solver:
 
 # What diffusers' solvers change while they step, each some of it.
 _MEMORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
+
+
+PIECES = 8  # at most, of an offloaded step
+
+
+def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A state with a function of each of its latents [1, C, F, H, W]."""
+    if isinstance(value, dict):
+        return {name: _each(item, function) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_each(item, function) for item in value]
+    return function(value) if isinstance(value, torch.Tensor) and value.dim() == 5 else value
+
+
+def _frames(piece: slice, latent: torch.Tensor) -> torch.Tensor:
+    return latent[:, :, piece]
+
+
+def _joined(states: Sequence[Any]) -> Any:
+    """The state of which these are pieces."""
+    first = states[0]
+    if isinstance(first, dict):
+        return {name: _joined([state[name] for state in states]) for name in first}
+    if isinstance(first, list):
+        return [_joined(items) for items in zip(*states)]
+    return torch.cat(states, 2) if isinstance(first, torch.Tensor) and first.dim() == 5 else first
 
 
 def _copy(value: Any, device: torch.device | str | None = None) -> Any:

@@ -22,7 +22,8 @@ class Task:
     Attributes:
         pipeline: "module:class" in this package, imported when used.
         config: of the model, an entry of WAN_CONFIGS.
-        sizes: "width*height" of what can be made.
+        sizes: "width*height" that the model was trained at.
+        free_size: whether it makes other sizes, too.
         size: the one by default.
         prompt: an example.
         inputs: files that it works from, beside the prompt: an example for each option that names one, or None.
@@ -44,6 +45,7 @@ class Task:
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     all_inputs: bool = False
     area_only: bool = False
+    free_size: bool = False
     still: bool = False
     toy: bool = False
     frame_num: int = 81
@@ -75,6 +77,7 @@ class Task:
 _TEXT: dict[str, Any] = {
     "pipeline": "text2video:WanT2V",
     "prompt": "A red paper boat sails down a rainy street at dusk, lamps mirrored in the water.",
+    "free_size": True,
 }
 _STILL: dict[str, Any] = {
     "pipeline": "text2video:WanT2V",
@@ -106,6 +109,7 @@ _FIRST_LAST: dict[str, Any] = {
 _EDIT: dict[str, Any] = {
     "pipeline": "vace:WanVace",
     "prompt": "A red paper boat sails past a red and white striped lighthouse on a bright day.",
+    "free_size": True,
     "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "vace_ref_1.png,vace_ref_2.png"},
     "sample_shift": 16.0,
 }

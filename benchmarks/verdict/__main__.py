@@ -9,23 +9,26 @@ skipped; 1 a check failed; 2 some are incomplete (out of time, killed, interrupt
 --rehearse runs every check in toy size on a virtual GPU, which needs none, and shows that the checks work.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from wan.utils.errors import InputError
 
-from .checks import CHECKS
+from .checks import CHECKS, Check
 from .report import INCOMPLETE, Report, Result
 from .runner import run
 
 LEAST = 5  # seconds; with less left, a check is not started
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     try:
         args = parse_arguments(argv)
@@ -44,7 +47,7 @@ def main(argv=None):
     return report.exit_code
 
 
-def judge(checks, report, args):
+def judge(checks: Sequence[Check], report: Report, args: argparse.Namespace) -> None:
     """Runs the checks in order as far as the time goes, a line on stderr for each."""
     seconds = args.minutes * 60
     end = time.monotonic() + seconds
@@ -61,7 +64,7 @@ def judge(checks, report, args):
         print(f"{result.status}, {result.seconds:.0f} s{first}", file=sys.stderr, flush=True)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; makes the folder. Raises InputError."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.verdict",

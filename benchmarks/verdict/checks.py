@@ -1,11 +1,15 @@
 """What the verdict checks, what matters most first, and what a check is given to do its work with."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import psutil
 import torch
@@ -29,7 +33,7 @@ class Check:
     arguments: dict = field(default_factory=dict)
 
 
-def _check(name, function, share, **arguments):
+def _check(name: str, function: str, share: float, **arguments: Any) -> Check:
     return Check(name, f"benchmarks.verdict.{function}", share, arguments)
 
 
@@ -83,22 +87,22 @@ class Bench:
     chance: Random = field(default_factory=lambda: Random(0))
 
     @property
-    def backend(self):
+    def backend(self) -> Any:
         return torch.get_device_module(self.device)
 
-    def note(self, name, value):
+    def note(self, name: str, value: Any) -> None:
         """Reports a number, a text, or a dict of them."""
         value = _rounded(value)
         self.numbers[name] = value
         self.tell({"number": name, "value": value})
 
-    def expect(self, holds, otherwise):
+    def expect(self, holds: bool, otherwise: str) -> None:
         """The check fails unless this holds, for the reason given, and goes on."""
         if not holds:
             self.faults.append(otherwise)
             self.tell({"fault": otherwise})
 
-    def needs(self, device_gib, ram_gib=0):
+    def needs(self, device_gib: float, ram_gib: float = 0) -> None:
         """Skips the check on a machine that has less memory free; a rehearsal has what it needs.
 
         Raises SkippedError.
@@ -112,19 +116,19 @@ class Bench:
                 raise SkippedError(f"needs {need} GiB of {what}, {have / GIB:.1f} are free")
 
     @contextlib.contextmanager
-    def folder(self):
+    def folder(self) -> Iterator[Path]:
         """An empty folder, gone afterwards."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield Path(folder)
 
-    def tell(self, finding):
+    def tell(self, finding: dict[str, Any]) -> None:
         """Writes a finding where the process that waits for it reads."""
         if self.told is not None:
             with self.told.open("a") as file:
                 file.write(json.dumps(finding) + "\n")
 
 
-def _rounded(value):
+def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     return float(f"{value:.{PLACES}g}") if isinstance(value, float) else value

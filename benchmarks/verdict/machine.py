@@ -1,5 +1,7 @@
 """What the machine is, and what its buses and multipliers give."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import platform
@@ -7,12 +9,14 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
 
-from .checks import GIB
+from .checks import GIB, Bench
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "flash_attn", "flash_attn_3")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -21,7 +25,7 @@ SIDE, REHEARSED_SIDE = 8192, 64
 ROUNDS = 5
 
 
-def describe(bench):
+def describe(bench: Bench) -> None:
     """Versions, card, settings. Fails if the device computes something else than the CPU."""
     bench.note("system", f"{platform.platform()}, Python {platform.python_version()}")
     versions = {}
@@ -54,7 +58,7 @@ def describe(bench):
     bench.expect(torch.allclose(product, rows @ columns, atol=1e-3), "a product of matrices is wrong")
 
 
-def _describe_cuda(bench):
+def _describe_cuda(bench: Bench) -> None:
     properties = torch.cuda.get_device_properties(bench.device)
     bench.note(
         "card",
@@ -86,7 +90,7 @@ def _describe_cuda(bench):
     bench.note("used on the card, this process and others", used if used == "unknown" else f"{used} MiB")
 
 
-def _smi(field):
+def _smi(field: str) -> str:
     """What nvidia-smi says of the first card."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -99,7 +103,7 @@ def _smi(field):
     return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
-def rates(bench):
+def rates(bench: Bench) -> None:
     """GB/s between host and device, and tera-operations per second of products of matrices."""
     nbytes = REHEARSED_BYTES if bench.rehearse else COPY_BYTES
     there = torch.empty(nbytes, dtype=torch.uint8, device=bench.device)
@@ -130,7 +134,7 @@ def rates(bench):
     torch.set_float32_matmul_precision(before)
 
 
-def _seconds(bench, work):
+def _seconds(bench: Bench, work: Callable[[], Any]) -> float:
     """The median time of some calls; one before is not counted."""
     times = []
     for _ in range(1 + ROUNDS):

@@ -1,11 +1,14 @@
 """The process of a check: runner.py starts it."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +19,7 @@ from .checks import GIB, Bench, SkippedError
 REHEARSED_GIB = 4  # of the virtual GPU
 
 
-def perform(job):
+def perform(job: dict[str, Any]) -> None:
     """Runs the check that a job names, in this process, and tells its findings and in the end its status.
 
     job: a dict: function, arguments, rehearse, tree, told; see Check and Bench.

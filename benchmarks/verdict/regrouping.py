@@ -4,7 +4,10 @@ By default cuDNN convolves in TF32, and the DiT computes in bf16: tiles and chun
 differ by that arithmetic's noise. How large that is, is measured: it is how far the whole is from the exact whole.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,11 +15,13 @@ import torch
 from benchmarks.vae import MEAN, STD, place, randomized, samples
 from wan.memory import vae_tiling
 from wan.memory.chunking import apply_chunking
+from wan.modules.model import WanModel
 from wan.modules.vae import VAE
 from wan.utils.accelerator import exact_arithmetic
 from wan.utils.video import to_uint8
 
 from . import placement
+from .checks import Bench
 
 EXACT_TILES = 1e-5  # of a range of 2
 EXACT_CHUNKS = 1e-5  # of the largest value
@@ -27,10 +32,11 @@ LATENT, CHUNKS = (16, 4, 60, 104), (2048, 1000)
 REHEARSED_LATENT, REHEARSED_CHUNKS = (16, 2, 16, 18), (64, 100)
 
 
-def tiles(bench):
+def tiles(bench: Bench) -> None:
     """The VAE's output in tiles is the whole's within 1e-5 if TF32 is off, and within TF32's noise if it is on."""
     bench.needs(4, 4)
-    frames, size, sides = FRAMES, SIZE, TILES
+    frames, size = FRAMES, SIZE
+    sides: Sequence[int] = TILES
     if bench.rehearse:
         frames, size, sides = REHEARSED_FRAMES, REHEARSED_SIZE, REHEARSED_TILES
     model = randomized(VAE(4 if bench.rehearse else 96))
@@ -38,7 +44,7 @@ def tiles(bench):
         sample = samples(direction, frames, *size)
         place(direction, model, bench.device)
 
-        def run(tile, direction=direction, sample=sample):
+        def run(tile: int, direction: str = direction, sample: torch.Tensor = sample) -> torch.Tensor:
             with torch.no_grad():
                 return getattr(vae_tiling, direction)(model, sample, [MEAN, 1 / STD], tile).cpu()
 
@@ -52,7 +58,14 @@ def tiles(bench):
         place(direction, model, "cpu")
 
 
-def _tiled(bench, what, run, whole, sides, limit):
+def _tiled(
+    bench: Bench,
+    what: str,
+    run: Callable[[int], torch.Tensor],
+    whole: torch.Tensor,
+    sides: Sequence[int],
+    limit: float,
+) -> None:
     found = {}
     for side in sides:
         tiled = run(side)
@@ -68,7 +81,7 @@ def _tiled(bench, what, run, whole, sides, limit):
     bench.expect(bool(whole.isfinite().all() and whole.std() > 0.01), f"{what}: the whole is no picture")
 
 
-def chunks(bench):
+def chunks(bench: Bench) -> None:
     """The DiT's flow in chunks is the whole's: in fp32 within 1e-5 of the largest value, in bf16 within its noise."""
     bench.needs(4, 4)
     task = "t2v-tiny" if bench.rehearse else "t2v-1.3B"
@@ -78,7 +91,7 @@ def chunks(bench):
     wide.compute_dtype = torch.float32
     narrow.to(bench.device)
 
-    def run(model, dtype, chunk):
+    def run(model: WanModel, dtype: torch.dtype, chunk: int) -> torch.Tensor:
         undo = apply_chunking(model, chunk)
         try:
             with torch.no_grad():
@@ -98,7 +111,14 @@ def chunks(bench):
     _chunked(bench, "bf16, default", in_bf16, in_bf16(0), sizes, NOISE * noise)
 
 
-def _chunked(bench, what, run, whole, sizes, limit):
+def _chunked(
+    bench: Bench,
+    what: str,
+    run: Callable[[int], torch.Tensor],
+    whole: torch.Tensor,
+    sizes: Sequence[int],
+    limit: float,
+) -> None:
     found = {}
     for chunk in sizes:
         difference = _difference(run(chunk), whole)
@@ -109,5 +129,5 @@ def _chunked(bench, what, run, whole, sizes, limit):
     bench.expect(bool(whole.isfinite().all() and whole.std() > 0), f"{what}: the whole is no flow")
 
 
-def _difference(result, expected):
+def _difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())

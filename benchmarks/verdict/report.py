@@ -1,9 +1,13 @@
 """The report: report.json for programs, report.md for people, both whole at any moment."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from wan.utils.files import replacing
 
@@ -41,36 +45,36 @@ class Report:
         about: what belongs at the head: a dict of texts and numbers.
     """
 
-    def __init__(self, folder, names, about):
+    def __init__(self, folder: str | Path, names: Iterable[str], about: dict[str, Any]):
         self.folder = Path(folder)
         self.about = {"started": _now()} | about
         self.results = [Result(name) for name in names]
         self.write()
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         statuses = {result.status for result in self.results}
         if FAIL in statuses:
             return FAIL
         return INCOMPLETE if statuses & {INCOMPLETE, NOT_RUN} else PASS
 
     @property
-    def exit_code(self):
+    def exit_code(self) -> int:
         return {PASS: 0, FAIL: 1, INCOMPLETE: 2}[self.verdict]
 
-    def add(self, result):
+    def add(self, result: Result) -> None:
         """Takes the result of a check in its place."""
         names = [known.name for known in self.results]
         self.results[names.index(result.name)] = result
         self.write()
 
-    def write(self):
+    def write(self) -> None:
         document = {"verdict": self.verdict} | self.about | {"checks": [asdict(r) for r in self.results]}
         for name, text in (("report.json", json.dumps(document, indent=1)), ("report.md", self._markdown())):
             with replacing(self.folder / name) as temporary:
                 Path(temporary).write_text(text + "\n", encoding="utf-8")
 
-    def _markdown(self):
+    def _markdown(self) -> str:
         lines = [f"# Verdict: {self.verdict}", ""]
         lines += [f"- {name}: {value}" for name, value in self.about.items()]
         lines += ["", "| check | result | seconds | numbers |", "|---|---|---:|---|"]
@@ -87,16 +91,16 @@ class Report:
         return "\n".join(lines)
 
 
-def _flat(numbers):
+def _flat(numbers: dict[str, Any]) -> str:
     """Names and values as text: "a 1, b 2; c: d 3, e 4"."""
     plain = [f"{name} {value}" for name, value in numbers.items() if not isinstance(value, dict)]
     nested = [f"{name}: {_flat(value)}" for name, value in numbers.items() if isinstance(value, dict)]
     return "; ".join([", ".join(plain)] * bool(plain) + nested)
 
 
-def _cell(text):
+def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _now():
+def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,5 +1,7 @@
 """Runs a check in a process of its own, within a limit of time, and reads what it found."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from .checks import Check
 from .report import FAIL, INCOMPLETE, Result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +23,9 @@ STOPPED = {
 }
 
 
-def run(check, limit, folder, *, rehearse=False, tree=None):
+def run(
+    check: Check, limit: float, folder: Path, *, rehearse: bool = False, tree: str | None = None
+) -> Result:
     """The Result of a check that may take `limit` seconds.
 
     It passes, fails or is skipped as it says itself. A process that ends before it said so fails; one that runs out
@@ -77,12 +82,12 @@ def run(check, limit, folder, *, rehearse=False, tree=None):
         result.log = [line for line in lines if line.strip()][-LOG_LINES:]
     told.unlink(missing_ok=True)
     if interrupted:
-        interrupted.result = result
+        vars(interrupted)["result"] = result
         raise interrupted
     return result
 
 
-def _end(process):
+def _end(process: subprocess.Popen) -> None:
     """Ends the process and all that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -93,7 +98,7 @@ def _end(process):
     process.wait()
 
 
-def _read(told, result):
+def _read(told: Path, result: Result) -> None:
     """Takes over what the check has said; a last line that was cut short says nothing."""
     if not told.is_file():
         return

@@ -1,7 +1,11 @@
 """Whole runs at full size: what they take of the device, beside what the virtual GPU counts; and under a cap."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -10,19 +14,23 @@ from virtual_gpu import VirtualGPU
 from wan.configs import SIZE_CONFIGS
 from wan.memory.options import LOW_VRAM, MemoryOptions
 
-from .checks import GIB
+from .checks import GIB, Bench
 
-WHOLE = {"t5_stream": True, "vae_cpu": True, "vae_tile": 0}  # neither the DiT nor the video is cut
+WHOLE: dict[str, Any] = {
+    "t5_stream": True,
+    "vae_cpu": True,
+    "vae_tile": 0,
+}  # neither the DiT nor the video is cut
 TOLERANCE = 0.05
 CONVOLUTIONS = ("encode", "decode")  # cuDNN's workspaces, which are not counted, come on top
 CONTEXT = 0.75 * GIB  # beside the run: CUDA's context and libraries
 MARGIN = 64 << 20  # beside what is counted, under a cap: small workspaces
 ROUNDING = 1.05  # the same, for the gaps between tensors
 INTERVAL = 0.02  # seconds between two looks at the driver's free memory
-REHEARSED = {"size": (128, 96), "frame_num": 9}
+REHEARSED: dict[str, Any] = {"size": (128, 96), "frame_num": 9}
 
 
-def counted(bench, task, size, layers=None, whole=False):
+def counted(bench: Bench, task: str, size: str, layers: int | None = None, whole: bool = False) -> None:
     """Bytes in tensors are those that the virtual GPU counts, stage by stage, within 5%."""
     run = _run(bench, task, size, layers, MemoryOptions(**(WHOLE if whole else LOW_VRAM)))
     count = memory.count(run)
@@ -51,9 +59,10 @@ def counted(bench, task, size, layers=None, whole=False):
     bench.expect(report.out_of_memory is None, f"out of memory: {report.out_of_memory}")
 
 
-def capped(bench, task, size, layers=None):
+def capped(bench: Bench, task: str, size: str, layers: int | None = None) -> None:
     """With --low_vram the run goes through in what is counted, and not in a quarter of it, or the cap was none."""
-    run = _run(bench, task, size, layers, MemoryOptions(**LOW_VRAM))
+    options: dict[str, Any] = LOW_VRAM
+    run = _run(bench, task, size, layers, MemoryOptions(**options))
     count = memory.count(run)
     peak = max(count.peak_bytes, *count.reserved.values())
     room = int(ROUNDING * peak) + _workspace(bench) + (0 if bench.rehearse else MARGIN)
@@ -71,13 +80,14 @@ def capped(bench, task, size, layers=None):
     bench.expect(refused, f"goes through in {quarter} bytes, a quarter of what it needs")
 
 
-def _run(bench, task, size, layers, options):
+def _run(bench: Bench, task: str, size: str, layers: int | None, options: MemoryOptions) -> memory.Run:
     if bench.rehearse:
         return memory.Run(f"{task.split('-')[0]}-tiny", **REHEARSED, memory=options, layers=layers)
-    return memory.Run(task, SIZE_CONFIGS[size], memory=options, layers=layers)
+    width, height = SIZE_CONFIGS[size]
+    return memory.Run(task, (width, height), memory=options, layers=layers)
 
 
-def _measure(bench, run, capacity=None):
+def _measure(bench: Bench, run: memory.Run, capacity: int | None = None) -> Any:
     if bench.device.type == "cuda":
         return memory.measure(run, capacity)
     _, total = bench.backend.mem_get_info(bench.device)
@@ -85,7 +95,7 @@ def _measure(bench, run, capacity=None):
         return memory.report_on(run, bench.device)
 
 
-def _workspace(bench):
+def _workspace(bench: Bench) -> int:
     """Bytes that cuBLAS keeps for itself from its first products on, which count as memory in tensors."""
     if bench.device.type != "cuda":
         return 0
@@ -100,7 +110,7 @@ def _workspace(bench):
 
 
 @contextlib.contextmanager
-def _least_free(bench):
+def _least_free(bench: Bench) -> Iterator[_Watch]:
     """Yields a watch whose `taken`, afterwards, is the most that left the driver's free memory meanwhile, in bytes."""
     watch = _Watch(bench)
     watch.thread.start()
@@ -112,14 +122,14 @@ def _least_free(bench):
 
 
 class _Watch:
-    def __init__(self, bench):
+    def __init__(self, bench: Bench):
         self.bench, self.done, self.taken = bench, threading.Event(), 0
         self.before = self._free()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
-    def _free(self):
+    def _free(self) -> int:
         return self.bench.backend.mem_get_info(self.bench.device)[0]
 
-    def _look(self):
+    def _look(self) -> None:
         while not self.done.wait(INTERVAL):
             self.taken = max(self.taken, self.before - self._free())

@@ -1,15 +1,17 @@
 """Seconds per sampling step: resident, streamed, streamed in chunks, and upstream's."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 from benchmarks import speed
 
-from .checks import GIB
+from .checks import GIB, Bench
 
 ROUNDS, FEW_ROUNDS = 2, 1  # of the whole model, of some of its layers
 
 
-def compare(bench, task, layers=None):
+def compare(bench: Bench, task: str, layers: int | None = None) -> None:
     """Times are reported, not judged; but layers that are streamed and chunked must fit the device."""
     case = speed.CASES[speed.TOY if bench.rehearse else task]
     if not bench.rehearse:

@@ -1,5 +1,7 @@
 """Toy tasks through the command line, with and without --low_vram: the same file."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch
@@ -8,8 +10,10 @@ from safetensors.torch import load_file
 import generate
 from wan.tasks import TASKS
 
+from .checks import Bench
 
-def compare(bench, task):
+
+def compare(bench: Bench, task: str) -> None:
     """Every toy video fits one tile and one chunk, so that --low_vram only places weights: bit for bit the same."""
     few = ["--frame_num", "5", "--sample_steps", "2"] if bench.rehearse else ["--sample_steps", "4"]
     if TASKS[task].still:
@@ -34,7 +38,7 @@ def compare(bench, task):
             bench.expect(False, f"--low_vram changes the video; {cause}")
 
 
-def _run(bench, stem, task, options):
+def _run(bench: Bench, stem: Path, task: str, options: list[str]) -> tuple[torch.Tensor, bytes] | None:
     """The latents and the bytes of the file that the command line makes, or None if it fails."""
     image = TASKS[task].still
     video, latents = stem.with_suffix(".png" if image else ".mp4"), stem.with_suffix(".safetensors")

@@ -1,8 +1,13 @@
 """Upstream's own pipelines beside ours, on toy weights, in fp32 with TF32 off: the same latents, and both peaks."""
 
+from __future__ import annotations
+
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 import wan
 from upstream_driver import driver
@@ -10,7 +15,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.utils.accelerator import exact_arithmetic
 
-from .checks import GIB, SkippedError
+from .checks import GIB, Bench, SkippedError
 
 LIMIT = 1e-4  # of the largest value
 PIPELINES = {"t2v": "WanT2V", "i2v": "WanI2V", "vace": "WanVace"}
@@ -18,7 +23,7 @@ CALL = {"input_prompt": "a red ball rolls to the right", "frame_num": 5, "sampli
 SIZE = (96, 128)
 
 
-def compare(bench):
+def compare(bench: Bench) -> None:
     """Runs a text, an image and a VACE task through both."""
     if bench.tree is None:
         raise SkippedError("no --tree was given")
@@ -62,7 +67,7 @@ def compare(bench):
         )
 
 
-def _ours(bench, name, kind, checkpoint, call):
+def _ours(bench: Bench, name: str, kind: str, checkpoint: Path, call: dict[str, Any]) -> Any:
     """The latents of our pipeline and its peak bytes."""
     latents = []
     with exact_arithmetic():
@@ -72,10 +77,8 @@ def _ours(bench, name, kind, checkpoint, call):
     return latents[0], bench.backend.max_memory_allocated(bench.device)
 
 
-def _picture():
+def _picture() -> Image.Image:
     """A picture of soft colours, the same everywhere."""
-    from PIL import Image
-
     rows, columns = torch.meshgrid(torch.linspace(0, 6, 90), torch.linspace(0, 9, 120), indexing="ij")
     colours = torch.stack([rows.sin() * columns.cos(), (rows + columns).sin(), columns.sin()], dim=-1)
     return Image.fromarray(((colours + 1) * 127.5).to(torch.uint8).numpy())

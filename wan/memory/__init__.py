@@ -4,8 +4,7 @@
 of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `visit_when_called` for any module,
 `apply_chunking` for a DiT, and `Streamer`, a context manager, for modules that are called in turn.
 
-It needs of the package this folder, modules/forward.py, tokens.py, vae_forward.py and vae_operations.py, and of utils
-errors.py, flags.py and accelerator.py, under a package of any name.
+It needs of the package this folder and what its files import, of modules/ and utils/, under a package of any name.
 """
 
 import importlib

@@ -177,6 +177,10 @@ class ActivationOffload(Place):
             return
         # Not inference tensors even if the caller is in inference mode. What the allocator gives, earlier work on
         # the compute stream may still use.
+        for slot in slots:
+            self.compute_stream().wait_event(
+                slot.free
+            )  # what leaves it has left before its memory is given away
         with torch.inference_mode(False):
             slots.clear()
             for _ in range(count):

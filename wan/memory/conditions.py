@@ -16,6 +16,7 @@ from torch import nn
 
 from ..modules.conditions import (
     Conditions,
+    Context,
     KeysAndValues,
     context_layers,
     embed_text,
@@ -133,8 +134,8 @@ class _Kept(nn.Module):
         return [(getattr(self, f"key{i}"), getattr(self, f"value{i}")) for i in [prompt, *self._image]]
 
 
-class _KeptContext:
-    """A modules/conditions.py Context that was computed before."""
+class _KeptContext(Context):
+    """One that was computed before."""
 
     def __init__(self, kept: dict[nn.Module, _Kept], prompt: int):
         self._kept, self._prompt = kept, prompt

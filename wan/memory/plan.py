@@ -30,6 +30,7 @@ from .predict.seconds import (
     text_seconds,
 )
 from .predict.vae import LATENT_FRAMES, decode_stage, encode_stage, weight_sizes
+from .predict.weights import streamer_buffers
 from .rates import Rates
 from .streaming import spread
 
@@ -396,14 +397,14 @@ class Planner:
             sizes = [size for group in groups for size in group]
             yield from norm
             if options.t5_stream:
-                yield from [max(sum(group) for group in groups)] * options.stream_buffers
+                yield from streamer_buffers(groups, options.stream_buffers)
             else:
                 yield from [table, *sizes]
         elif name == "image" and work.image is not None:
             before, groups = image.weight_sizes(work.image, work.image_itemsize)
             yield from before
             if options.t5_stream:
-                yield from [max(sum(group) for group in groups)] * options.stream_buffers
+                yield from streamer_buffers(groups, options.stream_buffers)
             else:
                 yield from (size for group in groups for size in group)
         elif name == "denoise" and options.dit_stream is None:

@@ -1,7 +1,8 @@
 """Weights that live in CPU memory and visit the device in turn.
 
 A model is cut into layer groups, modules whose order of use is known. As many as there is room for stay on the
-device; the others pass through a small ring of device buffers: while one computes, the next is copied.
+device; the others pass through a small ring of device memory: while one computes, the next is copied. A ring of two
+is one buffer, which groups enter at its start and at its end by turns: two that follow each other fit it together.
 Nothing is copied back, for weights do not change.
 
     with Streamer(model.layer_groups(), "cuda"):
@@ -15,6 +16,8 @@ Who orders what:
 - A worker thread moves the bytes: from the weights, which may be memory-mapped, to page-locked staging
   buffers of bounded size, and from there with asynchronous copies on a stream of their own, which waits for
   the release.
+- Behind its copies the worker asks for the pages of the group after those of the ring, for weights may be mapped from
+  a disk that is slower than the device computes.
 - The main thread waits for the worker only where it comes to a group whose copy is not yet enqueued.
 """
 
@@ -34,6 +37,7 @@ import torch
 from torch import nn
 
 from ..utils.errors import InputError
+from .read_ahead import read_ahead
 
 ALIGNMENT = 256  # bytes: where a tensor may start in a device buffer
 STAGE_BYTES = 32 << 20  # at most, of one staging buffer
@@ -57,7 +61,8 @@ class Streamer:
         groups: disjoint modules in the order of their visits, with weights in CPU memory: plain,
             memory-mapped, or meta tensors where bytes are only counted.
         device: where to compute. On a CPU the streamer does nothing.
-        buffers: number of device buffers, each as large as the largest streamed group; all but one fetch ahead.
+        buffers: number of groups on the device beside those that stay; all but one are fetched ahead. Two have room for
+            the largest pair of streamed groups that follow each other, more for the largest group each.
         resident_bytes: device memory, beside the buffers', for groups that stay, spread over the sequence.
 
     Raises:
@@ -84,10 +89,11 @@ class Streamer:
         self._resident = [group for group, stay in zip(self._groups, stays) if stay]
         streamed = [group for group, stay in zip(self._groups, stays) if not stay]
         self._ring_size = min(buffers, len(streamed))
-        self._slot_bytes = max((group.size for group in streamed), default=0)
+        self._ring_buffers = ring_buffers([group.size for group in streamed], buffers)
         for position, group in enumerate(self._groups):
             following = self._groups[position:] + self._groups[:position]
-            group.ahead = [other for other in following if other in streamed][: self._ring_size]
+            coming = [other for other in following if other in streamed]
+            group.ahead, group.then = coming[: self._ring_size], coming[self._ring_size : self._ring_size + 1]
         self._undo = ExitStack()
 
     @property
@@ -95,7 +101,7 @@ class Streamer:
         """Bytes that the streamer holds on the device while it is attached."""
         if self.device.type == "cpu":
             return 0
-        return self._ring_size * self._slot_bytes + sum(group.size for group in self._resident)
+        return sum(self._ring_buffers) + sum(group.size for group in self._resident)
 
     def __enter__(self) -> Streamer:
         self.attach()
@@ -115,15 +121,14 @@ class Streamer:
         self._backend = torch.get_device_module(self.device)
         self._copy_stream = self._backend.Stream(self.device)
         self._current: _Group | None = None
-        self._slots: list[_Slot] = []  # the ring's, then one for every resident group
+        self._ring: list[_Slot] = []
+        self._slots: list[_Slot] = []  # of resident groups
         self._stages: deque[_Stage] = deque()
         # Buffers are normal tensors even if the caller is in inference mode, for the worker thread is not.
         with ExitStack() as undo, torch.inference_mode(False):
             undo.callback(self._free)
-            for _ in range(self._ring_size):
-                self._allocate_slot(self._slot_bytes)
-            for group in self._resident:
-                self._allocate_slot(group.size)
+            self._allocate_ring()
+            self._slots = [self._slot(group.size) for group in self._resident]
             self._allocate_stages()
             self._worker = ThreadPoolExecutor(1, "streamer")
             undo.callback(self._worker.shutdown, cancel_futures=True)
@@ -132,7 +137,7 @@ class Streamer:
                 for owner in group.owners:
                     undo.callback(owner.register_forward_pre_hook(partial(self._visit, group)).remove)
             self._fetch_ahead(self._groups[0])
-            for group, slot in zip(self._resident, self._slots[self._ring_size :]):
+            for group, slot in zip(self._resident, self._slots):
                 self._fetch(group, slot)
             self._undo = undo.pop_all()
 
@@ -159,36 +164,47 @@ class Streamer:
 
     def _fetch_ahead(self, group: _Group) -> None:
         """Fills the ring with the streamed groups from `group` on. Those that are there already stay."""
-        ring = self._slots[: self._ring_size]
-        for coming in group.ahead:
-            if coming.slot is None:
-                self._fetch(coming, next(slot for slot in ring if slot.group not in group.ahead))
+        missing = [coming for coming in group.ahead if coming.slot is None]
+        for coming in missing:
+            self._fetch(coming, next(slot for slot in self._ring if slot.group not in group.ahead))
+        if missing:
+            for later in group.then:
+                self._worker.submit(later.read_ahead)
 
     def _fetch(self, group: _Group, slot: _Slot) -> None:
         """Gives the slot to the group, and the copy to the worker, who takes one after the other."""
         if slot.group is not None:
             slot.group.slot = None
         slot.group, group.slot = group, slot
-        group.arrival = self._worker.submit(self._copy, group, slot)
+        # Of those that share the buffer, too: what they held last may reach into this one's bytes.
+        released = [other.released for other in (*self._ring, slot) if other.buffer is slot.buffer]
+        group.arrival = self._worker.submit(self._copy, group, slot, released)
 
-    def _copy(self, group: _Group, slot: _Slot) -> Any:
+    def _copy(self, group: _Group, slot: _Slot, released: list[Any]) -> Any:
         """On the worker thread: enqueues the copy of a group to its slot; returns the event behind it."""
         with self._backend.stream(self._copy_stream):
-            self._copy_stream.wait_event(slot.released)
+            for event in released:
+                self._copy_stream.wait_event(event)
             for start in range(0, group.size, self._stages[0].buffer.numel()):
                 stage = self._stages[0]
                 self._stages.rotate(-1)
                 stage.copied.synchronize()
                 part = stage.buffer[: group.size - start]
                 group.read(start, part)
-                slot.buffer[start : start + part.numel()].copy_(part, non_blocking=True)
+                slot.room(group.size)[start : start + part.numel()].copy_(part, non_blocking=True)
                 stage.copied.record(self._copy_stream)
             return self._copy_stream.record_event()
 
-    def _allocate_slot(self, size: int) -> None:
+    def _allocate_ring(self) -> None:
+        self._ring = [self._slot(size) for size in self._ring_buffers]
+        if len(self._ring) < self._ring_size:
+            (start,) = self._ring
+            self._ring.append(_Slot(start.buffer, start.released, at_end=True))
+
+    def _slot(self, size: int) -> _Slot:
         # The allocator may give memory that earlier work on the compute stream still uses: wait for it.
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._slots.append(_Slot(buffer, self._compute_stream().record_event()))
+        return _Slot(buffer, self._compute_stream().record_event())
 
     def _allocate_stages(self) -> None:
         """Allocates the staging buffers: page-locked while the system allows it, at least two in any case."""
@@ -211,10 +227,11 @@ class Streamer:
     def _free(self) -> None:
         # The memory returns to the compute stream's pool: that stream waits for the last copies into it.
         self._compute_stream().wait_event(self._copy_stream.record_event())
-        for slot in self._slots:
+        for slot in (*self._ring, *self._slots):
             slot.buffer = None  # a traceback that still holds the slot must not hold its memory
         for group in self._groups:
             group.slot = group.arrival = None
+        self._ring.clear()
         self._slots.clear()
         self._stages.clear()
 
@@ -238,6 +255,7 @@ class _Group:
     Attributes:
         size: bytes of the layout.
         ahead: the streamed groups that the ring should hold during the visit, in visiting order.
+        then: the one after them, if there is one: its weights, if they are mapped, are to be in RAM.
         slot: where the weights are or will be, None while they are only at home.
         arrival: result of the copy to the slot, the event behind it.
     """
@@ -246,6 +264,7 @@ class _Group:
         self.weights: list[_Weight] = []
         self.size = 0
         self.ahead: list[_Group] = []
+        self.then: list[_Group] = []
         self.slot: _Slot | None = None
         self.arrival: Future | None = None
         for owner in module.modules():
@@ -266,11 +285,18 @@ class _Group:
                 target = out[first - start : last - start]
                 target.copy_(source[first - weight.offset : last - weight.offset])
 
+    def read_ahead(self) -> None:
+        """Asks for the weights before they are read."""
+        for weight in self.weights:
+            if weight.home.device.type == "cpu":
+                read_ahead(weight.home)
+
     @torch.inference_mode(False)
     def place(self) -> None:
         """Replaces the modules' parameters by views of the slot."""
+        room = self.slot.room(self.size)
         for weight in self.weights:
-            view = self.slot.buffer[weight.offset : weight.offset + weight.home.nbytes]
+            view = room[weight.offset : weight.offset + weight.home.nbytes]
             view = view.view(weight.home.dtype).view(weight.home.shape)
             # Without gradient: autocast would keep its casts of parameters that need one.
             setattr(weight.owner, weight.name, nn.Parameter(view, requires_grad=False))
@@ -283,11 +309,17 @@ class _Group:
 
 @dataclass(eq=False)
 class _Slot:
-    """A device buffer, the event behind the last use of what was in it, and the group that it is given to."""
+    """The start or the end of a device buffer, the event behind the last use of what was in it, and its group."""
 
     buffer: torch.Tensor | None
     released: Any
     group: _Group | None = None
+    at_end: bool = False
+
+    @torch.inference_mode(False)
+    def room(self, size: int) -> torch.Tensor:
+        """Its bytes for a group of that size."""
+        return self.buffer[-size:] if self.at_end else self.buffer[:size]
 
 
 @dataclass(eq=False)
@@ -296,6 +328,17 @@ class _Stage:
 
     buffer: torch.Tensor
     copied: Any
+
+
+def ring_buffers(sizes: Sequence[int], buffers: int) -> list[int]:
+    """Bytes of each device buffer that streamed groups of these sizes pass through, in this order again and again.
+
+    Two that follow each other share one buffer, each at an end of it. More of them have one each.
+    """
+    count = min(buffers, len(sizes))
+    if count == 2:
+        return [max(map(sum, zip(sizes, [*sizes[1:], sizes[0]])))]
+    return count * [max(sizes, default=0)]
 
 
 def spread(sizes: Sequence[int], room: int) -> list[bool]:

@@ -113,10 +113,11 @@ def decode_each(
     tile: int | str,
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
+    stored: vae_forward.Stored | None = None,
 ) -> list[torch.Tensor]:
     """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
-        return [decode(vae.model, z, vae.scale, tile, capacity, on_frame) for z in zs]
+        return [decode(vae.model, z, vae.scale, tile, capacity, on_frame, stored) for z in zs]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -132,20 +133,22 @@ def decode(
     tile: int | str = 0,
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
+    stored: vae_forward.Stored | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.decode, by tiles.
 
     When the device runs out of memory over the tiles, goes on with tiles of half the size.
 
     Args:
-        model, z, scale: as there.
+        model, z, scale, stored: as there.
         tile, capacity, on_frame: see `apply_tiling`.
     """
     if tile == "auto":
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    return vae_forward.decode(model, z, scale, functools.partial(by_tiles, int(tile), on_frame=on_frame))
+    large_pass = functools.partial(by_tiles, int(tile), on_frame=on_frame)
+    return vae_forward.decode(model, z, scale, large_pass, stored)
 
 
 def encode(

@@ -1,4 +1,4 @@
-"""Attention over whole sequences: flash-attn where it is installed and works, PyTorch's own otherwise.
+"""Attention over whole sequences: flash-attn where it is installed and works, PyTorch's own otherwise, or as chosen.
 
 Which kernel computes depends on the device, the type and the width of the heads, never on the number of queries, as
 far as it is chosen here. A row's result is made of its own query and all keys in each of them.
@@ -12,12 +12,34 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..utils.errors import InputError
+
 log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 SCORE_BYTES = 2**27  # of the scores that exist at a time where no fused kernel avoids them
-FUSED, IN_PIECES = "PyTorch's", "PyTorch's, by pieces of rows"
+FUSED, IN_PIECES, SAGE = "PyTorch's", "PyTorch's, by pieces of rows", "SageAttention's"
+CHOICES = ("auto", "sdpa", "flash", "sage")
 _FLASH_ATTN = {3: "flash_attn_interface", 2: "flash_attn"}
+_INSTALL = {
+    "flash": "flash-attn, `pip install flash-attn --no-build-isolation`",
+    "sage": "SageAttention, `pip install sageattention`",
+}
+_SAGE_WIDTH = 128  # of the widest heads that it takes
+
+
+def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError if the kernels of a choice cannot run; for lack of a package, with how to install it.
+
+    Args:
+        choice: "auto" is flash-attn where it is installed and runs, else PyTorch's; "sdpa" PyTorch's; "flash"
+            flash-attn; "sage" SageAttention (Zhang et al., 2024), which quantises queries and keys to 8 bits.
+        device, dtype: that will compute, and the type of queries, keys and values.
+    """
+    if choice == "auto" and device.type == "cuda":
+        load_flash_attn()  # a broken one is told now
+    if choice in _INSTALL and (problem := _why_not(choice, device, dtype)):
+        raise InputError(f"{problem}; give auto or sdpa", "attention", choice)
 
 
 def flash_attention(
@@ -34,6 +56,8 @@ def flash_attention(
     deterministic: bool = False,
     dtype: torch.dtype | None = None,
     version: int | None = None,
+    *,
+    choice: str = "auto",
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every head.
 
@@ -51,12 +75,14 @@ def flash_attention(
         deterministic: no effect; the forward pass always is.
         dtype: what to compute fp32 input in, or None for fp32.
         version: no effect; the newest flash-attn that runs on the device is used.
+        choice: of kernels, see check_attention.
 
     Returns:
         [B, Lq, N, D] in q's type.
 
     Raises:
         ValueError: dropout, a window, or a causal mask over unlike lengths.
+        InputError: the chosen kernels do not take such heads.
     """
     if dropout_p:
         raise ValueError(f"dropout_p {dropout_p}: attention without dropout only, leave it at 0")
@@ -69,7 +95,7 @@ def flash_attention(
     q, k, v = q.to(kept), k.to(kept), v.to(kept)
     if q_scale is not None:
         q = q * q_scale
-    kernel = kernel_of(q, k, v, causal)
+    kernel = kernel_of(q, k, v, causal, choice)
     _tell(kernel, q.device.type, q.dtype)
     if k_lens is None:
         out = _attend(kernel, q, k, v, softmax_scale, causal)
@@ -90,25 +116,41 @@ def load_flash_attn() -> dict[int, Callable]:
     """
     functions = {}
     for version, name in _FLASH_ATTN.items():
-        try:
-            functions[version] = importlib.import_module(name).flash_attn_varlen_func
-        except Exception as error:  # whatever a binary that does not fit raises
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                continue
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            log.warning(f"flash-attn {version} cannot be imported, attention goes on without it ({reason})")
+        if function := _imported(name, "flash_attn_varlen_func", f"flash-attn {version}"):
+            functions[version] = function
     return functions
 
 
-def kernel_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> str:
-    """The kernel that flash_attention takes for tensors of one type, as choose_kernel names it."""
+@functools.cache
+def load_sage() -> Callable | None:
+    """SageAttention's function, likewise; None where it is not installed or cannot be imported."""
+    return _imported("sageattention", "sageattn", "SageAttention")
+
+
+def kernel_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, choice: str = "auto"
+) -> str:
+    """The kernel that flash_attention takes for tensors of one type, as choose_kernel names it.
+
+    Raises InputError if those of the choice do not take them.
+    """
+    if choice == "sage":
+        if q.dtype not in HALF or q.size(-1) > _SAGE_WIDTH:
+            raise _unfit(choice, q)
+        return SAGE
     if q.device.type != "cuda":
+        if choice == "flash":
+            raise _unfit(choice, q)
         return FUSED  # a CPU's is; where others' are not, they have no pieces to save
     call = torch.backends.cuda.SDPAParams(*(x.transpose(1, 2) for x in (q, k, v)), None, 0.0, causal, False)
     fused = torch.backends.cuda.can_use_flash_attention(call)
     fused = fused or torch.backends.cuda.can_use_efficient_attention(call)
     capability = torch.cuda.get_device_capability(q.device)
-    return choose_kernel(q.dtype, q.size(-1), capability, tuple(load_flash_attn()), fused)
+    versions = () if choice == "sdpa" else tuple(load_flash_attn())
+    kernel = choose_kernel(q.dtype, q.size(-1), capability, versions, fused)
+    if choice == "flash" and kernel in (FUSED, IN_PIECES):
+        raise _unfit(choice, q)
+    return kernel
 
 
 def choose_kernel(
@@ -171,6 +213,8 @@ def _attend(
 ) -> torch.Tensor:
     if kernel == IN_PIECES:
         return attend_in_pieces(q, k, v, scale, causal)
+    if kernel == SAGE:
+        return load_sage()(q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=scale)
     if kernel == FUSED:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
@@ -185,6 +229,44 @@ def _attend(
     return out.unflatten(0, (batch, rows))
 
 
+def _imported(module: str, name: str, package: str) -> Callable | None:
+    """A function of an optional package, None without it. One that is there but broken is told."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a binary that does not fit raises
+        if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            log.warning(f"{package} cannot be imported, attention goes on without it ({reason})")
+        return None
+
+
+def _why_not(choice: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of a choice cannot run, and what to do; None if they can."""
+    if device.type != "cuda":
+        return f"computes on CUDA devices only, not on {device.type}"
+    if dtype not in HALF:
+        return f"computes in bf16 and fp16 only, this model computes in {_name(dtype)}"
+    if not (load_flash_attn() if choice == "flash" else load_sage()):
+        return f"the package is absent or broken, install {_INSTALL[choice]}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return (
+            f"needs compute capability 8.0 (RTX 30) or newer, {device} has {'.'.join(map(str, capability))}"
+        )
+    if choice == "flash" and choose_kernel(dtype, 128, capability, tuple(load_flash_attn()), True) == FUSED:
+        return "the installed flash-attn 3 is for compute capability 9 only: install flash-attn 2"
+    return None
+
+
+def _unfit(choice: str, q: torch.Tensor) -> InputError:
+    problem = f"takes no heads of width {q.size(-1)} in {_name(q.dtype)} on {q.device.type}, give auto"
+    return InputError(problem, "attention", choice)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def _tell(kernel: str, device: str, dtype: torch.dtype) -> None:
-    log.info(f"Attention in {str(dtype).removeprefix('torch.')} on {device}: {kernel}")
+    log.info(f"Attention in {_name(dtype)} on {device}: {kernel}")

@@ -24,6 +24,8 @@ from torch import nn
 from .conditions import Conditions, Context, embed, full_precision, heads_of
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
 
+RunBlock = Callable[..., Iterator[None]]  # called as Layers.run is
+
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
     "norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_k_img", "modulation", "emb_pos",
@@ -43,8 +45,8 @@ def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_groups(model: nn.Module) -> list[nn.Module]:
-    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: self attention, cross attention
-    and FFN of every block.
+    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: of every block's self attention
+    what makes keys and values, then the rest; cross attention; FFN.
 
     In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
     block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head), or is called once
@@ -54,7 +56,13 @@ def layer_groups(model: nn.Module) -> list[nn.Module]:
     groups = [hints[0].before_proj] if hints else []
     for i, block in enumerate(model.blocks):
         for visited in [hints[i], block] if i in hints else [block]:
-            groups += [visited.self_attn, visited.cross_attn, visited.ffn]
+            attention = visited.self_attn
+            groups += [
+                nn.ModuleList([attention.k, attention.norm_k, attention.v]),
+                nn.ModuleList([attention.q, attention.norm_q, attention.o]),
+                visited.cross_attn,
+                visited.ffn,
+            ]
         if i in hints:
             groups.append(hints[i].after_proj)
     return groups
@@ -111,6 +119,7 @@ def dit_forward(
     place: Place = ON_DEVICE,
     together: bool = False,
     embed: Callable[..., Conditions] = embed,
+    run_block: RunBlock | None = None,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
 
@@ -123,6 +132,7 @@ def dit_forward(
         together: whether each layer group serves all samples, one after the other, before the next is visited. Each
             sample's arithmetic is its own either way.
         embed: what gives a sample's Conditions, called as conditions.embed.
+        run_block: what runs a block, instead of Layers.run.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -130,6 +140,7 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
+    run = run_block or Layers.run
     if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
@@ -139,8 +150,8 @@ def dit_forward(
         of_sample = None if image is None else partial(image, i)
         conditions = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
         joined = [x[i]] if y is None else [x[i], y[i]]
-        name = f"tokens {i}" if together else "tokens"
-        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name)
+        name = f"{i} " if together else ""
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name + "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = Layers(
@@ -151,15 +162,16 @@ def dit_forward(
             dtype,
             spans(tokens.length, chunk),
             place,
+            name,
         )
         if vace_context is None:
             for n, block in enumerate(model.blocks):
-                yield from layers.run(block, tokens, first=n == 0)
+                yield from run(layers, block, tokens, first=n == 0)
         else:
             hints, _ = embed_patches(
-                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, f"{name} of hints"
+                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, name + "hints"
             )
-            yield from _run_with_hints(model, layers, tokens, hints, vace_context_scale)
+            yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
         return predict(model, tokens, conditions.time, grid, layers.spans).to(dtype).float()
 
@@ -193,6 +205,7 @@ class Layers:
         dtype: torch.dtype,
         spans: list[slice],
         place: Place,
+        name: str = "",
     ):
         self.modulation = modulation  # [1, 6, dim] fp32
         self.context = context
@@ -201,6 +214,7 @@ class Layers:
         self.dtype = dtype
         self.spans = spans
         self.place = place
+        self.name = name  # of what it keeps in its place over a pause
 
     def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The layer in the compute type."""
@@ -215,7 +229,7 @@ class Layers:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
             6, dim=1
         )
-        self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
+        yield from self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
         yield
         self._cross_attention(block, x)
         yield
@@ -233,10 +247,12 @@ class Layers:
         scale: torch.Tensor,
         gate: torch.Tensor,
         norm_dtype: torch.dtype,
-    ) -> None:
+    ) -> Iterator[None]:
         attention = block.self_attn
         shape = attention.num_heads, attention.q.out_features // attention.num_heads
-        keys, values = (self.place.heads(name, x.length, shape, self.dtype) for name in ("keys", "values"))
+        keys, values = (
+            self.place.heads(self.name + name, x.length, shape, self.dtype) for name in ("keys", "values")
+        )
 
         def modulated(part: torch.Tensor) -> torch.Tensor:
             hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
@@ -249,6 +265,7 @@ class Layers:
             hidden = attention.norm_k(hidden)
             keys.write(span, self.rope(heads_of(attention, hidden).float(), span))
             del hidden
+        yield
 
         def query(part: torch.Tensor, span: slice) -> torch.Tensor:
             hidden = heads_of(attention, attention.norm_q(attention.q(modulated(part)))).float()
@@ -276,7 +293,7 @@ class Layers:
 
 
 def _run_with_hints(
-    model: nn.Module, layers: Layers, x: Tokens, hints: Tokens, strength: float
+    model: nn.Module, layers: Layers, run: RunBlock, x: Tokens, hints: Tokens, strength: float
 ) -> Iterator[None]:
     """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
     before = model.vace_blocks[0].before_proj
@@ -286,8 +303,8 @@ def _run_with_hints(
     hinted = dict(zip(model.vace_layers, model.vace_blocks))
     for i, block in enumerate(model.blocks):
         if i in hinted:
-            yield from layers.run(hinted[i], hints, first=i == 0)
-        yield from layers.run(block, x, first=i == 0)
+            yield from run(layers, hinted[i], hints, first=i == 0)
+        yield from run(layers, block, x, first=i == 0)
         if i in hinted:
             for span, hint in hints.read(layers.spans):
                 x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)

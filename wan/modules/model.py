@@ -25,9 +25,9 @@ from ..weights.lora import Loras
 from .attention import flash_attention
 from .conditions import Conditions, embed
 from .conditions import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
-from .forward import dit_forward, embedding_layers, layer_groups, storage_dtype
+from .forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
 from .parts import block_forward, head_forward, unpatchify
-from .tokens import ON_DEVICE, Place
+from .tokens import ON_DEVICE, Attention, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257
@@ -288,6 +288,8 @@ class WanModel(nn.Module):
         *,
         chunk: int = 0,
         place: Place = ON_DEVICE,
+        attention: Attention | None = None,
+        run_block: RunBlock | None = None,
         together: bool = False,
         embed: Callable[..., Conditions] = embed,
     ) -> list[torch.Tensor]:
@@ -302,6 +304,8 @@ class WanModel(nn.Module):
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
             place: where tensors over all tokens live.
+            attention: instead of flash_attention.
+            run_block: what runs a block, see dit_forward.
             together: whether each layer group serves all samples before the next is visited.
             embed: gives a sample's conditions, see conditions.py.
 
@@ -324,12 +328,13 @@ class WanModel(nn.Module):
             t,
             context,
             seq_len,
-            attention=flash_attention,
+            attention=attention or flash_attention,
             dtype=self.compute_dtype,
             image=image,
             y=y,
             chunk=chunk,
             place=place,
+            run_block=run_block,
             together=together,
             embed=embed,
         )

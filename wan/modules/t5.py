@@ -92,8 +92,19 @@ class T5EncoderModel:
                 model.to(device)
 
     def layer_groups(self) -> list[nn.Module]:
-        """The layers in the order of their visits: self attention, FFN of the first block, of the second, ..."""
-        return [layer for block in self.model.block for layer in block.layer]
+        """The layers of each block in the order of their visits, one or a few at a time, the largest alone."""
+        groups = []
+        for block in self.model.block:
+            attention, ffn = block.layer
+            own, dense = attention.SelfAttention, ffn.DenseReluDense
+            groups += [
+                [attention.layer_norm, own.q, own.k],
+                [own.v, own.relative_attention_bias, own.o],
+                [ffn.layer_norm, dense.wi_0],
+                [dense.wi_1],
+                [dense.wo],
+            ]
+        return [nn.ModuleList(group) for group in groups]
 
     def __call__(self, texts: Sequence[str], device: torch.device | str) -> list[torch.Tensor]:
         """Encodes prompts.

@@ -9,9 +9,9 @@ from torch import nn
 from ..utils.errors import InputError
 from .attention import flash_attention
 from .conditions import Conditions, embed
-from .forward import dit_forward
+from .forward import RunBlock, dit_forward
 from .model import WanModel, keeps_config
-from .tokens import ON_DEVICE, Place
+from .tokens import ON_DEVICE, Attention, Place
 
 
 class VaceWanModel(WanModel):
@@ -82,6 +82,8 @@ class VaceWanModel(WanModel):
         *,
         chunk: int = 0,
         place: Place = ON_DEVICE,
+        attention: Attention | None = None,
+        run_block: RunBlock | None = None,
         together: bool = False,
         embed: Callable[..., Conditions] = embed,
     ) -> list[torch.Tensor]:
@@ -95,12 +97,13 @@ class VaceWanModel(WanModel):
             t,
             context,
             seq_len,
-            attention=flash_attention,
+            attention=attention or flash_attention,
             dtype=self.compute_dtype,
             vace_context=vace_context,
             vace_context_scale=vace_context_scale,
             chunk=chunk,
             place=place,
+            run_block=run_block,
             together=together,
             embed=embed,
         )

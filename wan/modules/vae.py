@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..weights.loading import load_weights
-from .vae_forward import decode, encode
+from .vae_forward import Stored, decode, encode
 
 # Statistics of the latent channels, published with the model.
 LATENT_MEAN = (
@@ -171,6 +171,9 @@ class WanVAE:
         """Encodes each video, [3, F, H, W] in [-1, 1], to its latent mean, [z_dim, 1 + (F - 1) // 4, H / 8, W / 8]."""
         return [encode(self.model, video, self.scale) for video in videos]
 
-    def decode(self, zs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Decodes each latent, [z_dim, F, H, W], to a video, [3, 4 F - 3, 8 H, 8 W] fp32 in [-1, 1]."""
-        return [decode(self.model, z, self.scale) for z in zs]
+    def decode(self, zs: Sequence[torch.Tensor], *, stored: Stored | None = None) -> list[torch.Tensor]:
+        """Decodes each latent, [z_dim, F, H, W], to a video, [3, 4 F - 3, 8 H, 8 W] fp32 in [-1, 1].
+
+        stored: makes of frames what is returned of them, if that is something else; see vae_forward.py.
+        """
+        return [decode(self.model, z, self.scale, stored=stored) for z in zs]

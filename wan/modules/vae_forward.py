@@ -9,16 +9,25 @@ or by tiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from .vae_operations import Operation, TemporalCache, decoder_passes, encoder_passes
+from .vae_operations import InPlace, Operation, TemporalCache, decoder_passes, encoder_passes
 
 Sink = Callable[[torch.Tensor], None]  # is given a frame
 Crop = tuple[slice, slice]  # rows, columns
 # See `on_whole_frames`.
 LargePass = Callable[[Sequence[Operation], torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Stored(Protocol):
+    """Makes of a piece of a frame in [-1, 1], [1, 3, h, w], which it may overwrite, what is stored of it."""
+
+    dtype: torch.dtype
+
+    def __call__(self, frame: torch.Tensor) -> torch.Tensor: ...
 
 
 def run(
@@ -79,7 +88,11 @@ def on_whole_frames(
 
 @torch.no_grad()
 def decode(
-    model: nn.Module, z: torch.Tensor, scale: Sequence[torch.Tensor], large_pass: LargePass = on_whole_frames
+    model: nn.Module,
+    z: torch.Tensor,
+    scale: Sequence[torch.Tensor],
+    large_pass: LargePass = on_whole_frames,
+    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Decodes one latent video on the device of the decoder's weights.
 
@@ -88,9 +101,10 @@ def decode(
         z: [z_dim, F, h, w], on any device.
         scale: [mean, 1 / std] of the latent channels.
         large_pass: runs the operations above the size of the latents, see `on_whole_frames`.
+        stored: see Stored; default: frames are stored as they are.
 
     Returns:
-        [3, 4 F - 3, 8 h, 8 w] fp32 in [-1, 1] on the CPU.
+        [3, 4 F - 3, 8 h, 8 w] fp32 in [-1, 1], or of the type that is stored, on the CPU.
     """
     passes, weight = decoder_passes(model), model.conv2.weight
     _, frames, height, width = z.shape
@@ -98,8 +112,9 @@ def decode(
     run_pass(passes.whole, denormalized(z, scale, weight), FrameWriter(features))
     # Written over while it is read: what these layers remember is never their input itself.
     run_pass(passes.small, frames_of(features, weight), FrameWriter(features))
-    video = torch.empty(3, decoded_frames(frames), 8 * height, 8 * width)
-    large_pass(passes.large, features, video, weight)
+    dtype, last = (stored.dtype, [InPlace(stored)]) if stored else (torch.float32, [])
+    video = torch.empty(3, decoded_frames(frames), 8 * height, 8 * width, dtype=dtype)
+    large_pass([*passes.large, *last], features, video, weight)
     return video
 
 

@@ -145,6 +145,11 @@ def way_back(path: Path) -> str:
 def check_finite(values: torch.Tensor, stage: str) -> None:
     """Raises InputError, naming the stage, if a value is infinite or not a number."""
     if not torch.isfinite(values).all():
-        raise InputError(
-            f"{stage} gave values that are infinite or not numbers: weights are damaged, or a setting is extreme"
-        )
+        raise not_finite(stage)
+
+
+def not_finite(stage: str) -> InputError:
+    """The error of a stage that gave such values."""
+    return InputError(
+        f"{stage} gave values that are infinite or not numbers: weights are damaged, or a setting is extreme"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,8 @@ def longest(request: Request, planner: Planner, room: float) -> int:
     def lean(frames: int) -> Planner:
         return replace(planner, work=work_of(replace(request, frame_num=frames)), _stages={}, _live={})
 
-    low, high = (request.frame_num - 1) // 4, 2500
+    (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
+    low, high = (request.frame_num - 1) // 4, (most - 1) // 4
     while low < high:
         middle = (low + high + 1) // 2
         there = lean(4 * middle + 1)

@@ -81,9 +81,10 @@ class Preview:
     ):
         self.path = Path(folder) / f"{name}{'.webp' if features.check('webp') else '.gif'}"
         self._colours, self._every, self._references, self._tell = colours, every, references, tell
+        self._failed = False  # the last time
 
     def after_step(self, latent: torch.Tensor, solver: Solver) -> None:
-        """Shows what the solver is about to make of the latent. A file that cannot be written is told, no more."""
+        """Shows what the solver is about to make of the latent. A file that cannot be written is told once, no more."""
         if solver.done % self._every and solver.done != solver.steps:
             return
         frames = to_frames(solver.clean(latent)[:, self._references :], self._colours)
@@ -92,8 +93,11 @@ class Preview:
             with replacing(self.path) as temporary:
                 first.save(temporary, save_all=True, append_images=rest, duration=int(1000 * SECONDS), loop=0)
         except OSError as error:
-            log.warning(f"No preview: {error}")
+            if not self._failed:
+                log.warning(f"No preview: {error}")
+            self._failed = True
             return
+        self._failed = False
         self._tell(Previewed(self.path, solver.done))
 
 

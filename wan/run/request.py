@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..configs import SIZE_CONFIGS
 from ..memory.options import MemoryOptions
+from ..modules.attention import CHOICES as ATTENTION_CHOICES
+from ..speed import check_speed
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
 from ..utils.errors import InputError
 from ..utils.files import user_cache
@@ -23,10 +24,14 @@ from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
 
 SOURCES = "inputs"
+SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PLANNING = "memory plan"
 PROMPT_EXTENSION = "prompt extension"
 GPUS = "several GPUs (not supported yet)"
+# Pixels. Rotary embedding has 1024 positions of 16 each, and as many of 4 frames.
+SIDE_STEP = 16
+LONGEST_SIDE = 8192
 NO_CACHE = "off"
 # Memory options that are chosen unless they are given.
 PLANNED = (
@@ -62,12 +67,13 @@ class Request:
     task: str = option(DEFAULT_TASK, "What to make, and with which model.", choices=TASKS)
     size: str | None = option(
         None,
-        "Width*height of the video. Tasks that start from an image take its area and keep the image's aspect.",
-        choices=tuple(SIZE_CONFIGS),
+        "Width*height of the video, in multiples of 16. Tasks that start from an image choose from the sizes of their "
+        "model, take the area and keep the image's aspect.",
+        metavar="W*H",
         shown_default="1280*720",
     )
     frame_num: int | None = option(
-        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=10001
+        None, "Frames, 4n+1 (default 81; 1 for pictures, 17 for toy tasks).", at_least=1, at_most=4001
     )
     ckpt_dir: str | None = option(
         None,
@@ -124,6 +130,20 @@ class Request:
     exact: bool = option(
         False,
         "Rule out what makes a GPU's results depend on shapes: TF32, split sums, kernels chosen by timing (slower).",
+    )
+    attention: str = option(
+        "auto",
+        "Attention of the DiT: sdpa for PyTorch's, flash for flash-attn, which differ in rounding; sage for "
+        "SageAttention, which computes in 8 bits and changes the picture; auto for flash-attn where it is installed "
+        "and runs, else PyTorch's (default).",
+        choices=ATTENTION_CHOICES,
+        group=SPEED,
+    )
+    compile: bool = option(
+        False,
+        "Compile the DiT's blocks: faster steps after a slow first one, and another rounding. Not with --dit_stream, "
+        "--dit_chunk, --activation_offload, --low_vram or --exact.",
+        group=SPEED,
     )
     overwrite: bool = option(False, "Replace what is at --save_file and --save_latents.", group=KEEPING)
     save_latents: str | None = option(
@@ -202,8 +222,7 @@ class Request:
     @property
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
-        width, height = SIZE_CONFIGS[self.size]
-        return width, height
+        return pixels(self.facts, self.size)
 
     @property
     def references(self) -> list[str] | None:
@@ -264,8 +283,7 @@ class Request:
 
     def _check(self) -> None:
         task = self.facts
-        if self.size not in task.sizes:
-            raise InputError(f"{self.task} supports {', '.join(task.sizes)}", "size", self.size)
+        pixels(task, self.size)
         limit = self.vram_limit
         if limit != "auto" and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
             raise InputError("give auto or a number of GiB, such as 8", "vram_limit", limit)
@@ -296,6 +314,7 @@ class Request:
             raise InputError(
                 f"give the directory of the {self.task} checkpoint, or its name on the hub", "ckpt_dir"
             )
+        check_speed(self.attention, self.compile, self.memory, self.exact)
         for file, _ in self.loras:
             if not Path(file).is_file():
                 raise InputError("no such file", "lora", file)
@@ -334,6 +353,22 @@ class Request:
         size = self.size.replace("*", "x") if sys.platform == "win32" else self.size
         time = datetime.now().strftime("%Y%m%d_%H%M%S")
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"
+
+
+def pixels(task: Task, size: str) -> tuple[int, int]:
+    """(width, height) of "width*height". Raises InputError for a size that the task cannot make."""
+    found = re.fullmatch(r"([0-9]{1,5})\*([0-9]{1,5})", size)
+    width, height = map(int, found.groups()) if found else (0, 0)
+    if size not in task.sizes:
+        if not task.free_size:
+            raise InputError(f"choose one of {', '.join(task.sizes)}", "size", size)
+        if not all(0 < side <= LONGEST_SIDE and side % SIDE_STEP == 0 for side in (width, height)):
+            raise InputError(
+                f"give width*height in multiples of {SIDE_STEP} up to {LONGEST_SIDE}, such as {task.size}",
+                "size",
+                size,
+            )
+    return width, height
 
 
 def _example(names: str | None) -> str | None:

@@ -16,6 +16,7 @@ from .. import tiny
 from ..memory.plan import Plan
 from ..memory.residency import release_memory
 from ..sampling import OnStep, Solver
+from ..speed import check_able
 from ..utils.accelerator import (
     choose_device,
     configure_allocator,
@@ -28,23 +29,25 @@ from ..utils.accelerator import (
 from ..utils.errors import InputError
 from ..utils.events import Event, Expected, Finished, Listener
 from ..utils.prompt_extend import extend_prompt
-from ..utils.video import save_image, save_video
+from ..utils.video import EightBitFrames, save_image, save_video
 from ..weights.fingerprints import file_fingerprint
 from ..weights.hub import find_checkpoint
 from ..weights.lora import lora_identity
 from ..weights.prompts import PromptCache
 from .forecast import Forecast
 from .interrupts import Interrupts
-from .keeper import Keeper, check_finite
+from .keeper import Keeper, check_finite, not_finite
 from .outputs import check_outputs, save_result
 from .planning import context_bytes, planner_for
 from .preview import Preview, fit_colours
+from .ram import check_ram
 from .request import Request
 from .settings import settings_text
 from .state import State, read_state
 
 log = logging.getLogger(__name__)
 
+DECODING = "decoding"
 MERGED = "merged LoRAs"  # beside the names of files
 
 
@@ -92,6 +95,8 @@ class Runner:
         state = _start(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             pipeline = self._pipeline_for(request)
+            if not state.finished:
+                check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
             self._forecast = Forecast(request, pipeline)
             with keeper.told():
@@ -109,7 +114,6 @@ class Runner:
                     keeper.go_on(plan.options)
                     self._forget(choose_device(request.device))
                     pipeline = self._pipeline_for(request)
-                check_finite(video, "decoding")
                 path = _save(video, keeper.state.request, pipeline)
                 keeper.remove()
         self._tell(Finished(path))
@@ -187,6 +191,8 @@ class Runner:
             request.memory,
             lora_identity(request.loras),
             request.lora_skip_unknown,
+            request.attention,
+            request.compile,
             request.prompt_folder,
         )
         if built != self._built:
@@ -194,6 +200,7 @@ class Runner:
             device = choose_device(request.device)
             if not task.toy:
                 require_accelerator(device, request.device)
+            check_able(request.attention, request.compile, device, task.config.param_dtype)
             checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
             configure_allocator(device)
             hold_to_free(device)
@@ -204,6 +211,8 @@ class Runner:
                 on_event=self._tell,
                 loras=request.loras,
                 lora_skip_unknown=request.lora_skip_unknown,
+                attention=request.attention,
+                compile=request.compile,
                 prompt_cache=self._prompts.setdefault(
                     request.prompt_folder, PromptCache(request.prompt_folder)
                 ),
@@ -267,7 +276,8 @@ def _identified(state: State, pipeline: Any) -> State:
 
 def _made(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
     """What is left of encoding, denoising and decoding: the video."""
-    return pipeline.decode(_latents(pipeline, keeper, tell).to(pipeline.device))
+    latent = _latents(pipeline, keeper, tell)
+    return _decoded(latent, keeper.state.request, pipeline)
 
 
 def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
@@ -279,9 +289,8 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
         _encode(pipeline, keeper)
     else:
         pipeline.load(encoders=False)
-    request, on_step = state.request, keeper.after_step
-    if request.preview:
-        on_step = _previewed(pipeline, keeper, tell)
+    request = state.request
+    on_step: OnStep = _previewed(pipeline, keeper, tell) if request.preview else keeper.after_step
     with keeper.interrupts.patience():
         latent = pipeline.denoise(
             keeper.state.conditioning,
@@ -300,7 +309,13 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
 def _previewed(pipeline: Any, keeper: Keeper, tell: Listener) -> OnStep:
     """What the keeper does after a step, and before that a preview."""
     request = keeper.state.request
-    colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
+    try:
+        colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("No preview: out of memory while its colours were sought")
+        return keeper.after_step
     references = keeper.state.conditioning.references
     preview = Preview(request.preview, keeper.path.stem, colours, request.preview_every, references, tell)
 
@@ -316,6 +331,8 @@ def _encode(pipeline: Any, keeper: Keeper) -> None:
     request = keeper.state.request
     arguments = pipeline.arguments(request)
     log.info(f"Task {request.task}, {request.size}, {request.frame_num} frames, seed {request.base_seed}")
+    if request.size not in request.facts.sizes:
+        log.warning(f"{request.task} was trained at {', '.join(request.facts.sizes)}, not at {request.size}")
     log.info(f"Prompt: {request.prompt}")
     if request.use_prompt_extend:
         request = replace(request, prompt=_extended(request, arguments), use_prompt_extend=False)
@@ -345,8 +362,22 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
     return result.prompt
 
 
+def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Tensor:
+    """The video [3, F, H, W] in 8 bits, or a picture [3, 1, H, W] in [-1, 1], which is rounded otherwise."""
+    latent = latent.to(pipeline.device)
+    if request.facts.still:
+        picture = pipeline.decode(latent)
+        check_finite(picture, DECODING)
+        return picture
+    frames = EightBitFrames()
+    video = pipeline.decode(latent, frames)
+    if not frames.finite:
+        raise not_finite(DECODING)
+    return video
+
+
 def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
-    """Saves a video [3, F, H, W] in [-1, 1], or the one frame of a picture."""
+    """Saves what `_decoded` gives."""
     comment = settings_text(request)
 
     def write(path: Path, over: bool) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from .. import __version__
@@ -20,6 +19,7 @@ from ..memory.options import MemoryOptions
 from ..pipeline import Conditioning
 from ..utils.errors import InputError
 from ..utils.files import replacing
+from ..weights.writing import write_tensors
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -78,13 +78,10 @@ def write_state(path: str | os.PathLike, state: State) -> None:
     text = json.dumps(values)
     metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, tensors)}
     with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as any new file's; safetensors gives its own
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-        except safetensors.SafetensorError as error:  # how it tells of a full disk
+            write_tensors(temporary, tensors, metadata)
+        except OSError as error:
             raise OSError(f"{path} cannot be written ({_one_line(error)})") from error
-        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
 

@@ -17,7 +17,7 @@ Box = tuple[int, int, int, int]  # (x1, x2, y1, y2)
 # Of each sample its video, mask and references.
 Sources = tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor] | None]]
 
-# Latent frames that a clip of the full area may have: 21, that is 81 frames.
+# Latent frames that a clip of the full area may have in any case: 21, that is 81 frames.
 MAX_LATENT_FRAMES = 21
 
 
@@ -233,9 +233,10 @@ def load_sources(
     """
     width, height = image_size
     area = width * height
-    _, stride_h, stride_w = processor.downsample
+    stride_t, stride_h, stride_w = processor.downsample
     processor.set_area(area)
-    processor.set_seq_len(area // (stride_h * stride_w) * MAX_LATENT_FRAMES)
+    latent_frames = max(MAX_LATENT_FRAMES, (num_frames - 1) // stride_t + 1)
+    processor.set_seq_len(area // (stride_h * stride_w) * latent_frames)
 
     videos, masks, references = [], [], []
     for video_path, mask_path, image_paths in zip(src_video, src_mask, src_ref_images):

@@ -54,6 +54,27 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     return video.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
 
 
+class EightBitFrames:
+    """Makes `to_uint8` of frames in [-1, 1], writing over them; `finite` tells whether all values were numbers.
+
+    So a video takes a quarter of its RAM, from the decoder on.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self) -> None:
+        self._finite: torch.Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        return self._finite is None or bool(self._finite)
+
+    def __call__(self, frame: torch.Tensor) -> torch.Tensor:
+        finite = torch.isfinite(frame).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return frame.add_(1).div_(2).mul_(255).to(torch.uint8)
+
+
 def save_video(
     video: torch.Tensor,
     path: str | os.PathLike[str],

@@ -19,9 +19,9 @@ import torch
 
 from ..utils.errors import InputError
 from ..utils.events import counted
+from .reading import DTYPES
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2**26  # bytes that are written and checked at a time
 
 
@@ -60,7 +60,7 @@ class MappedFile:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped."""
         entry = self._entries[name]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(

@@ -9,14 +9,16 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from ..utils.files import replacing, sweep
+from .fingerprints import file_fingerprint
+from .writing import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,9 @@ class PromptCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
             with replacing(self.folder / f"{name}.safetensors") as temporary:
-                safetensors.torch.save_file({"prompt": tensor}, temporary, metadata)
+                write_tensors(temporary, {"prompt": tensor}, metadata)
             self._shrink()
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
             log.warning(
                 f"The encoded prompt could not be kept in {self.folder}: {' '.join(str(error).split())}"
             )
@@ -88,11 +90,49 @@ class PromptCache:
                     path.unlink()
 
 
-def computed_by(device: torch.device) -> dict[str, Any]:
-    """What there is to a device, and to how it is set, that its results' last bits can depend on."""
+class EncodedPrompts:
+    """The prompts in a cache that one text encoder made, of these files on this device.
+
+    Args:
+        cache: None keeps and finds nothing.
+        weights, tokenizer: the encoder's file, and the folder of its tokenizer.
+        device: where it computes.
+        settings: whatever else decides what it makes of a text.
+    """
+
+    def __init__(
+        self, cache: PromptCache | None, weights: Path, tokenizer: Path, device: torch.device, **settings: Any
+    ):
+        self._cache, self._weights, self._tokenizer = cache, weights, tokenizer
+        self._device, self._settings = device, settings
+
+    def get(self, text: str) -> torch.Tensor | None:
+        """As PromptCache's."""
+        return self._cache.get(self._key(text)) if self._cache else None
+
+    def put(self, text: str, embedding: torch.Tensor) -> None:
+        """As PromptCache's."""
+        if self._cache:
+            self._cache.put(self._key(text), embedding)
+
+    def _key(self, text: str) -> dict[str, Any]:
+        return self._files | self._settings | {"text": text, "by": _computed_by(self._device)}
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        tokenizer = [path for path in sorted(self._tokenizer.glob("*")) if path.is_file()]
+        return {
+            "weights": file_fingerprint(self._weights),
+            "tokenizer": {path.name: file_fingerprint(path) for path in tokenizer},
+        }
+
+
+def _computed_by(device: torch.device) -> dict[str, Any]:
+    """What of a device, its libraries and how they are set the last bits of its results can depend on."""
     cpu = device.type == "cpu"
     named = None if cpu else getattr(torch.get_device_module(device), "get_device_name", None)
     return {
+        "torch": str(torch.__version__),
         "kind": device.type,
         "name": named(device) if named else platform.machine(),
         "kernels": [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()] if cpu else None,

@@ -12,6 +12,10 @@ import torch
 
 from ..utils.errors import InputError
 
+LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
+# Names in such files.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class TensorFile(Protocol):
     """An open file of tensors."""
@@ -88,6 +92,22 @@ def checkpoint_files(path: Path) -> list[Path]:
         if not (path.parent / shard).is_file():
             raise InputError(f"{path.parent / shard}: no such checkpoint file, although {path.name} names it")
     return [path.parent / shard for shard in shards]
+
+
+def stored_types(path: Path) -> dict[str, torch.dtype]:
+    """The types of the tensors in a .safetensors file, or in the shards of an index; without those that are damaged."""
+    types: dict[str, torch.dtype] = {}
+    for file in checkpoint_files(path):
+        try:
+            with open(file, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                entries = json.loads(stream.read(min(length, LONGEST_HEADER)))
+            types |= {
+                name: DTYPES[entry["dtype"]] for name, entry in entries.items() if name != "__metadata__"
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+            continue  # told when it is loaded
+    return types
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

@@ -93,7 +93,8 @@ class _Walk:
         latent = 4 * math.prod(shape.latent)
         weights = ledger.arrive(_sizes(self.model)) if self.way.stream is None else self._ahead()
         x = ledger.take(latent)
-        solver = Solver(ledger, shape.solver, latent, self.narrow)
+        frames = shape.latent[1] if self.way.offload else None
+        solver = Solver(ledger, shape.solver, latent, self.narrow, frames)
         for step in range(min(shape.steps, FEW)):
             x = solver.step(self._guided(), x, last=step == shape.steps - 1)
         ledger.drop(*weights)
@@ -240,7 +241,7 @@ class _Walk:
         if self.image:
             of_context += [self.shape.pictures * self._image_tokens() * dim * self.itemsize] * 2
         kept = set(attentions)
-        groups = [self._group(group, of_context if group in kept else None) for group in model.layer_groups()]
+        groups = [self._group(group, of_context if group in kept else None) for group in _streamed(model)]
         resident = int((self.way.stream or 0) * 2**30)
         return weights + attach(ledger, groups, self.way.buffers, resident)
 
@@ -315,7 +316,7 @@ class _Walk:
     def _run(self, first: bool) -> Iterator[None]:
         ledger, dim = self.ledger, self.dim
         modulation = ledger.take(24 * dim)
-        self._self_attention(first)
+        yield from self._self_attention(first)
         yield
         self._cross_attention()
         yield
@@ -330,7 +331,7 @@ class _Walk:
         yield
         ledger.drop(modulation)
 
-    def _self_attention(self, first: bool) -> None:
+    def _self_attention(self, first: bool) -> Iterator[None]:
         ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
         keys = values = None
         for n, span in enumerate(self.spans):
@@ -344,6 +345,7 @@ class _Walk:
             if n == 0:
                 keys = self.place.whole(self.length * dim * itemsize)
             ledger.drop(normed)
+        yield
 
         def query(span: int) -> int:
             linear = self._linear(span, self._modulated(span, first))
@@ -528,6 +530,11 @@ def _grid(model: nn.Module, shape: Shape) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=4096)
 def _sizes(module: nn.Module) -> Sizes:
     return [p.nbytes for p in module.parameters()]
+
+
+@functools.lru_cache(maxsize=8)
+def _streamed(model: nn.Module) -> list[nn.Module]:
+    return model.layer_groups()
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from .ledger import Ledger
+
+PIECES = 8  # as sampling.py has it
 
 
 class Solver:
@@ -12,9 +16,12 @@ class Solver:
         name: "unipc", "dpm++" or "euler".
         nbytes: of a latent, fp32.
         narrow: whether steps are taken under autocast to a 16-bit type, which rounds UniPC's sums of differences.
+        frames: of a latent, if what the solver remembers is in RAM, and steps are taken some frames at a time.
     """
 
-    def __init__(self, ledger: Ledger, name: str, nbytes: int, narrow: bool):
+    def __init__(self, ledger: Ledger, name: str, nbytes: int, narrow: bool, frames: int | None = None):
+        self._frames, self._rounds = frames, narrow
+        self._steps = 0
         self.ledger, self.name, self.nbytes = ledger, name, nbytes
         self.narrow = nbytes // 2 if narrow else nbytes
         self.outputs: list[int] = []  # what the model said of the latest steps, two at most
@@ -23,9 +30,13 @@ class Solver:
     def step(self, flow: int, x: int, last: bool = False) -> int:
         """Takes the latent x a step on; it and the flow are dropped. The last step is one of first order."""
         take, become, drop, nbytes = self.ledger.take, self.ledger.become, self.ledger.drop, self.nbytes
-        if self.name == "euler":
+        if self._frames:
+            return self._by_pieces(flow, x, last)
+        if self.name == "euler":  # it keeps the flow itself
+            drop(self.last)
+            self.last = flow
             out = become(nbytes, take(nbytes))
-            drop(flow, x)
+            drop(x)
             return out
         output = become(nbytes, take(nbytes))
         if self.name == "dpm++":
@@ -39,6 +50,26 @@ class Solver:
         self.last = corrected
         out = self._predicted(last or len(self.outputs) == 1)
         drop(flow, x if x != self.last else None)
+        return out
+
+    def _by_pieces(self, flow: int, x: int, last: bool) -> int:
+        """What it remembers of a piece comes from RAM before the one of the piece before is dropped."""
+        ledger = self.ledger
+        out = ledger.take(self.nbytes)
+        step = math.ceil(self._frames / PIECES)
+        before: list[int | None] = []
+        for start in range(0, self._frames, step):
+            nbytes = self.nbytes * min(step, self._frames - start) // self._frames
+            piece = Solver(ledger, self.name, nbytes, self._rounds)
+            if self.name != "euler":
+                piece.outputs = [ledger.take(nbytes) for _ in range(min(2, self._steps))]
+            if self.name == "unipc" and self._steps:
+                piece.last = ledger.take(nbytes)
+            ledger.drop(*before)
+            ledger.drop(piece.step(ledger.take(0), ledger.take(0), last))
+            before = [*piece.outputs, piece.last]
+        ledger.drop(*before, flow, x)
+        self._steps += 1
         return out
 
     def drop(self) -> None:

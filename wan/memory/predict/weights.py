@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..streaming import ALIGNMENT, spread
+from ..streaming import ALIGNMENT, ring_buffers, spread
 from .ledger import Ledger, rounded
 
 Sizes = Sequence[int]  # bytes of parameters
@@ -20,5 +20,4 @@ def streamer_buffers(groups: Sequence[Sizes], buffers: int, resident_bytes: int 
     sizes = [sum(rounded(size, ALIGNMENT) for size in group) for group in groups]
     stays = spread(sizes, resident_bytes)
     streamed = [size for size, stay in zip(sizes, stays) if not stay]
-    ring = [max(streamed, default=0)] * min(buffers, len(streamed))
-    return ring + [size for size, stay in zip(sizes, stays) if stay]
+    return ring_buffers(streamed, buffers) + [size for size, stay in zip(sizes, stays) if stay]

@@ -1,0 +1,103 @@
+"""RAM that a run needs: counted as it is taken, and told before the start."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_chunking import make_model
+from test_conditions import flows, streamed
+from test_vae_tiling import DIM, noise, vae
+
+from virtual_gpu import VirtualGPU
+from wan import tiny
+from wan.memory import activation_offload, vae_tiling
+from wan.memory.activation_offload import apply_activation_offload
+from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.memory.predict.ram import ram_needed
+from wan.modules import vae_forward
+from wan.run import Request, ram
+from wan.run.ram import check_ram
+from wan.tasks import TASKS
+from wan.utils.errors import InputError
+from wan.utils.video import EightBitFrames
+from wan.weights.reading import stored_types
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("kind", "together"), [("t2v", False), ("i2v", True), ("vace", True)])
+def test_as_much_as_is_taken(monkeypatch, kind, together):
+    model, length, homes = make_model(kind, torch.bfloat16), 97, []
+    init = activation_offload._Home.__init__
+    monkeypatch.setattr(
+        activation_offload._Home, "__init__", lambda home, x: homes.append(x.nbytes) or init(home, x)
+    )
+    options = MemoryOptions(**LOW_VRAM | {"dit_chunk": 64, "guidance_together": together})
+    need = ram_needed(
+        model, options, (1, 16, 16 * length), (4, 8, 8), torch.bfloat16, lambda name: torch.float32
+    )
+    with VirtualGPU() as gpu:
+        apply_activation_offload(model, gpu.device, 64)
+        with streamed(model, gpu, kind, length) as (groups, _):
+            flows(model, gpu, kind, length, 1 + together, together=together, chunk=64)
+            own = {id(parameter) for parameter in model.parameters()}
+            kept = [p.nbytes for group in groups for p in group.parameters() if id(p) not in own]
+    assert need.activations == sum(homes)
+    assert need.context == sum(kept)
+    assert need.weights == sum(p.nbytes for p in model.parameters() if p.dtype is torch.bfloat16)
+
+
+def test_a_video_in_8_bits_and_its_features(monkeypatch):
+    made, frame_major = [], vae_forward.frame_major
+    monkeypatch.setattr(
+        vae_forward, "frame_major", lambda *sizes: made.append(frame_major(*sizes)) or made[-1]
+    )
+    made += vae_tiling.decode_each(vae(), [noise(16, 3, 10, 12)], 0, stored=EightBitFrames())
+    model, options = make_model("t2v"), MemoryOptions()
+    need = ram_needed(
+        model, options, (9, 80, 96), (4, 8, 8), torch.float32, lambda name: torch.float32, vae_dim=DIM
+    )
+    assert need.peak == need.video == sum(tensor.nbytes for tensor in made)
+
+
+def pipeline_of(**options):
+    folder = tiny.checkpoint("t2v-tiny")
+    task = TASKS["t2v-tiny"]
+    return SimpleNamespace(
+        device=torch.device("cuda"),
+        checkpoint_dir=folder,
+        model_class=task.pipeline_class.model_class,
+        options=MemoryOptions(**options),
+        vae_stride=(4, 8, 8),
+        param_dtype=torch.bfloat16,
+        config=task.config,
+    )
+
+
+@pytest.mark.parametrize(
+    ("available", "total", "told"),
+    [(8, 9, "INFO"), (0, 8, "WARNING"), (0, 0, None)],
+    ids=["room", "little", "none"],
+)
+def test_told_before_the_start(monkeypatch, caplog, available, total, told):
+    memory = SimpleNamespace(available=available * GIB, total=total * GIB)
+    monkeypatch.setattr(ram.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(ram.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+    request = Request("t2v-tiny", frame_num=9)
+    with caplog.at_level(logging.INFO):
+        if told:
+            check_ram(request, pipeline_of())
+            assert [record.levelname for record in caplog.records] == [told]
+            assert "of RAM (weights 0.0, activations 0.0, context 0.0, video 0.0)" in caplog.text
+        else:
+            with pytest.raises(InputError, match="offload_folder, or fewer frames"):
+                check_ram(request, pipeline_of())
+
+
+def test_types_as_files_have_them(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "a.safetensors")
+    assert stored_types(tmp_path / "a.safetensors") == {"a": torch.bfloat16, "b": torch.float32}
+    (tmp_path / "b.safetensors").write_bytes(b"\xff" * 40)
+    assert stored_types(tmp_path / "b.safetensors") == {}

@@ -1,0 +1,50 @@
+"""Whether the machine has the RAM for a run, told before it starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+
+from ..memory.predict.ram import ram_needed
+from ..modules.model import weights_path
+from ..utils.errors import InputError
+from ..weights.reading import stored_types
+from .request import Request
+
+GIB = 2**30
+
+log = logging.getLogger(__name__)
+
+
+def check_ram(request: Request, pipeline: Any) -> None:
+    """Logs what a run needs and what is available, as a warning if that is less.
+
+    Nothing is said where the DiT is loaded already, or computes on the CPU, where all is in RAM.
+
+    Raises InputError if not even all RAM and swap space would do.
+    """
+    if pipeline.device.type == "cpu" or "model" in vars(pipeline):
+        return
+    types = stored_types(weights_path(pipeline.checkpoint_dir))
+    width, height = request.pixels
+    need = ram_needed(
+        pipeline.model_class.from_config(pipeline.checkpoint_dir),
+        pipeline.options,
+        (request.frame_num, height, width),
+        pipeline.vae_stride,
+        pipeline.param_dtype,
+        types.get,
+        vae_dim=pipeline.config.get("vae_dim", 96),
+        prompts=1 if request.sample_guide_scale == 1 else 2,
+        source_channels=3 if request.facts.all_inputs else 0,
+    )
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory().total
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(need).items())
+    line = f"needs {need.peak / GIB:.1f} GiB of RAM ({parts}), there are {memory.total / GIB:.1f}"
+    if need.peak > memory.total + swap:
+        spare = "fewer frames" if pipeline.options.offload_folder else "--offload_folder, or fewer frames"
+        raise InputError(f"{line}; give {spare}", "frame_num", request.frame_num)
+    level = logging.WARNING if need.peak > memory.available else logging.INFO
+    log.log(level, f"The run {line}, {memory.available / GIB:.1f} of them free")
