@@ -126,7 +126,8 @@ class WanI2V(WanPipeline):
         Raises InputError for an image so narrow that one patch across is more than the area has.
         """
         _, down, right = self.vae_stride
-        height, width = fitted_size(*image.shape[1:], max_area, down * self.patch_size[1])
+        step = down * self.patch_size[1]
+        height, width = fitted_size(image.shape[1], image.shape[2], max_area, step)
         if min(height, width) < 1:
             raise InputError(
                 f"an image of {image.shape[2]}x{image.shape[1]} is too narrow for {max_area} pixels, crop it"

@@ -454,8 +454,8 @@ class Planner:
         visits = sum(map(sum, weight_sizes(work.vae))) / 2 / rates.pageable if options.vae_cpu else 0.0
         if name == "decode":
             return visits + decode_seconds(work.vae, work.frames, work.height, work.width, tile, rates)
-        size = work.height, work.width
-        return sum(visits + encode_seconds(work.vae, frames, *size, tile, rates) for frames in work.encoded)
+        sides = work.height, work.width
+        return sum(visits + encode_seconds(work.vae, frames, *sides, tile, rates) for frames in work.encoded)
 
     def _denoise_seconds(self, options: MemoryOptions) -> float:
         way = way_of(options)

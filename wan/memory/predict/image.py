@@ -43,7 +43,7 @@ def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[Sizes, list[
     before = [width * itemsize, 8 * tokens, *(n * itemsize for n in (patch, tokens * width, width, width))]
     layer = [*[width * width, width] * 4, width, width, width * hidden, hidden, hidden * width, width]
     layer = [*layer, width, width]
-    groups = [[n * itemsize for n in layer] for _ in range(config["num_hidden_layers"] - 1)]
+    groups: list[Sizes] = [[n * itemsize for n in layer] for _ in range(config["num_hidden_layers"] - 1)]
     return before, groups
 
 

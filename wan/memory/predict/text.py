@@ -40,9 +40,11 @@ def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[int, list[Si
     """Bytes of the table of embeddings, of each layer group's parameters, and of what else there is."""
     width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     table = config["relative_attention_num_buckets"] * config["num_heads"]
-    layers = [width, *[width * inner] * 2], [width * inner, table, width * inner]
-    layers += [width, width * hidden], [width * hidden], [width * hidden]
-    groups = [[numel * itemsize for numel in layer] for _ in range(config["num_layers"]) for layer in layers]
+    layers = [[width, *[width * inner] * 2], [width * inner, table, width * inner]]
+    layers += [[width, width * hidden], [width * hidden], [width * hidden]]
+    groups: list[Sizes] = [
+        [numel * itemsize for numel in layer] for _ in range(config["num_layers"]) for layer in layers
+    ]
     return config["vocab_size"] * width * itemsize, groups, [width * itemsize]
 
 
