@@ -75,9 +75,9 @@ class _Late(Streamer):
         self.chance = chance
         super().__init__(*args, **options)
 
-    def _copy(self, group: Any, slot: Any) -> Any:
+    def _copy(self, group: Any, slot: Any, released: list[Any]) -> Any:
         time.sleep(self.chance.uniform(0, LONGEST))
-        return super()._copy(group, slot)
+        return super()._copy(group, slot, released)
 
 
 def _stalled(bench: Bench, model: WanModel) -> list[Any]:
