@@ -6,6 +6,7 @@ import json
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies
@@ -26,8 +27,10 @@ from wan.modules.vae import VAE
 from wan.run import Request, Runner
 from wan.run.planning import plan, planner_of, report
 from wan.run.request import PLANNED
+from wan.run.settings import read_plan
 from wan.tasks import TASKS
 from wan.utils.errors import InputError
+from wan.utils.video import VideoFile
 
 
 @pytest.mark.parametrize("expandable", [True, False])
@@ -90,7 +93,7 @@ def test_predicted_is_what_is_counted(task, memory, monkeypatch):
 RANDOM_CASES = int(os.environ.get("WAN_RANDOM_PLANS", 0))
 
 
-@pytest.mark.skipif("not RANDOM_CASES", reason="WAN_RANDOM_PLANS gives the number of random cases")
+@pytest.mark.skipif(not RANDOM_CASES, reason="WAN_RANDOM_PLANS gives the number of random cases")
 @settings(max_examples=RANDOM_CASES or 1, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=strategies.data())
 def test_random_cases_fit_what_is_predicted(data, monkeypatch):
@@ -254,20 +257,20 @@ def run(name, capacity=None, **settings):
     return gpu
 
 
-def test_the_same_picture_whatever_the_room(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    from wan.run.settings import read_plan
-    from wan.utils.video import VideoFile
+def frames_of(name):
+    return np.stack(list(VideoFile(name).frames())).astype(int)
 
+
+def test_the_same_picture_whatever_the_room(tmp_path, monkeypatch):
+    """And the room is enough. Tiles and chunks move no 8-bit value by more than the codec makes of one."""
+    monkeypatch.chdir(tmp_path)
     run("whole.mp4")
-    whole = [frame.tolist() for frame in VideoFile("whole.mp4").frames()]
     least = planner_of(toy(planned=PLANNED), usual(GIB), expandable=False).least()
-    for capacity in (least, 3 * least):
-        name = f"{capacity}.mp4"
-        gpu = run(name, capacity, planned=PLANNED)
-        assert gpu.peak_reserved <= capacity
-        assert read_plan(name)["dit_chunk"] >= 0
-        assert len(list(VideoFile(name).frames())) == len(whole)
+    gpu = run("lean.mp4", least, planned=PLANNED)
+    assert gpu.peak_reserved <= least
+    assert read_plan("lean.mp4")["dit_stream"] == 0
+    difference = np.abs(frames_of("lean.mp4") - frames_of("whole.mp4"))
+    assert difference.mean() < 0.1
 
 
 def test_another_plan_when_memory_runs_out(tmp_path, monkeypatch, caplog):
@@ -287,8 +290,5 @@ def test_another_plan_when_memory_runs_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(wan.run.keeper.Keeper, "after_step", counted)
     run("again.mp4", planned=PLANNED)
     assert steps == [1, 2, 3, 4] and "going on from the last step" in caplog.text
-    from wan.utils.video import VideoFile
-
-    a, b = ([frame.tolist() for frame in VideoFile(name).frames()] for name in ("whole.mp4", "again.mp4"))
-    assert a == b
+    assert np.array_equal(frames_of("whole.mp4"), frames_of("again.mp4"))
     assert sorted(os.listdir()) == ["again.mp4", "whole.mp4"]
