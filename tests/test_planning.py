@@ -192,6 +192,18 @@ def test_modes():
     assert cpu.options.dit_stream == 0 and cpu.options.activation_offload and cpu.options.t5_stream
 
 
+def test_attention_takes_its_time():
+    """Its operations grow with the square of the tokens, all others with their number."""
+    seconds = [
+        planner_of(request_of(frame_num=frames), usual(80 * GIB))
+        .of(MemoryOptions(vae_tile=0))
+        .stages["denoise"]
+        .seconds
+        for frames in (41, 81)
+    ]
+    assert seconds[1] > 2.2 * seconds[0]
+
+
 def test_nominal_rates():
     assert nominal((8, 7)) == NOMINAL[8, 6] and nominal((6, 1)) == NOMINAL[7, 0]
     assert usual(4 * GIB) == NOMINAL[8, 6] and usual(80 * GIB) == NOMINAL[9, 0]

@@ -93,13 +93,17 @@ def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rat
 @functools.lru_cache(maxsize=4)
 def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
     """The kind of each layer group and its bytes, and those of the whole model."""
-    kinds = {id(one): "cross_attn" for one in cross_attentions(model)}
-    kinds |= {
-        id(block.self_attn): "self_attn" for block in (*model.blocks, *getattr(model, "vace_blocks", ()))
-    }
+    crossing = set(cross_attentions(model))
+    queries = {block.self_attn.q for block in (*model.blocks, *getattr(model, "vace_blocks", ()))}
+
+    def kind(group: nn.Module) -> str:
+        if group in crossing:
+            return "cross_attn"
+        return "self_attn" if queries & set(group.children()) else ""  # the part of it that attends
+
     groups = layer_groups(model)
     sizes = [sum(p.nbytes for p in group.parameters()) for group in groups]
-    return [kinds.get(id(group), "") for group in groups], sizes, sum(p.nbytes for p in model.parameters())
+    return [kind(group) for group in groups], sizes, sum(p.nbytes for p in model.parameters())
 
 
 @functools.lru_cache(maxsize=64)
