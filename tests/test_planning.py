@@ -280,7 +280,7 @@ def test_the_same_picture_whatever_the_room(tmp_path, monkeypatch):
     least = planner_of(toy(planned=PLANNED), usual(GIB), expandable=False).least()
     gpu = run("lean.mp4", least, planned=PLANNED)
     assert gpu.peak_reserved <= least
-    assert read_plan("lean.mp4")["dit_stream"] == 0
+    assert read_plan("lean.mp4")["t5_stream"]  # the text encoder is the largest part of a toy
     difference = np.abs(frames_of("lean.mp4") - frames_of("whole.mp4"))
     assert difference.mean() < 0.1
 
