@@ -192,6 +192,18 @@ def test_modes():
     assert cpu.options.dit_stream == 0 and cpu.options.activation_offload and cpu.options.t5_stream
 
 
+@pytest.mark.parametrize(
+    ("speed", "needed"),
+    [
+        ({"compile": True}, {"dit_stream": None, "dit_chunk": 0, "activation_offload": False}),
+        ({"attention": "sage"}, {"dit_chunk": 0, "activation_offload": False}),
+    ],
+)
+def test_what_other_kernels_cannot_do_is_not_planned(speed, needed):
+    planned = plan(request_of(frame_num=5, planned=PLANNED, **speed), vram=2 * GIB, ram=64 * GIB).options
+    assert needed.items() <= vars(planned).items()
+
+
 def test_attention_takes_its_time():
     """Its operations grow with the square of the tokens, all others with their number."""
     seconds = [

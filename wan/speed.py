@@ -9,6 +9,7 @@ import shutil
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,14 +33,23 @@ def check_speed(attention: str, compiled: bool, memory: MemoryOptions, exact: bo
         raise InputError("compiled kernels are chosen by timing, leave one out", ("compile", "exact"))
     if exact and attention == "sage":
         raise InputError("sage quantises, leave one out", ("attention", "exact"))
-    chunked = [name for name in ("dit_chunk", "activation_offload") if getattr(memory, name)]
-    streamed = [] if memory.dit_stream is None else ["dit_stream"]
-    if compiled and streamed + chunked:
+    others = [
+        name for name, value in needed_options(attention, compiled).items() if getattr(memory, name) != value
+    ]
+    if compiled and others:
         problem = "compiled blocks have all weights and tokens on the device, leave it or the others out"
-        raise InputError(problem, ("compile", *streamed, *chunked))
-    if attention == "sage" and chunked:
+        raise InputError(problem, ("compile", *others))
+    if others:
         problem = "sage quantises blocks of tokens, which chunks cut apart, leave it or the others out"
-        raise InputError(problem, ("attention", *chunked))
+        raise InputError(problem, ("attention", *others))
+
+
+def needed_options(attention: str, compiled: bool) -> dict[str, Any]:
+    """The memory options that these leave no choice of, and their values."""
+    whole = {"dit_chunk": 0, "activation_offload": False}
+    if compiled:
+        return {"dit_stream": None} | whole
+    return whole if attention == "sage" else {}
 
 
 def check_able(attention: str, compiled: bool, device: torch.device, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from ..memory.vae_tiling import CONTEXT
 from ..modules.model import WanModel
 from ..modules.vace_model import VaceWanModel
 from ..modules.vae import VAE
+from ..speed import needed_options
 from ..utils.accelerator import LIBRARY_BYTES, choose_device, in_wsl, initialise
 from ..utils.errors import InputError
 from ..utils.video import fitted_size
@@ -55,6 +56,7 @@ def planner_of(request: Request, rates: Rates, ram: float | None = None, expanda
     """The Planner of a request."""
     planned = request.planned or PLANNED
     kept = {name: value for name, value in vars(request.memory).items() if name not in planned}
+    kept |= needed_options(request.attention, request.compile)
     check_mode(request.memory_mode, kept)
     ram = psutil.virtual_memory().available / 2 if ram is None else ram
     return Planner(work_of(request), rates, kept, request.memory_mode, ram, expandable)
