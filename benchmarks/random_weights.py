@@ -47,7 +47,7 @@ def write_checkpoint(directory: str | Path, task: str, layers: int | None = None
 def dit_config(task: str, layers: int | None = None) -> dict[str, Any]:
     """The contents of the config.json of a task's DiT, as published, or with fewer `layers`."""
     config = TASKS[task].dit_config
-    if layers and "dit_config" not in WAN_CONFIGS[task]:
+    if layers:
         config |= {"num_layers": layers}
         if "vace_layers" in config:
             config["vace_layers"] = [layer for layer in config["vace_layers"] if layer < layers]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from virtual_gpu import VirtualGPU
-from wan.modules.forward import Rope, sinusoidal_embedding
+from wan.modules.conditions import sinusoidal_embedding
+from wan.modules.forward import Rope
 from wan.modules.model import WanModel, rope_frequencies
 from wan.modules.vace_model import VaceWanModel
 from wan.vace import WanVace

@@ -445,7 +445,7 @@ def test_a_model_is_saved_and_loaded(task, tmp_path):
 
 @pytest.mark.parametrize("task, first", [("t2v-tiny", torch.float32), ("i2v-tiny", torch.bfloat16)])
 def test_a_forward_pass_written_out_by_its_parts(task, first):
-    """As programs do that replace WanModel.forward."""
+    """As programs do that replace WanModel.forward. Each sample is embedded alone: a batch rounds otherwise."""
     model = WanModel.from_pretrained(tiny.checkpoint(task), dtype=first)
     generator = torch.Generator().manual_seed(2)
     x = [torch.randn(model.config.in_dim, 3, 4, 6, generator=generator) for _ in range(2)]
@@ -458,12 +458,14 @@ def test_a_forward_pass_written_out_by_its_parts(task, first):
     embedded = [embed_patches(model.patch_embedding, [part], "cpu", first, ON_DEVICE, "x") for part in x]
     grid = torch.tensor([grid for _, grid in embedded])
     stream = torch.cat([tokens.whole for tokens, _ in embedded]).to(first)
-    time = model.time_embedding(sinusoidal_embedding_1d(model.freq_dim, t).float())
-    modulation = model.time_projection(time).unflatten(1, (6, -1))
+    angles = sinusoidal_embedding_1d(model.freq_dim, t).float()
+    time = torch.cat([model.time_embedding(row[None]) for row in angles])
+    modulation = torch.cat([model.time_projection(row[None]) for row in time]).unflatten(1, (6, -1))
     padded = torch.stack([torch.cat([row, row.new_zeros(512 - len(row), 4096)]) for row in context]).to(first)
-    joined = model.text_embedding(padded)
+    joined = torch.cat([model.text_embedding(row[None]) for row in padded])
     if image:
-        joined = torch.cat([model.img_emb(features, first).to(joined), joined], dim=1)
+        images = torch.cat([model.img_emb(row[None], first) for row in features])
+        joined = torch.cat([images.to(joined), joined], dim=1)
     lengths = torch.tensor([18, 18])
     with torch.no_grad():
         for block in model.blocks:

@@ -373,6 +373,7 @@ def test_a_full_disk_keeps_the_state_elsewhere(whole, monkeypatch, tmp_path, cap
 @pytest.mark.parametrize("stage", ["encoding the prompt", "denoising, step 2", "decoding"])
 def test_values_that_are_not_numbers_stop_the_run(stage, monkeypatch, capsys):
     from wan.sampling import Solver
+    from wan.utils.video import EightBitFrames
 
     def poisoned(owner, name, when=lambda call: True):
         function, calls = getattr(owner, name), []
@@ -392,7 +393,13 @@ def test_values_that_are_not_numbers_stop_the_run(stage, monkeypatch, capsys):
     elif stage.startswith("den"):
         poisoned(Solver, "step", lambda call: call == 2)
     else:
-        poisoned(wan.WanT2V, "decode")
+        convert = EightBitFrames.__call__
+
+        def poison(frames, frame):
+            frame[0, 0] = float("nan")
+            return convert(frames, frame)
+
+        monkeypatch.setattr(EightBitFrames, "__call__", poison)
     assert command("--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4") == 2
     assert f"{stage} gave values that are infinite or not numbers" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("out.mp4").exists()
@@ -433,9 +440,9 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 def test_two_runs_at_once_on_one_name_both_keep_their_result(monkeypatch, whole):
     expected, decode = whole("t2v-tiny"), wan.WanT2V.decode
 
-    def meanwhile(self, latent):
+    def meanwhile(self, latent, frames):
         Path("out.mp4").write_bytes(b"of another run")
-        return decode(self, latent)
+        return decode(self, latent, frames)
 
     monkeypatch.setattr(wan.WanT2V, "decode", meanwhile)
     assert command("--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4") == 0

@@ -57,10 +57,10 @@ def forgetful(monkeypatch):
     """A streamer that leaves out the first copy to a buffer that was used before."""
     copy, left_out = streaming.Streamer._copy, []
 
-    def forgets(streamer, group, slot):
+    def forgets(streamer, group, slot, released):
         if slot in left_out or not getattr(slot, "used", False):
             slot.used = True
-            return copy(streamer, group, slot)
+            return copy(streamer, group, slot, released)
         left_out.append(slot)
         return streamer._copy_stream.record_event()
 
@@ -199,12 +199,15 @@ def test_cap_notices_that_it_does_not_hold(bench, monkeypatch):
 
 def test_toys(bench):
     toys.compare(bench, "t2v-tiny")
-    assert not bench.faults and bench.numbers == {"largest difference": 0, "the same file": True}
+    assert not bench.faults and bench.numbers == {"largest difference": 0, "the same frames": True}
 
 
 def test_toys_notice_a_copy_left_out(bench, forgetful):
     toys.compare(bench, "t2v-tiny")
-    assert bench.faults == ["--low_vram changes the video; the same command without it repeats itself"]
+    (fault,) = bench.faults
+    assert (
+        "--low_vram" in fault
+    )  # changes the video, or makes none of what was left in the buffer: no numbers
 
 
 def test_steps(bench):

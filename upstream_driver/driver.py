@@ -52,7 +52,7 @@ def run(
     granularity: int | None = None,
     find_least: bool = False,
     meta: bool = False,
-    timeout: float = 600,
+    timeout: float | None = 600,
 ) -> Result:
     """Runs one pipeline of the upstream tree in a process of its own.
 
@@ -71,7 +71,7 @@ def run(
         capacity, expandable_segments, granularity: of the virtual GPU; None: its defaults.
         find_least: tell the least capacity that serves all that the run requests.
         meta: count at full size.
-        timeout: seconds.
+        timeout: seconds; None for as long as it takes.
 
     Raises RuntimeError with the end of its error output if the process fails.
     """

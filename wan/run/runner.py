@@ -114,7 +114,7 @@ class Runner:
                     keeper.go_on(plan.options)
                     self._forget(choose_device(request.device))
                     pipeline = self._pipeline_for(request)
-                path = _save(video, keeper.state.request, pipeline)
+                path = _save(video, keeper.state.request, pipeline, plan is not None)
                 keeper.remove()
         self._tell(Finished(path))
         return path
@@ -376,9 +376,9 @@ def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Ten
     return video
 
 
-def _save(video: torch.Tensor, request: Request, pipeline: Any) -> Path:
+def _save(video: torch.Tensor, request: Request, pipeline: Any, planned: bool) -> Path:
     """Saves what `_decoded` gives."""
-    comment = settings_text(request)
+    comment = settings_text(request, planned)
 
     def write(path: Path, over: bool) -> None:
         if request.facts.still:

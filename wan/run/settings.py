@@ -33,10 +33,10 @@ def settings(request: Request) -> dict[str, Any]:
     return json.loads(json.dumps({name: values[name] for name in _NAMES if values[name] is not None}))
 
 
-def settings_text(request: Request) -> str:
-    """The settings as ASCII text, for a file's metadata; and the memory options, if they were planned."""
+def settings_text(request: Request, planned: bool = False) -> str:
+    """The settings as ASCII text, for a file's metadata; with the memory options that were planned, if they were."""
     told = {"program": PROGRAM, "version": __version__, "settings": settings(request)}
-    if request.planned:
+    if planned:
         told["memory"] = {name: getattr(request.memory, name) for name in request.planned}
     return json.dumps(told)
 

@@ -78,7 +78,7 @@ def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> 
 def _place(temporary: Path, path: Path) -> None:
     """Gives a file its name. Raises FileExistsError if that is taken, be it just now."""
     if os.name == "nt":
-        os.rename(temporary, path)
+        temporary.rename(path)
         return
     try:
         os.link(temporary, path)
