@@ -102,6 +102,8 @@ def rates_of(device: torch.device, cache: Path) -> Rates:
     except RuntimeError as error:
         log.warning(f"The card's rates could not be measured: {' '.join(str(error).split())[:160]}")
         return nominal((properties.major, properties.minor))
+    finally:
+        torch.cuda.empty_cache()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary:
