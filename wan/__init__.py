@@ -1,7 +1,8 @@
 """Wan2.1 video generation in less memory, with the same picture."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .utils.lazy import lazily
 
 __version__ = "0.2.0"
 
@@ -33,13 +34,9 @@ _HOMES = {
     "WanVace": "vace",
     "WanVaceMP": "vace",
     "plan": "run.planning",
+    "configs": "",
+    "distributed": "",
+    "modules": "",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a pipeline, with the libraries that it needs, or a package when it is first named."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    if name in ("configs", "distributed", "modules"):
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

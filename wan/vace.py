@@ -26,12 +26,13 @@ class WanVace(WanT2V):
     @cached_property
     def vid_proc(self) -> VaceVideoProcessor:
         """Chooses size and frames of source videos."""
+        fps = self.config.sample_fps
         return VaceVideoProcessor(
             downsample=tuple(stride * patch for stride, patch in zip(self.vae_stride, self.patch_size)),
             min_area=720 * 1280,
             max_area=720 * 1280,
-            min_fps=self.config.sample_fps,
-            max_fps=self.config.sample_fps,
+            min_fps=fps,
+            max_fps=fps,
             zero_start=True,
             seq_len=75600,
             keep_last=True,

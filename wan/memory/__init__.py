@@ -7,8 +7,7 @@ of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `visi
 It needs of the package this folder and what its files import, of modules/ and utils/, under a package of any name.
 """
 
-import importlib
-from typing import Any
+from ..utils.lazy import lazily
 
 _HOMES = {
     "MemoryOptions": "options",
@@ -21,9 +20,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

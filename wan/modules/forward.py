@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -25,6 +26,7 @@ from .conditions import Conditions, Context, embed, full_precision, heads_of
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
 
 RunBlock = Callable[..., Iterator[None]]  # called as Layers.run is
+Result = TypeVar("Result")
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
@@ -175,12 +177,12 @@ def dit_forward(
         # Rounded as autocast rounds what the published model makes of the head's output.
         return predict(model, tokens, conditions.time, grid, layers.spans).to(dtype).float()
 
-    return _finished([flow(i) for i in range(len(x))], together)
+    return finished([flow(i) for i in range(len(x))], together)
 
 
-def _finished(passes: list[Generator[None, None, torch.Tensor]], in_turns: bool) -> list[torch.Tensor]:
+def finished(passes: Sequence[Generator[None, None, Result]], in_turns: bool) -> list[Result]:
     """What the passes return: of one after the other, or, in turns, of all from pause to pause."""
-    results = dict.fromkeys(range(len(passes)))
+    results: dict[int, Any] = dict.fromkeys(range(len(passes)))
     waiting = deque(enumerate(passes))
     while waiting:
         i, one = waiting.popleft()

@@ -117,7 +117,7 @@ class WanI2VCrossAttention(WanSelfAttention):
         qk_norm: bool = True,
         eps: float = 1e-6,
     ):
-        super().__init__(dim, num_heads, window_size, qk_norm, eps)
+        super().__init__(dim, num_heads, window_size=window_size, qk_norm=qk_norm, eps=eps)
         self.k_img, self.v_img = (nn.Linear(dim, dim) for _ in range(2))
         self.norm_k_img = _query_key_norm(dim, qk_norm, eps)
 

@@ -1,7 +1,6 @@
 """What is needed everywhere; the names that programs written for Wan2.1 import from here are imported when used."""
 
-import importlib
-from typing import Any
+from .lazy import lazily
 
 _HOMES = {
     "FlowDPMSolverMultistepScheduler": "fm_solvers",
@@ -12,9 +11,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, _HOMES)

@@ -172,9 +172,7 @@ class PromptExpander:
     method = ""
 
     def __init__(self, model_name: str | None = None, is_vl: bool = False, device: Any = 0, **kwargs: Any):
-        self.model_name = model_name
-        self.is_vl = is_vl
-        self.device = device
+        self.model_name, self.is_vl, self.device = model_name, is_vl, device
         self.api_key: str | None = None
 
     def __call__(
@@ -230,7 +228,7 @@ class DashScopePromptExpander(PromptExpander):
         is_vl: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(model_name, is_vl, **kwargs)
+        super().__init__(model_name=model_name, is_vl=is_vl, **kwargs)
         self.api_key = api_key
 
 
@@ -240,7 +238,7 @@ class QwenPromptExpander(PromptExpander):
     method = "local_qwen"
 
     def __init__(self, model_name: str | None = None, device: Any = 0, is_vl: bool = False, **kwargs: Any):
-        super().__init__(model_name, is_vl, device, **kwargs)
+        super().__init__(model_name=model_name, is_vl=is_vl, device=device, **kwargs)
 
 
 def _shrink(image: Image.Image, area: int) -> Image.Image:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ...modules.conditions import context_layers
-from ...modules.forward import cross_attentions, spans
+from ...modules.forward import cross_attentions, finished, spans
 from ..activation_offload import ATTENTION_BYTES, SLOTS
 from .image import layer_norm
 from .ledger import Ledger
@@ -119,7 +118,7 @@ class _Walk:
         if self.image:
             features = self.ledger.take(samples * self.shape.pictures * self._image_row())
         with self.place:
-            flows = _finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
+            flows = finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
         self.ledger.drop(features)
         return flows
 
@@ -500,21 +499,6 @@ class _InRam(_OnDevice):
         ledger.drop(*large)
         for span in walk.spans:
             yield span, ledger.take(span * walk.dim * walk.itemsize)
-
-
-def _finished(passes: list[Generator[None, None, int]], in_turns: bool) -> list[int]:
-    """As modules/forward.py's."""
-    results = dict.fromkeys(range(len(passes)), 0)
-    waiting = deque(enumerate(passes))
-    while waiting:
-        i, one = waiting.popleft()
-        try:
-            next(one)
-        except StopIteration as end:
-            results[i] = end.value
-        else:
-            waiting.append((i, one)) if in_turns else waiting.appendleft((i, one))
-    return list(results.values())
 
 
 def tokens_of(model: nn.Module, shape: Shape) -> int:
