@@ -113,11 +113,14 @@ def site(out):
             browser.close()
 
 
-UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, select, a[href], video, img, progress, svg")]
-    .filter((e) => e.checkVisibility() && !e.closest("[aria-hidden=true], button svg, .icon, .icon-wrap, .dropdown-arrow"))
-    .filter((e) => !(e.labels && e.labels.length && e.labels[0].innerText.trim()) && !e.ariaLabel && !e.title
-        && !e.alt && !e.innerText?.trim() && !e.getAttribute("aria-labelledby"))
-    .map((e) => e.outerHTML.slice(0, 200))"""
+UNNAMED = """() => {
+    const controls = "button, input, textarea, select, a[href], video, img, progress, svg[role=img]";
+    const named = (e) => e.labels?.[0]?.innerText.trim() || e.ariaLabel || e.title || e.alt || e.innerText?.trim()
+        || e.getAttribute("aria-labelledby");
+    return [...document.querySelectorAll(controls)]
+        .filter((e) => e.checkVisibility() && !e.closest("[aria-hidden=true]") && !named(e))
+        .map((e) => e.outerHTML.slice(0, 200));
+}"""
 
 
 def loads_from_nowhere_else_and_names_its_controls(site):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -56,11 +57,8 @@ class Child:
 
     def finish(self, seconds: float | None = None) -> None:
         """Tells it that no more will come, and waits; kills it after so many seconds."""
-        with self._sending:
-            try:
-                self._process.stdin.close()
-            except OSError:
-                pass
+        with self._sending, contextlib.suppress(OSError):
+            self._process.stdin.close()
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -84,8 +82,6 @@ def read_messages(stream: TextIO) -> Iterator[Message]:
 
 def write_message(stream: TextIO, message: Mapping[str, Any]) -> None:
     """Writes a message; to a reader that is gone, nothing."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         stream.write(json.dumps(message) + "\n")
         stream.flush()
-    except (OSError, ValueError):
-        pass

@@ -16,8 +16,8 @@ from ..tasks import EXAMPLES, TASKS
 from ..utils.errors import InputError
 from ..weights.lora import parse_lora
 from .jobs import MANY_PICTURES, PICTURES, UPLOADS, VIDEOS
+from .plans import error_html, plan_html, planning_html
 from .service import CARDS, Service
-from .views import error_html, plan_html, planning_html, shown_limit
 
 HEAD = '<link rel="stylesheet" href="/own/page.css"><script src="/own/page.js" defer></script>'
 AUTO = "auto"
@@ -274,8 +274,9 @@ class Page:
         """Puts a job into the queue."""
         try:
             settings = self._settings(dict(zip(self._fields, values)))
-            device = self._service.queue.device or {}
-            if not device.get("name"):  # there is nothing to be limited: the plan was only to be looked at
+            if (
+                not self._service.has_card
+            ):  # there is nothing to be limited: the plan was only to be looked at
                 for key in ("vram_limit", "vram_fraction", "memory_mode"):
                     settings.pop(key, None)
             job = self._service.queue.add(self._service.settings(settings))
@@ -293,7 +294,7 @@ class Page:
         named = dict(zip((name for name in self._fields if name not in _UNPLANNED), values))
         try:
             settings = await asyncio.to_thread(self._settings, named)
-            card, limit = shown_limit(self._service, settings.get("vram_limit"))
+            card, limit = self._service.has_card, self._service.planned_limit(settings.get("vram_limit"))
             found = self._service.plan(settings)
         except InputError as error:
             yield _wan(error_html(error.told()))
@@ -362,7 +363,8 @@ _HEADING = (
     '<div class="wan wan-head"><div><h1>Wan2.1</h1><p>in less memory, with the same picture</p></div>'
     '<div data-live="device"></div></div>'
     '<div class="wan"><p class="bad" data-said role="alert"></p>'
-    '<p class="bad lost-note" role="alert">The server does not answer; what it was making goes on when it is back.</p></div>'
+    '<p class="bad lost-note" role="alert">The server does not answer; what it was making goes on when it is back.'
+    "</p></div>"
 )
 
 

@@ -134,10 +134,20 @@ class Service:
         Raises InputError for settings that cannot work.
         """
         settings = {key: value for key, value in values.items() if key != "ckpt_dir"}
-        if settings.get("vram_limit", "auto") == "auto":
-            free = (self.queue.device or {}).get("free_bytes")
-            settings["vram_limit"] = round(free / GIB, 1) if free else SHOWN_CARD
+        settings["vram_limit"] = self.planned_limit(settings.get("vram_limit"))
         return self.planner.plan(self.rules.request(settings, planning=True))
+
+    def planned_limit(self, limit: Any) -> Any:
+        """The GiB that a plan is for: those given or, for auto, those of `plan`."""
+        if limit not in (None, "auto"):
+            return limit
+        free = (self.queue.device or {}).get("free_bytes")
+        return round(free / GIB, 1) if free else SHOWN_CARD
+
+    @property
+    def has_card(self) -> bool:
+        """Whether there is an accelerator, as far as that is known."""
+        return bool((self.queue.device or {}).get("name"))
 
     def upload(self, stream: BinaryIO, name: str, key: str) -> str:
         """Keeps a file that is for a field, and returns its name in the folder: the same contents have the same.

@@ -10,28 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..memory.options import MemoryOptions
 from ..memory.plan import time_text
 from ..tasks import TASKS
 from .chart import GIB, chart
 from .gallery import Result
 from .jobs import CANCELLED, DONE, FAILED, PAUSED, PAUSING, QUEUED, RUNNING, Job
 from .queue import Progress
-from .service import SHOWN_CARD, Service
+from .service import Service
 
 PARTS = ("device", "now", "memory", "queue", "gallery")
 SHOWN_RESULTS = 24
 _FRESH = 0.3  # seconds for which what was made is sent again
-_OPTION_WORDS = {
-    "t5_stream": "text encoder layer by layer",
-    "t5_cpu": "text encoder on the CPU",
-    "vae_cpu": "VAE waits in RAM",
-    "vae_tile": "frames in tiles of {}, exactly",
-    "dit_stream": "{:g} GiB of the model stay, the rest visits in turn",
-    "dit_chunk": "{} tokens at a time",
-    "activation_offload": "activations in RAM",
-    "guidance_together": "both guidance passes per visit",
-}
 
 
 class Views:
@@ -109,12 +98,12 @@ def now_html(job: Job, progress: Progress | None) -> str:
     said = "Pausing after this step…" if pausing else _doing(progress)
     end = f"done at about {datetime.fromtimestamp(progress.end):%H:%M}" if progress.end else ""
     left = f"{time_text(progress.seconds_left)} left in this stage" if progress.seconds_left else ""
+    when = " · ".join(filter(None, (left, end)))
     share = f'value="{progress.done}" max="{progress.total}"' if progress.total else ""
     bar = (
         f'<div data-key="bar"><ol class="stages">{_stages(job, progress)}</ol>'
         f'<progress {share} aria-label="{escape(said)}"></progress>'
-        f'<p class="row"><span>{escape(said)}</span><span class="quiet">{" · ".join(filter(None, (left, end)))}</span></p>'
-        "</div>"
+        f'<p class="row"><span>{escape(said)}</span><span class="quiet">{when}</span></p></div>'
     )
     picture = (
         f'<div data-key="preview">{_picture(job, progress)}</div>'
@@ -267,79 +256,3 @@ def _notes(job: Job) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else time_text(seconds)
-
-
-def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
-    """A plan, as wan.run.planning.report tells it.
-
-    Args:
-        card: whether it is this machine's own.
-        limit: GiB that it is for.
-    """
-    fits, most = plan["fits"], plan["peak_bytes"]
-    whose = f"{limit:g} GiB" if card else f"No GPU here: planned for a card of {limit:g} GiB"
-    if fits:
-        verdict = f'<span class="chip good">Fits</span> {time_text(plan["seconds"])}'
-    else:
-        verdict = f'<span class="chip bad">Does not fit</span> needs {plan["least_bytes"] / GIB:.2f} GiB'
-    rows = "".join(
-        f'<tr><th scope="row">{name}</th><td><div class="bar"><i style="width:{_percent(stage["reserved"], most, plan)}%">'
-        f"</i></div></td><td>{stage['reserved'] / GIB:.2f}</td><td>{time_text(stage['seconds'])}</td></tr>"
-        for name, stage in plan["stages"].items()
-    )
-    told = []
-    if fits:
-        told.append(_chosen(plan["options"]))
-        if plan["longest_frame_num"]:
-            told.append(f"Longest that fits: {plan['longest_frame_num']} frames.")
-        more = plan["seconds_with_one_gib_more"]
-        if more is not None and more < 0.98 * plan["seconds"]:
-            told.append(f"One GiB more: {time_text(more)}.")
-    else:
-        told.append(
-            f"Give it {plan['least_bytes'] / GIB:.2f} GiB or more, or choose a smaller size or fewer frames; "
-            "this is the leanest way there is."
-        )
-    told.append(
-        f"RAM {plan['ram_bytes'] / GIB:.1f} GiB. Times are modelled with the rates of {escape(plan['rates'])}."
-    )
-    return (
-        f'<div class="plan"><p class="row"><span class="verdict">{verdict}</span><span class="quiet">{whose}</span></p>'
-        '<table><thead><tr><th scope="col">Stage</th><td></td><th scope="col">GiB</th><th scope="col">Time</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table>{''.join(f'<p class=quiet>{line}</p>' for line in told)}</div>"
-    )
-
-
-def _percent(nbytes: float, most: float, plan: dict[str, Any]) -> float:
-    return round(100 * nbytes / max(most, plan["room"], 1), 1)
-
-
-def _chosen(options: dict[str, Any]) -> str:
-    """The options of a plan in words."""
-    defaults = vars(MemoryOptions())
-    words = [
-        text.format(options[name])
-        for name, text in _OPTION_WORDS.items()
-        if options[name] != defaults[name] and not (name == "vae_tile" and not options[name])
-    ]
-    line = ", ".join(words) or "everything on the GPU"
-    return f"{line[:1].upper()}{line[1:]}."
-
-
-def planning_html(card: bool) -> str:
-    """Shown until a plan is there."""
-    return f'<div class="plan"><p class="quiet">{"Planning…" if card else "No GPU here: planning for a card…"}</p></div>'
-
-
-def error_html(line: str) -> str:
-    """A line that says what is wrong."""
-    return f'<p class="bad" role="alert">{escape(line)}</p>'
-
-
-def shown_limit(service: Service, limit: Any) -> tuple[bool, float]:
-    """Whether a plan is for this machine's card, and for how many GiB."""
-    device = service.queue.device or {}
-    card = bool(device.get("name"))
-    if limit not in (None, "", "auto"):
-        return card, float(limit)
-    return card, round(device["free_bytes"] / GIB, 1) if device.get("free_bytes") else SHOWN_CARD

@@ -156,6 +156,12 @@ def told(error: BaseException) -> str:
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
 
 
+def _listen(worker: Worker, runs: bool) -> None:
+    worker.listen(sys.stdin)
+    if not runs:
+        os._exit(0)  # nobody waits for a plan any more
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lock")
@@ -169,7 +175,7 @@ def main() -> None:
     worker = Worker(out, args.device)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stderr)
     logging.getLogger("wan").addHandler(_Notes(worker))
-    threading.Thread(target=worker.listen, args=(sys.stdin,), daemon=True).start()
+    threading.Thread(target=_listen, args=(worker, bool(args.lock)), daemon=True).start()
     if not args.lock:
         if hasattr(os, "nice"):
             os.nice(10)  # the run comes first
