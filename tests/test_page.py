@@ -21,7 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120_000  # milliseconds that anything may take: other tests share the cores
+SECONDS = 400_000  # milliseconds that anything may take: other tests share the cores
 EVERY = bool(os.environ.get("WAN_EVERY_PAGE"))
 
 

@@ -138,10 +138,9 @@ def _told(service: Service, job: Job) -> dict[str, Any]:
     """A job as it is told to the outside."""
     names = ("id", "status", "created", "started", "ended", "error", "notes")
     values = {name: getattr(job, name) for name in names} | {"settings": settings_of(job.request)}
-    result = job.result and Path(job.result)
-    values["result"] = result and str(result)
-    inside = result and result.parent == service.rules.folder
-    values["url"] = f"/results/{result.name}" if inside else None
+    result = Path(job.result) if job.result else None
+    inside = result is not None and result.parent == service.rules.folder
+    values |= {"result": job.result, "url": f"/results/{result.name}" if inside else None}
     progress = service.queue.progress.get(job.id)
     values["progress"] = progress.to_json() if progress else None
     return values

@@ -36,7 +36,7 @@ def _chart(
 ) -> str:
     points = series.points
     span = max(points[-1][0], 1.0)
-    highest = [values.get(key, 0) for _, _, values in points for _, key, _ in lines]
+    highest: list[float] = [values.get(key, 0) for _, _, values in points for _, key, _ in lines]
     highest += [level for _, level, _ in levels if level]
     highest += series.plan.values() if plan else []
     top = _round_up(max(highest, default=0) / GIB) * GIB

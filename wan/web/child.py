@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 Message = dict[str, Any]
 
@@ -71,7 +71,7 @@ class Child:
         self._on_exit(self._process.wait())
 
 
-def read_messages(stream: TextIO) -> Iterator[Message]:
+def read_messages(stream: IO[str]) -> Iterator[Message]:
     """The messages of a stream, until it ends."""
     for line in stream:
         try:
@@ -80,7 +80,7 @@ def read_messages(stream: TextIO) -> Iterator[Message]:
             return
 
 
-def write_message(stream: TextIO, message: Mapping[str, Any]) -> None:
+def write_message(stream: IO[str], message: Mapping[str, Any]) -> None:
     """Writes a message; to a reader that is gone, nothing."""
     with contextlib.suppress(OSError, ValueError):
         stream.write(json.dumps(message) + "\n")

@@ -83,7 +83,7 @@ def new_id() -> str:
 
 def request_from(values: Mapping[str, Any]) -> Request:
     """The request that Request.to_json gave."""
-    return Request(**values | {"memory": MemoryOptions(**values["memory"])})
+    return Request(**dict(values) | {"memory": MemoryOptions(**values["memory"])})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -118,12 +117,14 @@ class Queue:
     """
 
     def __init__(self, rules: Rules):
-        self.rules, self.device = rules, None
+        self.rules = rules
+        self.device: dict[str, Any] | None = None
         self.progress: dict[str, Progress] = {}
         self.changes = 0
         self._folder = rules.folder / ".wan" / "jobs"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock, self._jobs = threading.RLock(), {}
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}
         self._owner = FileLock(rules.folder / ".wan" / "server.lock")
         try:
             self._owner.acquire(timeout=0)
@@ -373,9 +374,9 @@ class Queue:
         states = glob.glob(f"{glob.escape(job.request['save_file'])}.*.state")
         previews = self.rules.folder / ".wan" / "previews"
         stem = Path(job.request["save_file"]).name
-        for path in (*states, *previews.glob(f"{glob.escape(stem)}.*")):
+        for path in (*map(Path, states), *previews.glob(f"{glob.escape(stem)}.*")):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                path.unlink()
 
     def _last_place(self) -> float:
         return max((job.place for job in self._jobs.values()), default=0.0)

@@ -21,7 +21,7 @@ import threading
 import traceback
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -48,7 +48,7 @@ class Worker:
         device: its name, None for the accelerator that is there.
     """
 
-    def __init__(self, out: TextIO, device: str | None):
+    def __init__(self, out: IO[str], device: str | None):
         self._out, self._writing, self._device = out, threading.Lock(), device
         self._waiting: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._job: str | None = None
@@ -67,7 +67,7 @@ class Worker:
         if self._job:
             self.tell(note=text, job=self._job)
 
-    def listen(self, stream: TextIO) -> None:
+    def listen(self, stream: IO[str]) -> None:
         """Takes messages until they end; then what runs stops after its step, and so does `work`."""
         for message in read_messages(stream):
             if "pause" in message:
