@@ -335,7 +335,7 @@ def test_paused_or_killed_jobs_go_on_to_the_same_bytes(tmp_path):
 
 def test_json_over_http(fake, tmp_path):
     """What docs/page.md says, asked for as scripts do."""
-    pytest.importorskip("gradio", reason="the page's extra is not installed")
+    pytest.importorskip("fastapi", reason="the page's extra is not installed")
     from starlette.testclient import TestClient
 
     from wan.web.api import build_app
@@ -420,3 +420,42 @@ def test_a_result_is_known_by_its_file_alone(tmp_path):
     for name in ("made.mp4", "../x", ".", ""):
         with pytest.raises(KeyError):
             gallery.path(name)
+
+
+def test_a_run_on_a_device_tells_its_plan_and_what_it_takes(tmp_path, monkeypatch):
+    from virtual_gpu import DEVICE, VirtualGPU
+    from wan.run import Request, Runner
+    from wan.run.request import PLANNED
+    from wan.utils.events import Planned, StageStarted
+    from wan.web import memory
+    from wan.web.queue import Progress
+
+    monkeypatch.chdir(tmp_path)
+    device, progress, planned = DEVICE, Progress(), []
+
+    def listen(event):
+        if isinstance(event, Planned):
+            planned.append(event)
+            progress.take({"event": "Planned"} | vars(event))
+        elif isinstance(event, StageStarted):
+            progress.series.add(event.name, memory.sample(device))
+
+    settings = {
+        "device": "vgpu",
+        "planned": PLANNED,
+        "save_file": "out.mp4",
+        "frame_num": 5,
+        "sample_steps": 1,
+    }
+    with VirtualGPU(2**30):
+        Runner(listen).run(Request(task="t2v-tiny", **settings))
+        facts = memory.device_facts("vgpu")
+    assert facts["total_bytes"] == 2**30 and facts["free_bytes"] <= 2**30
+    (plan,) = planned
+    stages = [stage for _, stage, _ in progress.series.points]
+    assert set(plan.stages) == {"text", "denoise", "decode"} <= set(stages)
+    for _, stage, values in progress.series.points:
+        assert values["allocated"] <= values["reserved"] and values["ram"] > 2**20
+        if stage in plan.stages:
+            assert values["reserved"] <= plan.stages[stage]
+    assert "GPU memory" in chart(progress.series) and progress.plan == plan.line

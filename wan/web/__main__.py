@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -103,10 +104,13 @@ def serve(args: argparse.Namespace, sock: socket.socket) -> None:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        allowed_paths=[str(path) for path in service.rules.readable],
         theme=theme(),
         head=HEAD,
     )
     guarded = Guard(app, args.auth, is_loopback(args.host))
+    # Tabs keep a stream open each, which is cut at the end.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Cancel "))
     server = uvicorn.Server(
         uvicorn.Config(
             guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False

@@ -78,7 +78,7 @@ def read_job(path: Path) -> Job:
 
 
 def new_id() -> str:
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def request_from(values: Mapping[str, Any]) -> Request:
@@ -101,6 +101,18 @@ class Rules:
     checkpoints: tuple[str, ...] = ()
     device: str | None = None
     offload_folder: str | None = None
+
+    @property
+    def readable(self) -> tuple[Path, Path]:
+        """The folders whose files a job may name."""
+        return self.folder / UPLOADS, EXAMPLES
+
+    def may_read(self, name: str) -> bool:
+        """Whether a job may name a file, and it is there."""
+        try:
+            return os.path.isfile(self._file(name, "image"))
+        except InputError:
+            return False
 
     def request(self, settings: Mapping[str, Any], name: str = "plan", planning: bool = False) -> Request:
         """The request that settings describe: fields of a Request and of its memory options, by their names.
@@ -164,10 +176,9 @@ class Rules:
         if not isinstance(name, str) or "\0" in name:
             raise InputError("give the name of a file", key)
         found = os.path.realpath(self.folder / name)
-        for root in (self.folder / UPLOADS, EXAMPLES):
-            if Path(found).is_relative_to(os.path.realpath(root)):
-                return found
-        raise InputError("is outside of the uploads; upload it first", key, name)
+        if not any(Path(found).is_relative_to(os.path.realpath(root)) for root in self.readable):
+            raise InputError("is outside of the uploads; upload it first", key, name)
+        return found
 
 
 def check_file(path: str | Path, key: str) -> None:

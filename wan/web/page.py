@@ -29,6 +29,11 @@ _TITLES = {
     "src_mask": "Mask video, white where it is made anew",
     MANY_PICTURES: "Reference pictures",
 }
+_SWITCHES = {
+    "exact": "Exact arithmetic (slower)",
+    "compile": "Compile (rounds otherwise)",
+    "lora_skip_unknown": "Leave out what a LoRA has beyond the model",
+}
 _FILES = (*PICTURES, *VIDEOS, MANY_PICTURES, "lora")
 _SEVERAL = (MANY_PICTURES, "lora")
 _WHOLE = ("frame_num", "sample_steps")
@@ -73,7 +78,9 @@ class Page:
         self._kept: dict[str, str] = {}  # names of uploads, by where Gradio has put them
         self._fields: dict[str, Any] = {}
         self._shown: dict[str, Any] = {}  # what is shown of the files of a field
-        with gr.Blocks(title="Wan2.1 in less memory", analytics_enabled=False) as self.blocks:
+        with gr.Blocks(
+            title="Wan2.1 in less memory", analytics_enabled=False, delete_cache=(3600, 86400)
+        ) as self.blocks:
             gr.HTML(_HEADING)
             with gr.Row(elem_classes="columns"):
                 with gr.Column(scale=6, elem_classes="column"):
@@ -132,9 +139,16 @@ class Page:
                 )
                 fields["sample_shift"] = gr.Number(first.sample_shift, label="Shift", elem_id="shift")
             self._file("lora", "LoRA files (.safetensors)", visible=True)
-            fields["lora_strengths"] = gr.Textbox(
-                "", label="Their strengths", placeholder="1, 0.8", max_lines=1, elem_id="strengths"
-            )
+            with gr.Row():
+                fields["lora_strengths"] = gr.Textbox(
+                    "", label="Their strengths", placeholder="1, 0.8", max_lines=1, elem_id="strengths"
+                )
+                fields["attention"] = gr.Dropdown(
+                    list(_choices("attention")), value="auto", label="Attention", elem_id="attention"
+                )
+            with gr.Row():
+                for key, label in _SWITCHES.items():
+                    fields[key] = gr.Checkbox(False, label=label, elem_id=key)
         make = gr.Button("Make video", variant="primary", elem_classes="make", elem_id="make")
         self._again = gr.Button("Take the last seed again", size="sm", elem_classes="plain", elem_id="again")
         message = gr.HTML('<div class="wan" aria-live="polite"></div>', elem_id="message")
@@ -309,7 +323,7 @@ class Page:
 
     def _last_seed(self) -> Any:
         """The seed of the newest job."""
-        newest = max(self._service.queue.jobs(), key=lambda job: job.id, default=None)
+        newest = max(self._service.queue.jobs(), key=lambda job: job.created, default=None)
         return str(newest.request["base_seed"]) if newest else gr.skip()
 
     def _fill(self, request: gr.Request) -> list[Any]:
@@ -334,8 +348,8 @@ class Page:
         for key in _FILES:
             texts = settings.get(key) or []
             texts = [parse_lora(text)[0] for text in texts] if key == "lora" else str(texts or "").split(",")
-            files[key] = [text for text in texts if text and Path(text).is_file()]
-            missing += [text for text in texts if text and not Path(text).is_file()]
+            files[key] = [text for text in texts if text and self._service.rules.may_read(text)]
+            missing += [text for text in texts if text and text not in files[key]]
         for key in self._fields:
             if key in _FILES:
                 there = files[key] if key in _SEVERAL else next(iter(files[key]), None)
@@ -353,9 +367,9 @@ class Page:
             elif key in ("vram_limit", "vram_fraction", "memory_mode"):
                 values.append(gr.skip())
             else:
-                values.append(settings.get(key, ""))
+                values.append(settings.get(key, False if key in _SWITCHES else ""))
         thumbs = [gr.update(value=_wan(_thumbs(files[key])), visible=True) for key in _FILES]
-        told = f"These files are gone: {', '.join(missing)}" if missing else ""
+        told = f"Upload these again: {', '.join(missing)}" if missing else ""
         return [*values, *thumbs, _wan(error_html(told)) if told else _wan("<p>Settings are taken over.</p>")]
 
 
