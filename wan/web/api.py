@@ -81,7 +81,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.post("/plan")
     async def plan(request: Request) -> Response:
-        found = await asyncio.wrap_future(service.plan(await _object(request)))
+        found = await asyncio.shield(asyncio.wrap_future(service.plan(await _object(request))))
         return JSONResponse(found["plan"]) if "plan" in found else _line(422, found["error"])
 
     @app.post("/uploads")

@@ -72,7 +72,7 @@ class Planner:
             found = self._plans.get(self._asked)
             self._asked = None
             self._ask()
-        if found:
+        if found and not found.done():
             found.set_result(message)
 
     def _after(self, code: int) -> None:
@@ -81,7 +81,7 @@ class Planner:
             failed = self._plans.pop(self._asked, None) if self._asked else None
             self._asked = None
             self._ask()
-        if failed:
+        if failed and not failed.done():
             failed.set_result({"error": f"the planner ended by itself ({code})"})
 
 
