@@ -304,3 +304,52 @@ def test_under_load(tmp_path):
             middle, worst = seconds[len(seconds) // 2], seconds[-1]
             print(f"{path}: {len(seconds)} times, median {middle:.3f} s, at most {worst:.3f} s")
             assert worst < 1
+
+
+PROMPTS = (
+    "a red ball rolls to the right",
+    "a blue square grows on a green ground",
+    "a yellow triangle bounces",
+    "two balls cross on a grey ground",
+)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("WAN_PAGE_SHOTS"), reason="takes pictures for docs: WAN_PAGE_SHOTS=docs"
+)
+def test_pictures_for_the_document(tmp_path):
+    """The page idle, in the middle of a run and done, as PNG files of few colours."""
+    from PIL import Image
+
+    def take(visited, name):
+        picture = tmp_path / name
+        visited.page.mouse.move(0, 0)
+        visited.page.screenshot(path=picture, full_page=True)
+        quantized = Image.open(picture).convert("RGB").quantize(160, dither=Image.Dither.NONE)
+        quantized.save(Path(os.environ["WAN_PAGE_SHOTS"]) / name, optimize=True)
+
+    with site(tmp_path / "out") as visited:
+        visited.open()
+        visited.page.locator("#plan").get_by_text("Fits", exact=True).wait_for()
+        visited.page.get_by_text("No GPU here", exact=True).wait_for()
+        take(visited, "page-idle.png")
+        for prompt in PROMPTS[1:]:
+            visited.make(prompt=prompt)
+        for job in visited.jobs():
+            visited.done(job)
+        job = visited.make(prompt=PROMPTS[0], steps=80)
+        for prompt in PROMPTS[1:3]:
+            visited.make(prompt=prompt, steps=10)
+        visited.part("queue").get_by_role("button", name="Pause").last.click()
+        until(lambda: (visited.job(job["id"])["progress"]["preview_step"] or 0) >= 50)
+        visited.page.wait_for_timeout(1500)
+        take(visited, "page-running.png")
+        for waiting in visited.jobs():
+            if waiting["status"] in ("queued", "paused"):
+                visited.page.request.post(f"{visited.url}/jobs/{waiting['id']}/cancel")
+                visited.page.request.delete(f"{visited.url}/jobs/{waiting['id']}")
+        visited.done(job)
+        video = visited.part("now").locator("video")
+        until(lambda: video.evaluate("v => v.currentTime > 0.3"))
+        visited.page.wait_for_timeout(1500)
+        take(visited, "page-done.png")

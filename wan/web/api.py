@@ -75,9 +75,15 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/jobs/{name}/preview")
     async def preview(name: str) -> Response:
         progress = service.queue.progress.get(service.queue.get(name).id)
-        if not progress or not progress.preview or not Path(progress.preview[0]).is_file():
+        if not progress or not progress.preview:
             raise KeyError("preview")
-        return FileResponse(progress.preview[0], headers={"cache-control": "no-store"})
+        path = Path(progress.preview[0])
+        try:
+            picture = path.read_bytes()  # at once: the next one takes its place at any time
+        except FileNotFoundError:
+            raise KeyError("preview") from None
+        kind = f"image/{path.suffix.removeprefix('.')}"
+        return Response(picture, media_type=kind, headers={"cache-control": "no-store"})
 
     @app.post("/plan")
     async def plan(request: Request) -> Response:

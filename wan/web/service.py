@@ -44,8 +44,8 @@ class Planner:
         key = json.dumps(values, sort_keys=True)
         with self._lock:
             if key not in self._plans:
-                while len(self._plans) > PLANS_KEPT:
-                    self._plans.pop(next(iter(self._plans)))
+                if len(self._plans) > PLANS_KEPT:
+                    self._plans = {key: plan for key, plan in self._plans.items() if not plan.done()}
                 self._plans[key] = Future()
             found = self._plans[key]
             if not found.done() and key != self._asked:
