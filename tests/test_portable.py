@@ -41,7 +41,7 @@ LIBRARIES = [
     "torch", "numpy", "tempfile", "subprocess", "diffusers", "transformers", "safetensors.torch", "tokenizers",
     "einops", "easydict", "ftfy", "regex", "PIL.Image", "imageio", "imageio_ffmpeg", "av", "tqdm", "psutil", "filelock",
 ]  # fmt: skip
-NEED_AN_EXTRA = ["wan.web.api", "wan.web.page"]
+NEED_AN_EXTRA = ["wan.web.api", "wan.web.form", "wan.web.page"]
 
 
 def test_everything_imports_without_posix():

@@ -1,11 +1,7 @@
 """The page's queue, jobs, chart, plans and JSON interface, without a browser."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -276,58 +272,43 @@ def test_nothing_but_the_page_imports_it():
     assert not found and wants.search((ROOT / "wan" / "web" / "api.py").read_text("utf-8"))
 
 
-LONG = TOY | {"sample_steps": 24}
-SERVER = """
-import sys, threading
-from pathlib import Path
-from wan.web.jobs import Rules
-from wan.web.queue import Queue
-queue = Queue(Rules(Path(sys.argv[1])))
-print("up", flush=True)
-threading.Event().wait()
-"""
-
-
-def until(true, seconds=120):
+def until(true, seconds=400):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX's")
-def test_paused_or_killed_jobs_go_on_to_the_same_bytes(tmp_path):
-    """Really: one is paused and resumed; the next runs as its server is killed, and the next server goes on with it."""
+def test_paused_and_interrupted_jobs_go_on_to_the_same_bytes(tmp_path):
+    """Really. What the end of the server does is end the worker's input: here that is done to it.
+
+    tests/test_page.py kills a server.
+    """
     out = tmp_path / "out"
     (out / "uploads").mkdir(parents=True)
+    settings = TOY | {"sample_steps": 24}
     queue = Queue(Rules(out))
-    whole = queue.add(LONG)
-    paused = queue.add(LONG)
-    until(lambda: queue.get(whole.id).status == "done")
+    whole, paused, ended = (queue.add(settings) for _ in range(3))
     until(lambda: queue.progress.get(paused.id) and queue.progress[paused.id].preview)
+    assert queue.get(whole.id).status == "done"
     queue.pause(paused.id)
     until(lambda: queue.get(paused.id).status == "paused")
-    (state,) = out.glob("*.state")
-    assert state.name.startswith(paused.id)
-    assert queue.progress[paused.id].done < LONG["sample_steps"]
-    killed = queue.add(LONG)
-    queue.close()  # at once it goes on elsewhere
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout.readline() == "up\n"
+    assert queue.progress[paused.id].done < 24
+    until(lambda: queue.progress.get(ended.id) and queue.progress[ended.id].preview)
+    queue.close()
+    assert queue.progress[ended.id].done < 24
+    assert sorted(path.name[:24] for path in out.glob("*.state")) == sorted([paused.id, ended.id])
     jobs = out / ".wan" / "jobs"
-    previews = out / ".wan" / "previews"
-    until(lambda: list(previews.glob(f"{killed.id}*")))
-    server.send_signal(signal.SIGKILL)
-    server.wait()
-    assert read_job(jobs / f"{killed.id}.json").status == "running"
+    left = read_job(jobs / f"{ended.id}.json")
+    left.status = "running"  # as a server leaves it that is killed
+    left.write(jobs)
     queue = Queue(Rules(out))
     try:
         queue.resume(paused.id)
         until(lambda: all(job.status == "done" for job in queue.jobs()))
         first, *others = (Path(job.result).read_bytes() for job in queue.jobs())
         assert len(others) == 2 and all(other == first for other in others)
+        previews = out / ".wan" / "previews"
         assert not list(out.glob("*.state")) and not list(out.glob(".wan-*")) and not list(previews.iterdir())
     finally:
         queue.close()

@@ -41,6 +41,9 @@ class Child:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUTF8": "1"},
             encoding="utf-8",
+            # Ctrl-C in a terminal is for this process, which then says what to do.
+            start_new_session=os.name != "nt",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self._sending = threading.Lock()
         self._on_message, self._on_exit = on_message, on_exit

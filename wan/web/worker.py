@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -167,9 +166,6 @@ def main() -> None:
     parser.add_argument("--lock")
     parser.add_argument("--device")
     args = parser.parse_args()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the one who started this, who then says what to do
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that prints disturbs the messages
     worker = Worker(out, args.device)
