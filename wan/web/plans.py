@@ -30,13 +30,13 @@ def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
     fits, most = plan["fits"], plan["peak_bytes"]
     whose = f"{limit:g} GiB" if card else f"No GPU here: planned for a card of {limit:g} GiB"
     if fits:
-        verdict = f'<span class="chip good">Fits</span> {time_text(plan["seconds"])}'
+        verdict = f'<span class="chip good">Fits</span> {short_time(plan["seconds"])}'
     else:
         verdict = f'<span class="chip bad">Does not fit</span> needs {plan["least_bytes"] / GIB:.2f} GiB'
     rows = "".join(
         f'<tr><th scope="row">{name}</th>'
         f'<td><div class="bar"><i style="width:{_percent(stage["reserved"], most, plan)}%"></i></div></td>'
-        f"<td>{stage['reserved'] / GIB:.2f}</td><td>{time_text(stage['seconds'])}</td></tr>"
+        f"<td>{stage['reserved'] / GIB:.2f}</td><td>{short_time(stage['seconds'])}</td></tr>"
         for name, stage in plan["stages"].items()
     )
     head = "".join(f'<th scope="col">{title}</th>' for title in ("Stage", "Share", "GiB", "Time"))
@@ -47,14 +47,14 @@ def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
             told.append(f"Longest that fits: {plan['longest_frame_num']} frames.")
         more = plan["seconds_with_one_gib_more"]
         if more is not None and more < 0.98 * plan["seconds"]:
-            told.append(f"One GiB more: {time_text(more)}.")
+            told.append(f"One GiB more: {short_time(more)}.")
     else:
         told.append(
             f"Give it {plan['least_bytes'] / GIB:.2f} GiB or more, or choose a smaller size or fewer frames; "
             "this is the leanest way there is."
         )
     told.append(
-        f"RAM {plan['ram_bytes'] / GIB:.1f} GiB. Times are modelled with the rates of {escape(plan['rates'])}."
+        f"RAM {plan['ram_bytes'] / GIB:.2f} GiB. Times are modelled with the rates of {escape(plan['rates'])}."
     )
     return (
         f'<div class="plan"><p class="row"><span class="verdict">{verdict}</span><span class="quiet">{whose}</span></p>'
@@ -62,6 +62,11 @@ def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
         + "".join(f'<p class="quiet">{line}</p>' for line in told)
         + "</div>"
     )
+
+
+def short_time(seconds: float) -> str:
+    """A length of time; short ones by tenths of a second."""
+    return time_text(seconds) if seconds >= 9.5 else f"{seconds:.1f} s"
 
 
 def _percent(nbytes: float, most: float, plan: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from ..tasks import TASKS
 from .chart import GIB, chart
 from .gallery import Result
 from .jobs import CANCELLED, DONE, FAILED, PAUSED, PAUSING, QUEUED, RUNNING, Job
+from .plans import short_time
 from .queue import Progress
 from .service import Service
 
@@ -138,7 +139,7 @@ def _stages(job: Job, progress: Progress) -> str:
         if name == progress.stage:
             items.append(f'<li class="on" aria-current="step">{name}</li>')
         elif name in progress.stages:
-            items.append(f'<li class="done">{name} <small>{_seconds(progress.stages[name])}</small></li>')
+            items.append(f'<li class="done">{name} <small>{short_time(progress.stages[name])}</small></li>')
         else:  # what a resumed run left behind was done before
             items.append(f'<li class="{"done" if number < last_done else ""}">{name}</li>')
     return "".join(items)
@@ -252,7 +253,3 @@ def _facts(values: dict[str, Any]) -> str:
 def _notes(job: Job) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in job.notes)
     return f'<ul class="notes" data-key="notes">{notes}</ul>' if notes else ""
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else time_text(seconds)
