@@ -142,7 +142,7 @@ def loads_from_nowhere_else_and_names_its_controls(site):
 
 def makes_a_video_that_plays(site):
     """By keyboard alone; and the tab is reloaded in the middle."""
-    site.fill("steps", 60)
+    site.fill("steps", 30)
     site.page.locator("#make").focus()
     site.page.keyboard.press("Enter")
     (job,) = until(site.jobs)

@@ -39,7 +39,7 @@ def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
         f"<td>{stage['reserved'] / GIB:.2f}</td><td>{short_time(stage['seconds'])}</td></tr>"
         for name, stage in plan["stages"].items()
     )
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("Stage", "Share", "GiB", "Time"))
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("Stage", "of the card", "GiB", "Time"))
     told = []
     if fits:
         told.append(_chosen(plan["options"]))
