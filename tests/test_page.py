@@ -42,7 +42,7 @@ class Site:
     def __init__(self, out, browser):
         self.out, self.url, self.asked, self.wrong = out, None, [], []
         self.start()
-        self.page = browser.new_page(viewport={"width": 1280, "height": 900})
+        self.page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
         self.page.set_default_timeout(SECONDS)
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -286,7 +286,8 @@ def test_under_load(tmp_path):
         tabs = [context.new_page() for _ in range(TABS)]
         for tab in tabs:
             tab.set_default_timeout(SECONDS)
-            tab.goto(visited.url)
+            tab.goto(visited.url, wait_until="commit")
+        for tab in tabs:
             tab.locator("#make").wait_for()
         took = {"/": [], "/live": [], "/jobs": []}
         while any(job["status"] in ("queued", "running") for job in visited.jobs()):

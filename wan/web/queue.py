@@ -108,7 +108,6 @@ class Queue:
     Attributes:
         progress: of each job that has run since the start, by id.
         device: what the worker says of its device; None until it does.
-        changes: counts what has happened.
 
     Args:
         rules: for settings; `rules.folder` is the jobs'.
@@ -120,7 +119,6 @@ class Queue:
         self.rules = rules
         self.device: dict[str, Any] | None = None
         self.progress: dict[str, Progress] = {}
-        self.changes = 0
         self._folder = rules.folder / ".wan" / "jobs"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
@@ -223,11 +221,8 @@ class Queue:
     def remove(self, name: str) -> None:
         """Forgets a job that is over; a result stays."""
         with self._lock:
-            job = self._expect(name, *_OVER)
-            self._remove_files(job)
-            del self._jobs[name]
-            (self._folder / f"{name}.json").unlink(missing_ok=True)
-            self.changes += 1
+            self._expect(name, *_OVER)
+            self._forget(name)
 
     def close(self, seconds: float | None = None) -> None:
         """Ends the work, after its step and with its state on the disk; another queue goes on with it.
@@ -306,7 +301,6 @@ class Queue:
 
     def _take(self, message: Message) -> None:
         """What the worker says."""
-        self.changes += 1
         if "ready" in message:
             self.device = message["ready"]
             return
@@ -363,11 +357,14 @@ class Queue:
 
     def _keep(self, job: Job) -> None:
         job.write(self._folder)
-        self.changes += 1
         over = [name for name in sorted(self._jobs) if self._jobs[name].status in _OVER]
         for name in over[:-ENDED_KEPT]:
-            self._remove_files(self._jobs.pop(name))
-            (self._folder / f"{name}.json").unlink(missing_ok=True)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._remove_files(self._jobs.pop(name))
+        self.progress.pop(name, None)
+        (self._folder / f"{name}.json").unlink(missing_ok=True)
 
     def _remove_files(self, job: Job) -> None:
         """Removes what a job needs no more: its states and previews."""
