@@ -276,6 +276,12 @@ def test_under_load(tmp_path):
     """Many jobs and many tabs: nothing is lost, and the page answers in under a second."""
     with site(tmp_path / "out") as visited:
         context = visited.page.context
+        tabs = [context.new_page() for _ in range(TABS)]
+        for tab in tabs:
+            tab.set_default_timeout(SECONDS)
+            tab.goto(visited.url, wait_until="commit")
+        for tab in tabs:
+            tab.locator("#make").wait_for()
         asked = {"task": "t2v-tiny", "frame_num": 1, "sample_steps": 2}
         answers = [
             context.request.post(f"{visited.url}/jobs", data=asked | {"base_seed": number})
@@ -283,12 +289,6 @@ def test_under_load(tmp_path):
         ]
         assert all(answer.status == 201 for answer in answers)
         names = [answer.json()["id"] for answer in answers]
-        tabs = [context.new_page() for _ in range(TABS)]
-        for tab in tabs:
-            tab.set_default_timeout(SECONDS)
-            tab.goto(visited.url, wait_until="commit")
-        for tab in tabs:
-            tab.locator("#make").wait_for()
         took = {"/": [], "/live": [], "/jobs": []}
         while any(job["status"] in ("queued", "running") for job in visited.jobs()):
             for path, seconds in took.items():
