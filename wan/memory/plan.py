@@ -19,7 +19,8 @@ from torch import nn
 
 from .options import LOW_VRAM, MemoryOptions
 from .predict import image, text
-from .predict.dit import Shape, Way, denoise_stage, tokens_of
+from .predict.dit import denoise_stage
+from .predict.forward import Shape, Way, tokens_of
 from .predict.ledger import LARGE_PAGE, SMALL_PAGE, Ledger
 from .predict.seconds import (
     decode_seconds,

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from ..configs.encoders import UMT5_XXL, VIT_H_14
 from ..memory.options import LOW_VRAM, MemoryOptions
 from ..memory.plan import CHUNKS, GIB, Plan, Planner, Work, meta_model, options_text, time_text
-from ..memory.predict.dit import Shape
+from ..memory.predict.forward import Shape
 from ..memory.rates import Rates, rates_of, usual
 from ..memory.vae_tiling import CONTEXT
 from ..modules.model import WanModel
@@ -66,8 +66,8 @@ def planner_of(request: Request, rates: Rates, ram: float | None = None, expanda
 def planner_for(
     request: Request, device: torch.device, ram: float | None = None
 ) -> tuple[Planner, float, float]:
-    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there: now, and of these those
-    that cuts are chosen for.
+    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there: now, and of these
+    those that cuts are chosen for.
 
     Raises InputError for a limit that is more than the device has.
     """

@@ -24,8 +24,13 @@ def rounded(nbytes: float, unit: int = ROUNDING) -> int:
     return math.ceil(nbytes / unit) * unit
 
 
+Request = tuple[int, int]  # (number of a tensor, its bytes; 0 when it is dropped)
+RELEASE = -1  # in place of a number: what is not in use is given back
+PLAYED = -2  # or of one that belongs to what was played, whose place in `_played` follows
+
+
 class Ledger:
-    """The requests of one stage.
+    """The requests of one stage, or of a part of one, which others play.
 
     Attributes:
         live, peak: bytes in tensors now, and at most so far, in the allocator's units.
@@ -33,18 +38,19 @@ class Ledger:
 
     def __init__(self) -> None:
         self.live = self.peak = 0
-        # (number of a tensor, its bytes; 0 when it is dropped), or (-1, 0) when what is not in use is given back
-        self._requests: list[tuple[int, int]] = []
+        self._requests: list[Request] = []
         self._sizes: list[int] = []
+        self._played: list[tuple[Ledger, int]] = []  # and the number of its first tensor
 
     def take(self, nbytes: float) -> int:
         """A new tensor; returns the number by which it is dropped."""
-        size = rounded(nbytes)
+        size = int(-(-nbytes // ROUNDING)) * ROUNDING
+        number = len(self._sizes)
         self._sizes.append(size)
-        number = len(self._sizes) - 1
         self._requests.append((number, size))
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
         return number
 
     def arrive(self, sizes: Iterable[int]) -> list[int]:
@@ -66,28 +72,60 @@ class Ledger:
 
     def release(self) -> None:
         """The allocator gives back to the driver what is not in use."""
-        self._requests.append((-1, 0))
+        self._requests.append((RELEASE, 0))
+
+    def play(self, part: Ledger) -> int:
+        """The requests of a part, as if they were made here; returns what its tensors' numbers grow by."""
+        first = len(self._sizes)
+        self._requests.append((PLAYED, len(self._played)))
+        self._played.append((part, first))
+        self._sizes += part._sizes
+        self.peak = max(self.peak, self.live + part.peak)
+        self.live += part.live
+        return first
 
     def reserved(self, expandable: bool = True) -> int:
         """Bytes that the allocator takes from the driver at most.
 
         expandable: whether its segments can grow.
         """
-        pools = _Pool(True, expandable), _Pool(False, expandable)
-        blocks: dict[int, tuple[_Pool, tuple[int, int]]] = {}
-        most = 0
-        for number, size in self._requests:
-            if size:
-                pool = pools[size > SMALL]
-                blocks[number] = pool, pool.take(size)
-                most = max(most, pools[0].taken + pools[1].taken)
-            elif number in blocks:
-                pool, block = blocks.pop(number)
-                pool.give(*block)
-            elif number < 0:
-                for pool in pools:
-                    pool.release()
-        return most
+        served = _Served(_Pool(True, expandable), _Pool(False, expandable))
+        served.serve(self, 0)
+        return served.most
+
+
+class _Served:
+    """Requests served by the pools for small and large ones.
+
+    What is played in a state of the pools in which it was played before takes and leaves what it did then.
+
+    Attributes:
+        most: bytes taken from the driver so far.
+    """
+
+    def __init__(self, small: _Pool, large: _Pool):
+        self.pools = small, large
+        self.most = 0
+        self._blocks: dict[int, tuple[int, int]] = {}
+
+    def serve(self, part: Ledger, first: int) -> None:
+        """Serves a part whose tensors' numbers grow by `first`."""
+        small, large = self.pools
+        blocks, sizes, requests = self._blocks, part._sizes, part._requests
+        for number, size in requests:
+            if number >= 0:
+                pool = small if sizes[number] <= SMALL else large
+                if size:
+                    blocks[first + number] = pool.take(size)
+                    self.most = max(self.most, small.taken + large.taken)
+                elif first + number in blocks:
+                    pool.give(*blocks.pop(first + number))
+            elif number == RELEASE:
+                small.release()
+                large.release()
+            else:
+                inner, offset = part._played[size]
+                self.serve(inner, first + offset)
 
 
 class _Pool:

@@ -28,7 +28,7 @@ from ..rates import Rates
 from ..streaming import spread
 from ..tile_geometry import STRIDE, needed_intervals, split
 from . import text
-from .dit import Shape, Way, tokens_of
+from .forward import Shape, Way, tokens_of
 
 ACCESSES = (
     28,

@@ -91,20 +91,32 @@ def decode_stage(
             and so what the allocator reserves, take some twenty to settle.
     """
     weights = ledger.arrive(_decoder(model)) if arrives else []
-    passes, frames = decoder_passes(model), min(encoded_frames(frames), walked)
-    size = (height // STRIDE, width // STRIDE)
+    sides, frames = (height, width), min(encoded_frames(frames), walked)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-
-    def denormalized(walk: _Walk, numel: int) -> int:
-        return walk.become(numel, walk.new(numel))
-
-    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(frames, model.z_dim, denormalized)
-    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(frames, passes.small[0].in_channels)
+    ledger.play(_decoding(model, "whole", frames, sides, tile))
+    ledger.play(_decoding(model, "small", frames, sides, tile))
     ledger.drop(*statistics)
-    lengths = _longest(passes.large, size, (height, width), 1, tile)
-    _Walk(ledger, passes.large, *lengths).run(frames, passes.large[0].in_channels)
+    ledger.play(_decoding(model, "large", frames, sides, tile))
     ledger.drop(*weights)
     ledger.release()
+
+
+@functools.lru_cache(maxsize=256)
+def _decoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+    """A pass over so many latent frames, for others to play."""
+    operations = getattr(decoder_passes(model), which)
+    height, width = sides
+    size = (height // STRIDE, width // STRIDE)
+    if which == "large":
+        lengths = _longest(operations, size, sides, 1, tile)
+    else:
+        lengths = _whole(operations, size)
+    walk = _Walk(Ledger(), operations, *lengths)
+    if which == "whole":
+        walk.run(frames, model.z_dim, lambda walk, numel: walk.become(numel, walk.new(numel)))  # denormalized
+    else:
+        walk.run(frames, operations[0].in_channels)
+    return walk.ledger
 
 
 def encode_stage(
@@ -122,21 +134,35 @@ def encode_stage(
     The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
     """
     weights = ledger.arrive(_encoder(model)) if arrives else []
-    passes, latent_frames = encoder_passes(model), encoded_frames(frames)
-    size = (height // STRIDE, width // STRIDE)
-    lengths = _longest(passes.large, (height, width), (height, width), STRIDE, tile)
+    sides, latent_frames = (height, width), encoded_frames(frames)
     few = min(latent_frames, walked)
-    _Walk(ledger, passes.large, *lengths).run(decoded_frames(few), passes.large[0].in_channels)
-    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(few, passes.small[0].in_channels)
-    ledger.take(BYTES * model.z_dim * latent_frames * math.prod(size))
+    ledger.play(_encoding(model, "large", few, sides, tile))
+    ledger.play(_encoding(model, "small", few, sides, tile))
+    ledger.take(BYTES * model.z_dim * latent_frames * (height // STRIDE) * (width // STRIDE))
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-
-    def write(walk: _Walk, moments: int) -> None:
-        walk.drop(walk.become(model.z_dim * math.prod(size), walk.new(model.z_dim * math.prod(size))))
-
-    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(few, passes.whole[0].in_channels, sink=write)
+    ledger.play(_encoding(model, "whole", few, sides, tile))
     ledger.drop(*statistics, *weights)
     ledger.release()
+
+
+@functools.lru_cache(maxsize=256)
+def _encoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+    """As `_decoding`, to so many latent frames."""
+    operations = getattr(encoder_passes(model), which)
+    height, width = sides
+    size = (height // STRIDE, width // STRIDE)
+    if which == "large":
+        walk = _Walk(Ledger(), operations, *_longest(operations, sides, sides, STRIDE, tile))
+        walk.run(decoded_frames(frames), operations[0].in_channels)
+        return walk.ledger
+    latent = model.z_dim * math.prod(size)
+
+    def write(walk: _Walk, moments: int) -> None:
+        walk.drop(walk.become(latent, walk.new(latent)))
+
+    walk = _Walk(Ledger(), operations, *_whole(operations, size))
+    walk.run(frames, operations[0].in_channels, sink=write if which == "whole" else None)
+    return walk.ledger
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
