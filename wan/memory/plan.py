@@ -30,7 +30,7 @@ from .predict.seconds import (
     image_seconds,
     text_seconds,
 )
-from .predict.vae import LATENT_FRAMES, decode_stage, encode_stage, weight_sizes
+from .predict.vae import decode_stage, encode_stage, weight_sizes
 from .predict.weights import streamer_buffers
 from .rates import Rates
 from .streaming import spread
@@ -39,7 +39,6 @@ CHUNKS = (0, 32768, 16384, 8192, 4096, 2048, 1024, 512)
 TILES = (0, 640, 512, 416, 320, 272, 208, 160, 128, 96, 64)
 SHARES = 24  # parts of the DiT's weights in which the streamed ones may stay
 MODES = ("gpu_only", "hybrid", "cpu_only")
-WALKED = 24  # latent frames of a video that the VAE codes
 GIB = 2**30
 
 
@@ -350,7 +349,7 @@ class Planner:
             options.offload_model,
         )
         if key not in self._stages:
-            ledger = self._ledger(name, options, WALKED)
+            ledger = self._ledger(name, options)
             # What earlier stages left may lie in pages of its own, and keep them.
             pages = SMALL_PAGE + LARGE_PAGE if name != "text" else 0
             reserved = ledger.reserved(self.expandable) + pages
@@ -361,19 +360,19 @@ class Planner:
         """The bytes in tensors alone, which are found sooner."""
         key = self._key(name, options)
         if key not in self._live:
-            self._live[key] = self._ledger(name, options, LATENT_FRAMES).peak
+            self._live[key] = self._ledger(name, options).peak
         return self._live[key]
 
     def _key(self, name: str, options: MemoryOptions) -> tuple[Any, ...]:
         decide = (*_DECIDES[name], "vae_cpu", "offload_model")
         return (name, *(getattr(options, option) for option in decide))
 
-    def _ledger(self, name: str, options: MemoryOptions, walked: int) -> Ledger:
-        """The requests of a stage; of coding videos, those of so many latent frames."""
+    def _ledger(self, name: str, options: MemoryOptions) -> Ledger:
+        """The requests of a stage."""
         ledger = Ledger()
         for nbytes in self._before(name, options):
             ledger.take(nbytes)
-        getattr(self, f"_{name}")(ledger, options, walked)
+        getattr(self, f"_{name}")(ledger, options)
         return ledger
 
     def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
@@ -420,7 +419,7 @@ class Planner:
         elif name == "denoise" and options.dit_stream is None:
             yield from (p.nbytes for p in work.dit.parameters())
 
-    def _text(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
+    def _text(self, ledger: Ledger, options: MemoryOptions) -> None:
         work = self.work
         if options.t5_cpu:
             ledger.arrive([work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2)
@@ -428,24 +427,24 @@ class Planner:
         streamed, buffers = options.t5_stream, options.stream_buffers
         text.text_stage(ledger, work.text, work.text_tokens, work.text_itemsize, 2, streamed, buffers)
 
-    def _image(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
+    def _image(self, ledger: Ledger, options: MemoryOptions) -> None:
         work = self.work
         streamed, buffers = options.t5_stream, options.stream_buffers
         image.image_stage(ledger, work.image, work.pictures, work.image_itemsize, streamed, buffers)
 
-    def _encode(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
+    def _encode(self, ledger: Ledger, options: MemoryOptions) -> None:
         work = self.work
         tile = 0 if options.vae_tile == "auto" else int(options.vae_tile)
         for frames in work.encoded:
-            encode_stage(ledger, work.vae, frames, work.height, work.width, tile, options.vae_cpu, walked)
+            encode_stage(ledger, work.vae, frames, work.height, work.width, tile, options.vae_cpu)
 
-    def _denoise(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
+    def _denoise(self, ledger: Ledger, options: MemoryOptions) -> None:
         denoise_stage(ledger, self.work.dit, self.work.shape, way_of(options), self.work.dtype)
 
-    def _decode(self, ledger: Ledger, options: MemoryOptions, walked: int) -> None:
+    def _decode(self, ledger: Ledger, options: MemoryOptions) -> None:
         work = self.work
         tile = 0 if options.vae_tile == "auto" else int(options.vae_tile)
-        decode_stage(ledger, work.vae, work.frames, work.height, work.width, tile, options.vae_cpu, walked)
+        decode_stage(ledger, work.vae, work.frames, work.height, work.width, tile, options.vae_cpu)
 
     # Seconds, RAM
 

@@ -28,34 +28,22 @@ def denoise_stage(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtyp
         dtype: its compute type.
     """
     latent, itemsize = 4 * math.prod(shape.latent), dtype.itemsize
-    if way.stream is None:
-        weights = ledger.arrive(_sizes(model))
-    else:
+    if way.stream is not None:
         ledger.play(_conditions_ahead(model, shape.passes, shape.pictures, itemsize))
-        weights = _streaming(ledger, model, shape, way, itemsize)
+    weights = ledger.play(_weights(model, way.stream, way.buffers, shape.passes, shape.pictures, itemsize))
     x = ledger.take(latent)
     solver = Solver(ledger, shape.solver, latent, itemsize < 4, shape.latent[1] if way.offload else None)
+    samples = shape.passes if way.together else 1
     for step in range(min(shape.steps, STEPS)):
-        flow = _guided(ledger, model, shape, way, itemsize)
-        x = solver.step(flow, x, last=step == shape.steps - 1)
+        part = forward_pass(model, shape, way, itemsize, samples)
+        flows = [flow for _ in range(shape.passes // samples) for flow in ledger.play(part)]
+        if len(flows) > 1:
+            away = ledger.become(latent, ledger.take(latent))
+            flows = [ledger.become(latent, away, *flows)]
+        x = solver.step(*flows, x, last=step == shape.steps - 1)
     ledger.drop(*weights)
     ledger.release()
     solver.drop()
-
-
-def _guided(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, itemsize: int) -> int:
-    """The flow, with or without guidance."""
-    together = way.together or shape.passes == 1
-    part, made = forward_pass(model, shape, way, itemsize, shape.passes if together else 1)
-    flows = []
-    for _ in range(1 if together else shape.passes):
-        first = ledger.play(part)
-        flows += [first + flow for flow in made]
-    if shape.passes == 1:
-        return flows[0]
-    nbytes = 4 * math.prod(shape.latent)
-    away = ledger.become(nbytes, ledger.take(nbytes))
-    return ledger.become(nbytes, away, *flows)
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,14 +76,21 @@ def _conditions_ahead(model: nn.Module, samples: int, pictures: int, itemsize: i
     return ledger
 
 
-def _streaming(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, itemsize: int) -> list[int]:
-    """What is not streamed, and the streamer's buffers; returns what drops them."""
-    weights = ledger.arrive(_apart(model))
-    of_context = [model.text_len * model.dim * itemsize] * 2 * shape.passes
+@functools.lru_cache(maxsize=256)
+def _weights(
+    model: nn.Module, stays: float | None, buffers: int, samples: int, pictures: int, itemsize: int
+) -> Ledger:
+    """All of them, or what is not streamed and the streamer's buffers; `stays` GiB."""
+    ledger = Ledger()
+    if stays is None:
+        ledger.arrive(_sizes(model))
+        return ledger
+    of_context = [model.text_len * model.dim * itemsize] * 2 * samples
     if hasattr(model, "img_emb"):
-        of_context += [shape.pictures * IMAGE_TOKENS * model.dim * itemsize] * 2
-    groups = _streamed(model, tuple(of_context))
-    return weights + attach(ledger, groups, way.buffers, int((way.stream or 0) * 2**30))
+        of_context += [pictures * IMAGE_TOKENS * model.dim * itemsize] * 2
+    ledger.arrive(_apart(model))
+    attach(ledger, _streamed(model, tuple(of_context)), buffers, int(stays * 2**30))
+    return ledger
 
 
 @functools.lru_cache(maxsize=64)

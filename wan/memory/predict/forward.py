@@ -55,20 +55,17 @@ class Way:
     together: bool = False
 
 
-def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> tuple[Ledger, list[int]]:
-    """What a pass over so many samples asks for, and of that the flows, which stay; for others to play."""
-    streamed = None if way.stream is None else 0.0
-    return _recorded(
-        model, replace(shape, steps=0, solver=""), replace(way, stream=streamed, buffers=2), itemsize, samples
-    )
+def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
+    """What a pass over so many samples asks for, for others to play; of that the flows stay."""
+    way = replace(way, stream=None if way.stream is None else 0.0, buffers=2)
+    return _recorded(model, replace(shape, steps=0, solver=""), way, itemsize, samples)
 
 
 @functools.lru_cache(maxsize=256)
-def _recorded(
-    model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int
-) -> tuple[Ledger, list[int]]:
+def _recorded(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
     walk = _Walk(model, shape, way, itemsize)
-    return walk.ledger, walk.passed(samples)
+    walk.passed(samples)
+    return walk.ledger
 
 
 class _Walk(Conditions):
@@ -84,16 +81,15 @@ class _Walk(Conditions):
         self.spans = [span.stop - span.start for span in cut]
         self.place = _InRam(self) if way.offload else _OnDevice(self)
 
-    def passed(self, samples: int) -> list[int]:
-        """A pass; returns the flows."""
+    def passed(self, samples: int) -> None:
+        """A pass over so many samples."""
         features = None
         if self.image:
             row = self.model.img_emb.proj[0].normalized_shape[0] * self.itemsize
             features = self.ledger.take(samples * self.pictures * IMAGE_TOKENS * row)
         with self.place:
-            flows = finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
+            finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
         self.ledger.drop(features)
-        return flows
 
     def _flow(self, together: bool) -> Generator[None, None, int]:
         ledger, blocks = self.ledger, range(min(FEW, len(self.model.blocks)))
