@@ -14,9 +14,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..configs.encoders import UMT5_XXL, VIT_H_14
-from ..memory.options import LOW_VRAM, MemoryOptions
-from ..memory.plan import CHUNKS, GIB, Plan, Planner, Work, meta_model, options_text, time_text
+from ..memory.plan import GIB, Plan, options_text, time_text
+from ..memory.planner import Planner
 from ..memory.predict.forward import Shape
+from ..memory.predict.work import Work, meta_model
 from ..memory.rates import Rates, rates_of, usual
 from ..memory.vae_tiling import CONTEXT
 from ..modules.model import WanModel
@@ -204,23 +205,23 @@ def longest(request: Request, planner: Planner, room: float) -> int:
     """The most frames that fit, by the leanest way; of pictures one."""
     if request.facts.still:
         return 1
-    options = MemoryOptions(**LOW_VRAM | {"dit_chunk": CHUNKS[-1]} | dict(planner.kept))
+    options = planner.leanest_options()
 
-    def lean(frames: int) -> Planner:
-        return replace(planner, work=work_of(replace(request, frame_num=frames)), _stages={}, _live={})
+    def fits(number: int, exactly: bool) -> bool:
+        work = work_of(replace(request, frame_num=4 * number + 1))
+        there = replace(planner, work=work).predictor
+        need = there.reserved if exactly else there.live
+        return all(need(name, options) <= room for name in there.names)
 
     (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
     low, high = (request.frame_num - 1) // 4, (most - 1) // 4
     while low < high:
         middle = (low + high + 1) // 2
-        there = lean(4 * middle + 1)
-        if max(there.live(name, options) for name in there.names) <= room:
+        if fits(middle, exactly=False):
             low = middle
         else:
             high = middle - 1
-    while (
-        low and lean(4 * low + 1).of(options).peak_bytes > room
-    ):  # live bytes were compared, reserved are more
+    while low and not fits(low, exactly=True):  # live bytes were compared, reserved are more
         low = low * 31 // 32
     return 4 * low + 1
 

@@ -30,7 +30,7 @@ def denoise_stage(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtyp
     latent, itemsize = 4 * math.prod(shape.latent), dtype.itemsize
     if way.stream is not None:
         ledger.play(_conditions_ahead(model, shape.passes, shape.pictures, itemsize))
-    weights = ledger.play(_weights(model, way.stream, way.buffers, shape.passes, shape.pictures, itemsize))
+    weights = ledger.play(weights_of(model, shape, way, dtype))
     x = ledger.take(latent)
     solver = Solver(ledger, shape.solver, latent, itemsize < 4, shape.latent[1] if way.offload else None)
     samples = shape.passes if way.together else 1
@@ -44,6 +44,11 @@ def denoise_stage(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtyp
     ledger.drop(*weights)
     ledger.release()
     solver.drop()
+
+
+def weights_of(model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> Ledger:
+    """All of them, or what is not streamed and the streamer's buffers."""
+    return _weights(model, way.stream, way.buffers, shape.passes, shape.pictures, dtype.itemsize)
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,7 +85,6 @@ def _conditions_ahead(model: nn.Module, samples: int, pictures: int, itemsize: i
 def _weights(
     model: nn.Module, stays: float | None, buffers: int, samples: int, pictures: int, itemsize: int
 ) -> Ledger:
-    """All of them, or what is not streamed and the streamer's buffers; `stays` GiB."""
     ledger = Ledger()
     if stays is None:
         ledger.arrive(_sizes(model))

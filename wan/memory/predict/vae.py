@@ -109,7 +109,9 @@ def _decoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int],
     lengths = _longest(operations, size, sides, 1, tile) if which == "large" else _whole(operations, size)
     walk = _Walk(Ledger(), operations, *lengths)
     if which == "whole":
-        walk.run(frames, model.z_dim, arriving=lambda numel: walk.become(numel, walk.new(numel)))  # denormalized
+        walk.run(
+            frames, model.z_dim, arriving=lambda numel: walk.become(numel, walk.new(numel))
+        )  # denormalized
     else:
         walk.run(frames, operations[0].in_channels)
     return walk.ledger
@@ -165,10 +167,12 @@ def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
     return _encoder(model), _decoder(model)
 
 
+@functools.lru_cache(maxsize=8)
 def _encoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.encoder, model.conv1) for p in module.parameters()]
 
 
+@functools.lru_cache(maxsize=8)
 def _decoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.conv2, model.decoder) for p in module.parameters()]
 
