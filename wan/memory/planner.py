@@ -8,9 +8,10 @@ for alone. The ways are a fixed list, whatever the room: more room leaves more o
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
@@ -83,7 +84,7 @@ class Planner:
     def of(self, options: MemoryOptions, room: float = math.inf) -> Plan:
         """What given options need."""
         predictor = self.predictor
-        stages = {name: predictor.stage(name, options) for name in predictor.names}
+        stages = predictor.stages(options)
         ram, mapped = predictor.ram(options).peak, predictor.mapped(options)
         return Plan(options, stages, room, int(ram), mapped, self.rates.source)
 
@@ -110,35 +111,16 @@ class Planner:
         """The fastest that fits."""
         best, fastest = None, math.inf
         for setting in self._settings():
-            options: MemoryOptions | None = setting
             groups = [(stages, self._ways(stages, setting)) for stages in self._groups]
-            seconds = sum(ways[0][0] for _, ways in groups)  # the least that it can be
-            for stages, ways in groups:
-                seconds -= ways[0][0]
-                found = self._first(stages, ways, options, room, fastest - seconds)
-                if found is None:
+            fitting = [_Fitting(self.predictor, stages, ways, setting, room) for stages, ways in groups]
+            for seconds, options in _cheapest_first(fitting, setting):
+                if seconds >= fastest:
                     break
-                options, taken = found
-                seconds += taken
-            else:
-                best, fastest = options, seconds
-        return best and self.of(best, room)
-
-    def _first(
-        self, stages: Sequence[str], ways: Ways, options: MemoryOptions, room: float, limit: float
-    ) -> tuple[MemoryOptions, float] | None:
-        """The options with the first way that fits, and its seconds; None if none does in fewer than the limit."""
-        predictor, weights = self.predictor, self.predictor.dit_bytes
-        for seconds, way in ways:
-            if seconds >= limit:
-                return None
-            if "dit_stream" in way and weights(way["dit_stream"], options.stream_buffers) > room:
-                continue
-            tried = replace(options, **way)
-            needs = predictor.live, predictor.reserved  # which takes longer to find
-            if all(need(name, tried) <= room for need in needs for name in stages):
-                return tried, seconds
-        return None
+                plan = self.of(options, room)
+                if plan.fits:
+                    best, fastest = plan, seconds
+                    break
+        return best
 
     # What there is to choose from
 
@@ -222,6 +204,58 @@ class Planner:
         if self.mode == "cpu_only" and name in LOW_VRAM and name not in ("vae_tile", "dit_chunk"):
             return [LOW_VRAM[name]]
         return list(values)
+
+
+class _Fitting:
+    """The ways of some stages that fit on their own, in order, each looked at when it is asked for."""
+
+    def __init__(
+        self, predictor: Predictor, stages: Sequence[str], ways: Ways, setting: MemoryOptions, room: float
+    ):
+        self._predictor, self._stages, self._setting, self._room = predictor, stages, setting, room
+        self._left = iter(ways)
+        self._found: Ways = []
+
+    def get(self, n: int) -> tuple[float, dict[str, Any]] | None:
+        """The nth, with its seconds; None if there are fewer."""
+        while len(self._found) <= n:
+            way = next(self._left, None)
+            if way is None:
+                return None
+            if self._fits(way[1]):
+                self._found.append(way)
+        return self._found[n]
+
+    def _fits(self, way: Mapping[str, Any]) -> bool:
+        predictor, room = self._predictor, self._room
+        if (
+            "dit_stream" in way
+            and predictor.dit_bytes(way["dit_stream"], self._setting.stream_buffers) > room
+        ):
+            return False
+        options = replace(self._setting, **way)
+        needs = predictor.live, predictor.reserved  # which takes longer to find
+        return all(need(name, options) <= room for need in needs for name in self._stages)
+
+
+def _cheapest_first(
+    groups: Sequence[_Fitting], setting: MemoryOptions
+) -> Iterator[tuple[float, MemoryOptions]]:
+    """A way of each group together, in the order of their seconds."""
+    queue, seen = [], set()
+
+    def add(places: tuple[int, ...]) -> None:
+        ways = [group.get(n) for group, n in zip(groups, places)]
+        if places not in seen and None not in ways:
+            seen.add(places)
+            heapq.heappush(queue, (sum(seconds for seconds, _ in ways), places, [way for _, way in ways]))
+
+    add((0,) * len(groups))
+    while queue:
+        seconds, places, ways = heapq.heappop(queue)
+        yield seconds, replace(setting, **{name: value for way in ways for name, value in way.items()})
+        for i in range(len(groups)):
+            add((*places[:i], places[i] + 1, *places[i + 1 :]))
 
 
 _GPU_ONLY = {

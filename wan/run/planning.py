@@ -208,10 +208,10 @@ def longest(request: Request, planner: Planner, room: float) -> int:
     options = planner.leanest_options()
 
     def fits(number: int, exactly: bool) -> bool:
-        work = work_of(replace(request, frame_num=4 * number + 1))
-        there = replace(planner, work=work).predictor
-        need = there.reserved if exactly else there.live
-        return all(need(name, options) <= room for name in there.names)
+        there = replace(planner, work=work_of(replace(request, frame_num=4 * number + 1)))
+        if exactly:
+            return there.of(options, room).fits
+        return all(there.predictor.live(name, options) <= room for name in there.predictor.names)
 
     (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
     low, high = (request.frame_num - 1) // 4, (most - 1) // 4

@@ -19,13 +19,16 @@ from .weights import Sizes, attach
 STEPS = 3  # from then on a solver remembers as much as it ever will
 
 
-def denoise_stage(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> None:
+def denoise_stage(
+    ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype, stays: bool = False
+) -> None:
     """Denoises; the finished latent stays.
 
     Args:
         ledger: with what is on the device before, prompts and what joins the latent among it.
         model: a DiT, its weights anywhere, meta tensors too.
         dtype: its compute type.
+        stays: whether weights that do not stream do not leave.
     """
     latent, itemsize = 4 * math.prod(shape.latent), dtype.itemsize
     if way.stream is not None:
@@ -41,8 +44,9 @@ def denoise_stage(ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtyp
             away = ledger.become(latent, ledger.take(latent))
             flows = [ledger.become(latent, away, *flows)]
         x = solver.step(*flows, x, last=step == shape.steps - 1)
-    ledger.drop(*weights)
-    ledger.release()
+    if not stays or way.stream is not None:
+        ledger.drop(*weights)
+        ledger.release()
     solver.drop()
 
 

@@ -86,7 +86,16 @@ class Ledger:
         self.live += part.live
         left = {first + number: size for number, size in part._held.items()}
         self._held |= left
-        return list(left)
+        return [*left]
+
+    @property
+    def held(self) -> list[int]:
+        """What is there."""
+        return list(self._held)
+
+    def restart(self) -> None:
+        """From here on `peak` counts."""
+        self.peak = self.live
 
     def mark(self) -> tuple[int, int]:
         """Where `again` is to begin."""
@@ -111,27 +120,37 @@ class Ledger:
 
         expandable: whether its segments can grow.
         """
-        served = _Served(_Pool(True, expandable), _Pool(False, expandable))
-        served.serve(self, 0)
-        return served.most
+        device = Device(expandable)
+        device.serve(self)
+        return device.most
 
 
-class _Served:
-    """Requests served by the pools for small and for large ones.
+class Device:
+    """An allocator, on a device without end, that serves the requests of a ledger.
 
     Attributes:
-        most: bytes taken from the driver so far.
+        most: bytes taken from the driver, at most since `restart`.
     """
 
-    def __init__(self, small: _Pool, large: _Pool):
-        self.small, self.large = small, large
+    def __init__(self, expandable: bool):
         self.most = 0
+        self._small, self._large = _Pool(True, expandable), _Pool(False, expandable)
         self._blocks: dict[int, tuple[_Pool, int, int]] = {}
+        self._served = 0
 
-    def serve(self, part: Ledger, first: int) -> None:
-        """Serves a part whose tensors' numbers grow by `first`."""
-        small, large, blocks = self.small, self.large, self._blocks
-        for number, size in part._requests:
+    def restart(self) -> None:
+        """From here on `most` counts."""
+        self.most = self._small.taken + self._large.taken
+
+    def serve(self, ledger: Ledger) -> None:
+        """Serves what has not been served yet of the one ledger that it serves."""
+        self._serve(ledger, 0, self._served)
+        self._served = len(ledger._requests)
+
+    def _serve(self, part: Ledger, first: int, start: int = 0) -> None:
+        """Serves requests of a part whose tensors' numbers grow by `first`."""
+        small, large, blocks = self._small, self._large, self._blocks
+        for number, size in part._requests[start:] if start else part._requests:
             if size and number >= 0:
                 pool = small if size <= SMALL else large
                 before = pool.taken
@@ -140,14 +159,14 @@ class _Served:
                     self.most = max(self.most, small.taken + large.taken)
             elif number >= 0:
                 if first + number in blocks:
-                    pool, start, length = blocks.pop(first + number)
-                    pool.give(start, length)
+                    pool, begin, length = blocks.pop(first + number)
+                    pool.give(begin, length)
             elif number == RELEASE:
                 small.release()
                 large.release()
             else:
                 inner, offset = part._played[size]
-                self.serve(inner, first + offset)
+                self._serve(inner, first + offset)
 
 
 class _Pool:

@@ -72,7 +72,7 @@ def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rat
         blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
         activations = shape.passes * blocks * COMING * itemsize / 2 * length * model.dim / rates.pinned
         step = max(step, activations + sum(n * moved[group] for group, n in visit.items()))
-    return model_bytes / rates.pageable + shape.steps * step
+    return round(model_bytes / rates.pageable + shape.steps * step, 6)  # sums that are equal are told to be
 
 
 @functools.lru_cache(maxsize=64)

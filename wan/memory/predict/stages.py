@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ..options import MemoryOptions
@@ -12,7 +12,7 @@ from ..rates import Rates
 from . import image, text
 from .dit import denoise_stage, weights_of
 from .forward import Way
-from .ledger import LARGE_PAGE, SMALL_PAGE, Ledger
+from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Ledger
 from .ram import Ram, ram_needed
 from .seconds import decode_seconds, denoise_seconds, encode_seconds, image_seconds, text_seconds
 from .vae import decode_stage, encode_stage, weight_sizes
@@ -28,6 +28,8 @@ class Stage(NamedTuple):
     seconds: float
 
 
+# Small tensors between stages do not all lie where they are taken to lie. By whether segments can grow.
+SPARE = {True: 2 * SMALL_PAGE, False: 2 * SMALL_PAGE + LARGE_PAGE}
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
 # The options that decide what a stage needs, beside where the VAE is.
@@ -57,28 +59,39 @@ class Predictor:
         self.work, self.rates, self.expandable = work, rates, expandable
         there = {"image": work.image is not None, "encode": bool(work.encoded)}
         self.names = [name for name in STAGES if there.get(name, True)]
+        self._spare = SPARE[expandable]
+        self._parts: dict[Key, Ledger] = {}
         self._live: dict[Key, int] = {}
         self._reserved: dict[Key, int] = {}
         self._seconds: dict[Key, float] = {}
 
-    def stage(self, name: str, options: MemoryOptions) -> Stage:
-        """What a stage needs under some options."""
-        return Stage(self.live(name, options), self.reserved(name, options), self.seconds(name, options))
+    def stages(self, options: MemoryOptions) -> dict[str, Stage]:
+        """What stages need under some options, one after the other: what one leaves may lie in the next one's way."""
+        ledger, device, found = Ledger(), Device(self.expandable), {}
+        self._home(ledger, options)
+        for name in self.names:
+            times = ledger.take(8 * self.work.shape.steps) if name == "denoise" else None
+            device.serve(ledger)
+            ledger.restart()
+            device.restart()
+            ledger.play(self._part(name, options))
+            device.serve(ledger)
+            ledger.drop(times)
+            found[name] = Stage(ledger.peak, device.most + self._spare, self.seconds(name, options))
+        return found
 
     def live(self, name: str, options: MemoryOptions) -> int:
-        """Most bytes in tensors, which are found sooner than those that are reserved."""
+        """Most bytes in tensors, found sooner."""
         key = _key(name, options)
         if key not in self._live:
-            self._live[key] = self._ledger(name, options).peak
+            self._live[key] = self._alone(name, options).peak
         return self._live[key]
 
     def reserved(self, name: str, options: MemoryOptions) -> int:
-        """Most bytes that the allocator takes from the driver."""
+        """Most bytes that the allocator takes for a stage alone, the others' results in a row."""
         key = _key(name, options)
         if key not in self._reserved:
-            # What earlier stages left may lie in pages of its own, and keep them.
-            pages = SMALL_PAGE + LARGE_PAGE if name != "text" else 0
-            self._reserved[key] = self._ledger(name, options).reserved(self.expandable) + pages
+            self._reserved[key] = self._alone(name, options).reserved(self.expandable)
         return self._reserved[key]
 
     def dit_bytes(self, stream: float | None, buffers: int) -> int:
@@ -123,19 +136,30 @@ class Predictor:
 
     # Requests
 
-    def _ledger(self, name: str, options: MemoryOptions) -> Ledger:
+    def _alone(self, name: str, options: MemoryOptions) -> Ledger:
         ledger = Ledger()
-        for nbytes in self._before(name, options):
-            ledger.take(nbytes)
-        getattr(self, f"_{name}")(ledger, options)
+        self._home(ledger, options)
+        ledger.arrive(self._before(name, options))
+        ledger.play(self._part(name, options))
         return ledger
 
+    def _part(self, name: str, options: MemoryOptions) -> Ledger:
+        """What a stage asks for itself; what it leaves there stays."""
+        key = _key(name, options)
+        if key not in self._parts:
+            self._parts[key] = Ledger()
+            getattr(self, f"_{name}")(self._parts[key], options)
+        return self._parts[key]
+
+    def _home(self, ledger: Ledger, options: MemoryOptions) -> None:
+        """The VAE where it is at home; mean and deviation of the latents' channels, and its inverse."""
+        if not options.vae_cpu:
+            ledger.arrive([4 * self.work.vae.z_dim] * 3)
+            ledger.arrive(itertools.chain(*weight_sizes(self.work.vae)))
+
     def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
-        """What is on the device when a stage starts."""
+        """What other stages left when a stage starts."""
         work, shape = self.work, self.work.shape
-        if not options.vae_cpu:  # mean and deviation of the latents' channels, and its inverse
-            yield from [4 * work.vae.z_dim] * 3
-            yield from itertools.chain(*weight_sizes(work.vae))
         if not options.offload_model:
             for other in STAGES[: STAGES.index(name)]:
                 yield from self._staying(other, options)
@@ -176,21 +200,45 @@ class Predictor:
         if options.t5_cpu:
             ledger.arrive([work.text_tokens * work.text["d_model"] * work.text_itemsize] * prompts)
             return
-        streamed, buffers = options.t5_stream, options.stream_buffers
-        text.text_stage(ledger, work.text, work.text_tokens, work.text_itemsize, prompts, streamed, buffers)
+        sizes = work.text_tokens, work.text_itemsize, prompts
+        text.text_stage(ledger, work.text, *sizes, *_streamed(options), stays=not options.offload_model)
 
     def _image(self, ledger: Ledger, options: MemoryOptions) -> None:
-        work = self.work
-        streamed, buffers = options.t5_stream, options.stream_buffers
-        image.image_stage(ledger, work.image, work.pictures, work.image_itemsize, streamed, buffers)
+        work, stays = self.work, not options.offload_model
+        image.image_stage(
+            ledger, work.image, work.pictures, work.image_itemsize, *_streamed(options), stays=stays
+        )
 
     def _encode(self, ledger: Ledger, options: MemoryOptions) -> None:
-        work = self.work
-        for frames in work.encoded:
-            encode_stage(ledger, work.vae, frames, work.height, work.width, _tile(options), options.vae_cpu)
+        work, shape = self.work, self.work.shape
+        frame = 4 * math.prod(shape.latent[2:])  # of one channel
+
+        def encoded(frames: Iterable[int]) -> list[int]:
+            before = set(ledger.held)
+            for n in frames:
+                encode_stage(ledger, work.vae, n, work.height, work.width, _tile(options), options.vae_cpu)
+            return [tensor for tensor in ledger.held if tensor not in before]
+
+        if not shape.source:  # the latents join a mask
+            latents = encoded(work.encoded)
+            mask = ledger.take(frame * shape.latent[1] * (shape.joined - work.vae.z_dim))
+            ledger.become(frame * shape.latent[1] * shape.joined, mask, *latents)
+            return
+        # What is kept and what is made of a video join; before them come references, beside zeros; then its mask.
+        wide, references = 2 * frame * work.vae.z_dim, len(work.encoded) - 2
+        latents, length = encoded(work.encoded[:2]), shape.latent[1] - references
+        coded = ledger.take(wide * length)
+        latents += encoded(work.encoded[2:])
+        for n in range(references):
+            beside = ledger.become(wide, ledger.take(wide // 2))
+            coded = ledger.become(wide * (length + n + 1), coded, beside)
+        ledger.drop(*latents)
+        mask = ledger.take(frame * shape.latent[1] * (shape.source - 2 * work.vae.z_dim))
+        ledger.drop(ledger.take(frame * shape.latent[1] * shape.source), mask, coded)
 
     def _denoise(self, ledger: Ledger, options: MemoryOptions) -> None:
-        denoise_stage(ledger, self.work.dit, self.work.shape, way_of(options), self.work.dtype)
+        work, stays = self.work, not options.offload_model
+        denoise_stage(ledger, work.dit, work.shape, way_of(options), work.dtype, stays)
 
     def _decode(self, ledger: Ledger, options: MemoryOptions) -> None:
         work = self.work
@@ -236,6 +284,10 @@ class Predictor:
 def _key(name: str, options: MemoryOptions) -> Key:
     decide = _DECIDES[name] if options.offload_model else _DECIDES[name] + _STAYS
     return (name, options.vae_cpu, options.offload_model, *(getattr(options, option) for option in decide))
+
+
+def _streamed(options: MemoryOptions) -> tuple[bool, int]:
+    return options.t5_stream, options.stream_buffers
 
 
 def _tile(options: MemoryOptions) -> int:
