@@ -115,7 +115,7 @@ def faults_of_a_case(one_of, between):
         live, reserved = report.stages[name], report.reserved[name]
         if not live <= predicted.bytes <= 1.01 * live:
             faults.append((name, "live", predicted.bytes, live, *told))
-        if not reserved <= predicted.reserved <= 1.05 * reserved + SPARE[expandable]:
+        if not reserved <= predicted.reserved <= 1.05 * reserved + SPARE:
             faults.append((name, "reserved", predicted.reserved, reserved, *told))
     return [" ".join(map(str, fault)) for fault in faults]
 

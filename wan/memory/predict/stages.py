@@ -28,8 +28,8 @@ class Stage(NamedTuple):
     seconds: float
 
 
-# Small tensors between stages do not all lie where they are taken to lie. By whether segments can grow.
-SPARE = {True: 2 * SMALL_PAGE, False: 2 * SMALL_PAGE + LARGE_PAGE}
+# What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
+SPARE = LARGE_PAGE + 2 * SMALL_PAGE
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
 # The options that decide what a stage needs, beside where the VAE is.
@@ -59,7 +59,6 @@ class Predictor:
         self.work, self.rates, self.expandable = work, rates, expandable
         there = {"image": work.image is not None, "encode": bool(work.encoded)}
         self.names = [name for name in STAGES if there.get(name, True)]
-        self._spare = SPARE[expandable]
         self._parts: dict[Key, Ledger] = {}
         self._live: dict[Key, int] = {}
         self._reserved: dict[Key, int] = {}
@@ -77,7 +76,7 @@ class Predictor:
             ledger.play(self._part(name, options))
             device.serve(ledger)
             ledger.drop(times)
-            found[name] = Stage(ledger.peak, device.most + self._spare, self.seconds(name, options))
+            found[name] = Stage(ledger.peak, device.most + SPARE, self.seconds(name, options))
         return found
 
     def live(self, name: str, options: MemoryOptions) -> int:
