@@ -19,7 +19,8 @@ from .conditions import IMAGE_TOKENS, Conditions
 from .image import layer_norm
 from .ledger import Ledger
 
-FEW = 3  # blocks, and chunks before the last
+FEW = 3  # blocks, frames, groups of heads, rows
+SPANS = 4  # chunks, the last one among them
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Walk(Conditions):
         self.grid = grid_of(model, shape)
         self.length = math.prod(self.grid)
         cut = spans(self.length, way.chunk)
-        cut = cut if len(cut) <= FEW + 1 else [*cut[:FEW], cut[-1]]
+        cut = cut if len(cut) <= SPANS else [*cut[: SPANS - 1], cut[-1]]
         self.spans = [span.stop - span.start for span in cut]
         self.place = _InRam(self) if way.offload else _OnDevice(self)
 
