@@ -6,6 +6,7 @@ the VAE's tiles the largest one runs. WAN_RANDOM_PLANS is the number of cases.
 
 import contextlib
 import functools
+import logging
 import os
 from unittest import mock
 
@@ -79,6 +80,19 @@ def few_layers(task):
                 delattr(config, name)
 
 
+@contextlib.contextmanager
+def out_of_memory_told():
+    """A list of what is told inside of memory that ran out: the VAE goes on with smaller tiles by itself."""
+    lines, log = [], logging.getLogger("wan.memory.vae_tiling")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
 def faults_of_a_case(one_of, between):
     """What does not hold of a random case: lines of text.
 
@@ -107,10 +121,11 @@ def faults_of_a_case(one_of, between):
         plan = planner.plan(floor * between(1, 4))
         assert plan.fits
         run = Run(task, case.pixels, frames, plan.options, None if facts.toy else LAYERS)
-        with largest_tile():
+        with largest_tile(), out_of_memory_told() as smaller_tiles:
             report = count(run, plan.peak_bytes, expandable_segments=expandable)
     told = task, case.size, frames, plan.options, "expandable" if expandable else "fixed"
     faults = [] if report.out_of_memory is None else [(report.out_of_memory, *told)]
+    faults += [(line, *told) for line in smaller_tiles]
     for name, predicted in plan.stages.items() if not faults else ():
         live, reserved = report.stages[name], report.reserved[name]
         if not live <= predicted.bytes <= 1.01 * live:

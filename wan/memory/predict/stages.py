@@ -90,7 +90,7 @@ class Predictor:
         """Most bytes that the allocator takes for a stage alone, the others' results in a row."""
         key = _key(name, options)
         if key not in self._reserved:
-            self._reserved[key] = self._alone(name, options).reserved(self.expandable)
+            self._reserved[key] = self._alone(name, options).reserved(self.expandable) + SPARE
         return self._reserved[key]
 
     def dit_bytes(self, stream: float | None, buffers: int) -> int:
