@@ -242,7 +242,8 @@ def _cheapest_first(
     groups: Sequence[_Fitting], setting: MemoryOptions
 ) -> Iterator[tuple[float, MemoryOptions]]:
     """A way of each group together, in the order of their seconds."""
-    queue, seen = [], set()
+    queue: list[tuple[float, tuple[int, ...], list[dict[str, Any]]]] = []
+    seen: set[tuple[int, ...]] = set()
 
     def add(places: tuple[int, ...]) -> None:
         ways = [group.get(n) for group, n in zip(groups, places)]

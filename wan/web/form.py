@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..memory.plan import MODES
+from ..memory.planner import MODES
 from ..run.request import Request
 from ..tasks import TASKS
 from ..utils.errors import InputError

@@ -43,7 +43,8 @@ def denoise_stage(
         if len(flows) > 1:
             away = ledger.become(latent, ledger.take(latent))
             flows = [ledger.become(latent, away, *flows)]
-        x = solver.step(*flows, x, last=step == shape.steps - 1)
+        (flow,) = flows
+        x = solver.step(flow, x, last=step == shape.steps - 1)
     if not stays or way.stream is not None:
         ledger.drop(*weights)
         ledger.release()
@@ -104,7 +105,8 @@ def _weights(
 @functools.lru_cache(maxsize=64)
 def _streamed(model: nn.Module, of_context: tuple[int, ...]) -> list[Sizes]:
     """Of each layer group's parameters, with the keys and values of the context in place of what makes them."""
-    crossing, groups = set(cross_attentions(model)), []
+    crossing = set(cross_attentions(model))
+    groups: list[Sizes] = []
     for group in model.layer_groups():
         not_called = context_layers(group) if group in crossing else []
         called = [layer for layer in group.children() if layer not in not_called]
