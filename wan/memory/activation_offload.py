@@ -26,8 +26,7 @@ import psutil
 import torch
 from torch import nn
 
-from ..modules.forward import spans
-from ..modules.tokens import Attention, Piece, Place, Tokens
+from ..modules.tokens import Attention, Piece, Place, Tokens, spans
 from .methods import Undo, layer_methods
 
 SLOTS = 4  # of a chunk each: two pieces of a loop, what goes out, and one to come

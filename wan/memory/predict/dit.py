@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ...modules.conditions import context_layers
-from ...modules.forward import cross_attentions, finished, spans
+from ...modules.forward import cross_attentions, finished
+from ...modules.tokens import spans
 from ..activation_offload import ATTENTION_BYTES, SLOTS
 from .image import layer_norm
 from .ledger import Ledger
