@@ -32,7 +32,7 @@ def spans(length: int, chunk: int, part: slice | None = None) -> list[slice]:
         block = 256 if length >= 768 else 64 if length >= 192 else 32
         last = left + (_ROWS if length % block < 4 else _ROWS // 2)
     step = chunk // _ROWS * _ROWS or length
-    body = min(stop, length - last)
+    body = max(start, min(stop, length - last))
     ends = [*range(start + step, body, step), body, stop]
     return [slice(begin, end) for begin, end in zip([start, *ends], ends) if begin < end]
 
