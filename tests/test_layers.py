@@ -21,6 +21,7 @@ LAYERS = [
     ["wan.memory"],
     ["wan.distributed"],
     ["wan.tiny", "wan.speed"],
+    ["wan.passes"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
     ["wan"],  # names the pipelines

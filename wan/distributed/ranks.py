@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..utils.errors import InputError
 
 MEETING = timedelta(minutes=5)  # until all ranks are there
 PATIENCE = timedelta(minutes=60)  # for what one rank does alone; a rank that ends is noticed at once
+_DONE = "done"
 _ENDED = "wan/ended"  # in the store: why the first of the ranks ended that failed
 
 
@@ -51,11 +52,11 @@ class Team:
         sends = [part.numel() * part.itemsize for part in parts]
         receives = [math.prod(shape) * parts[0].itemsize for shape in shapes]
         self.sent += sum(sends) - sends[self.rank]
-        outgoing = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+        outgoing = self._ranks.wired(torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8))
         incoming = outgoing.new_empty(sum(receives))
         with self._ranks.answering():
             dist.all_to_all_single(incoming, outgoing, receives, sends, group=self._group)
-        dtype = parts[0].dtype
+        dtype, incoming = parts[0].dtype, incoming.to(parts[0].device)
         return [part.view(dtype).view(shape) for part, shape in zip(incoming.split(receives), shapes)]
 
 
@@ -116,7 +117,7 @@ class Ranks:
         if error is not None:
             self._note(error)
         elif self.leads:
-            self.tell("end")
+            self.tell(_DONE)
         self._broken = True
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
@@ -151,6 +152,34 @@ class Ranks:
         """What the lead tells next: a name and arguments."""
         return self.share(None)
 
+    @contextlib.contextmanager
+    def step(self, name: str, *args: Any) -> Iterator[None]:
+        """On the lead: `tell`, and inside its own share of it. An error there ends all: the others would wait."""
+        self.tell(name, *args)
+        try:
+            yield
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    @contextlib.contextmanager
+    def session(self, name: str, *args: Any) -> Iterator[None]:
+        """On the lead: `tell` what the others answer with `serve`, which ends when the body does, however."""
+        self.tell(name, *args)
+        try:
+            yield
+        finally:
+            if not self._broken:
+                self.tell(_DONE)
+
+    def serve(self, handlers: Mapping[str, Callable[..., Any]]) -> None:
+        """On the others: does what the lead tells, until its session is over."""
+        while True:
+            name, args = self.listen()
+            if name == _DONE:
+                return
+            handlers[name](*args)
+
     def share(self, value: Any) -> Any:
         """The lead's value, on every rank: whatever can be pickled. Tensors are sent as they are, from CPU to CPU."""
         file, tensors = io.BytesIO(), []
@@ -172,6 +201,22 @@ class Ranks:
         with self.answering():
             dist.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=self._everyone)
         self.sent += tensor.nbytes if self.rank == source else 0
+
+    def bring(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """On the lead the tensor of the rank `source`, of the shape of its own; on the others their own."""
+        with self.answering():
+            if self.rank == source and not self.leads:
+                self.sent += tensor.nbytes
+                dist.send(self.wired(tensor), 0)
+            elif self.leads and source:
+                arriving = torch.empty_like(self.wired(tensor))
+                dist.recv(arriving, source)
+                return arriving.to(tensor.device)
+        return tensor
+
+    def wired(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where the processes can send it from."""
+        return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).contiguous()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each rank, on every rank."""

@@ -1,9 +1,9 @@
 """A sample's tokens over ranks: each computes a part of them, and attends with a part of the heads over all of them.
 
 Before attention every rank sends each other one the queries, keys and values of its own tokens and that one's heads,
-and gets back what has been attended to (Jacobs et al., DeepSpeed Ulysses, 2023). Parts need not be equal. Tokens are cut
-where chunks are, and heads are apart in any case, so each number is computed as by one process; merging partial sums
-of the softmax, as ring attention does, would round otherwise.
+and gets back what has been attended to (Jacobs et al., DeepSpeed Ulysses, 2023). Parts need not be equal. Tokens are
+cut where chunks are, and heads are apart in any case, so each number is computed as by one process; merging partial
+sums of the softmax, as ring attention does, would round otherwise.
 
 By rounds: in each, a rank sends one piece of its tokens, or nothing when it has sent all of them, so that no more than
 a piece is held twice. Where the tensors live otherwise, on the device or in RAM, is another place's matter.

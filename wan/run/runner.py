@@ -7,7 +7,7 @@ import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -45,6 +45,9 @@ from .request import Request
 from .settings import settings_text
 from .state import State, read_state
 
+if TYPE_CHECKING:
+    from ..distributed.ranks import Ranks
+
 log = logging.getLogger(__name__)
 
 DECODING = "decoding"
@@ -78,9 +81,16 @@ class Runner:
 
     Args:
         on_event, interrupts: as run()'s.
+        ranks: the processes that it shares the work with, each of which has a Runner; the others `follow` the first.
     """
 
-    def __init__(self, on_event: Listener | None = None, interrupts: Interrupts | None = None):
+    def __init__(
+        self,
+        on_event: Listener | None = None,
+        interrupts: Interrupts | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self._ranks = ranks
         self._listener = on_event or (lambda event: None)
         self._forecast: Forecast | None = None
         self._prompts: dict[Path | None, PromptCache] = {}  # by their folders
@@ -90,11 +100,19 @@ class Runner:
 
     def run(self, request: Request) -> Path:
         """As run()."""
+        if self._ranks or request.over_ranks:
+            from .ranks import check_sizes
+
+            check_sizes(request, self._ranks)
         check_outputs(request)
         request, plan = self._planned(request)
         state = _start(request)
-        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+        with (
+            exact_arithmetic() if request.exact else contextlib.nullcontext(),
+            self._ranks.session("run", state.request) if self._ranks else contextlib.nullcontext(),
+        ):
             pipeline = self._pipeline_for(request)
+            self._check_weights(pipeline)
             if not state.finished:
                 check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
@@ -119,9 +137,29 @@ class Runner:
         self._tell(Finished(path))
         return path
 
+    def follow(self, request: Request) -> None:
+        """Does this rank's share of what the first one runs."""
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            pipeline = self._pipeline_for(request)
+            self._check_weights(pipeline)
+            pipeline.follow()
+
+    def _check_weights(self, pipeline: Any) -> None:
+        if self._ranks:
+            from .ranks import check_weights
+
+            check_weights(self._ranks, _digests(pipeline, "denoise"))
+
+    def _device(self, request: Request) -> torch.device:
+        if self._ranks:
+            from .ranks import use_device
+
+            return use_device(self._ranks, request.device)
+        return choose_device(request.device)
+
     def _planned(self, request: Request) -> tuple[Request, Plan | None]:
         """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
-        device = choose_device(request.device)
+        device = self._device(request)
         limited = request.vram_limit != "auto"
         if limited and device.type == "cpu":
             raise InputError("limits an accelerator, there is none", "vram_limit", request.vram_limit)
@@ -151,7 +189,7 @@ class Runner:
 
     def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
         """The next plan when memory ran out all the same; None if it was something else, or there is none."""
-        if plan is None or not is_out_of_memory(error):
+        if plan is None or self._ranks or not is_out_of_memory(error):
             return None
         planner, *_ = planner_for(request, choose_device(request.device))
         leaner = planner.leaner(plan)
@@ -197,7 +235,7 @@ class Runner:
         )
         if built != self._built:
             self._pipeline = self._built = self._forecast = None  # its room is needed
-            device = choose_device(request.device)
+            device = self._device(request)
             if not task.toy:
                 require_accelerator(device, request.device)
             check_able(request.attention, request.compile, device, task.config.param_dtype)
@@ -216,6 +254,7 @@ class Runner:
                 prompt_cache=self._prompts.setdefault(
                     request.prompt_folder, PromptCache(request.prompt_folder)
                 ),
+                ranks=self._ranks,
                 **vars(request.memory),
             )
             self._built = built
@@ -259,7 +298,7 @@ def _identified(state: State, pipeline: Any) -> State:
     Raises InputError if they are others than those that it started with.
     """
     folder = pipeline.checkpoint_dir
-    found = {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(state.stage)}
+    found = _digests(pipeline, state.stage)
     if state.stage != "decode":
         merged = lora_identity(state.request.loras)
         if state.weights.get(MERGED, merged) != merged:
@@ -272,6 +311,12 @@ def _identified(state: State, pipeline: Any) -> State:
                 "ckpt_dir",
             )
     return replace(state, weights=found | dict(state.weights))
+
+
+def _digests(pipeline: Any, stage: str) -> dict[str, str]:
+    """Name and digest of each weight file that a run needs from a stage on."""
+    folder = pipeline.checkpoint_dir
+    return {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(stage)}
 
 
 def _made(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
