@@ -62,6 +62,16 @@ def prepare_fault(fault):
     wan_ranks.Ranks.serve = faulty
 
 
+def check_share(runner, size):
+    """Of the weights of the layer groups a rank keeps its part."""
+    runner._pipeline._dit.leave()
+    model = runner._pipeline.model
+    parameters = [p for group in model.layer_groups() for p in group.parameters()]
+    kept = sum(p.to_local().nbytes for p in parameters)
+    rows = sum(p.nbytes // p.size(0) for p in parameters)  # what parts of unequal size are apart, at most
+    assert kept <= sum(p.nbytes for p in parameters) / size + rows, "weights are not shared out"
+
+
 def main(cases, fault=None):
     if fault:
         prepare_fault(fault)
@@ -80,6 +90,8 @@ def main(cases, fault=None):
             runner = Runner(None, interrupts, ranks)
             for case in cases:
                 runner.run(request_of(case))
+                if case.get("dit_fsdp"):
+                    check_share(runner, ranks.size)
         return 0
 
     try:

@@ -33,7 +33,13 @@ SHORT = {"frame_num": 9, "sample_steps": 2, "base_seed": 3, "size": "96*80"}
 FEW = [
     {"task": "t2v-tiny", "sample_guide_scale": 1.0},  # all ranks share the tokens
     {"task": "t2v-tiny", "memory": {"vae_tile": 64}},
-    {"task": "vace-tiny", "dtype": "bfloat16", "memory": {"dit_chunk": 64, "guidance_together": True}},
+    {
+        "task": "vace-tiny",
+        "dtype": "bfloat16",
+        "dit_fsdp": True,
+        "t5_fsdp": True,
+        "memory": {"dit_chunk": 64, "guidance_together": True},
+    },
 ]
 
 
@@ -55,7 +61,7 @@ def start(size, cases, folder, *fault, environment=lambda rank: {}):
     return processes
 
 
-def wait(processes, folder, seconds=240):
+def wait(processes, folder, seconds=900):
     """Exit codes, and what each said."""
     try:
         codes = [process.wait(seconds) for process in processes]
@@ -79,13 +85,14 @@ def by_one(cases, folder):
     runner = Runner()
     made = []
     for case in named(cases, folder):
+        case = {name: value for name, value in case.items() if "fsdp" not in name}
         made.append(runner.run(request_of(case)).read_bytes())
     return made
 
 
 def by_ranks(size, cases, folder):
     cases = named(cases, folder)
-    codes, said = wait(start(size, cases, folder), folder, 120 + 60 * len(cases))
+    codes, said = wait(start(size, cases, folder), folder)
     assert codes == [0] * size, said
     assert not any(said[1:]), "only the first rank says anything"
     return [Path(case["save_file"]).read_bytes() for case in cases]
@@ -109,11 +116,10 @@ def test_killed_rank(tmp_path):
     """The first rank says so in one line, and how to go on; one process goes on to the same file."""
     (case,) = named([{"task": "t2v-tiny", "save_every": 0, "sample_steps": 4}], tmp_path / "ranks")
     processes = start(2, [case], tmp_path, "1:3:kill")
-    started = time.monotonic()
-    processes[1].wait(120)
+    processes[1].wait(900)
     killed = time.monotonic()
     codes, said = wait(processes, tmp_path)
-    assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 20, (codes, said, started)
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 60, (codes, said)
     assert "a rank was lost" in said[0].splitlines()[-1] and "Traceback" not in said[0]
     (state,) = (tmp_path / "ranks").glob("*.state")
     resumed = Runner().run(request_of({"resume": str(state)})).read_bytes()
@@ -156,7 +162,7 @@ ALL = {"vae_tile": 64, "dit_chunk": 64, "dit_stream": 0.0, "t5_stream": True, "g
 WIDE = [
     {"task": task, "dtype": dtype, "memory": memory}
     | ({"frame_num": 1, "size": "128*96"} if "2i" in task else {})
-    for task, dtype, memory in itertools.product(TASKS, ("float32", "bfloat16"), ({}, ALL))
+    for task, (dtype, memory) in itertools.product(TASKS, [("float32", {}), ("bfloat16", ALL)])
 ]
 
 
@@ -178,7 +184,7 @@ def test_all_tasks(size, tmp_path, wide_by_one):
 def test_failing_rank(fault, code, told, tmp_path):
     """What ends one rank the first one tells, in one line, and all end."""
     (case,) = named([{"task": "t2v-tiny", "save_every": 0, "sample_guide_scale": 1.0}], tmp_path / "ranks")
-    codes, said = wait(start(3, [case], tmp_path, f"1:2:{fault}"), tmp_path, 120)
+    codes, said = wait(start(3, [case], tmp_path, f"1:2:{fault}"), tmp_path)
     assert codes == [code, 1, 1] and told in said[0].splitlines()[-1], (codes, said)
     assert "Traceback" not in said[0] and not any(said[1:])
     assert len(list((tmp_path / "ranks").glob("*.state"))) == 1
@@ -190,7 +196,7 @@ def test_other_arguments(tmp_path):
     processes = start(
         3, cases, tmp_path, environment=lambda rank: {"WAN_OTHER": "other"} if rank == 2 else {}
     )
-    codes, said = wait(processes, tmp_path, 120)
+    codes, said = wait(processes, tmp_path)
     assert codes == [2, 1, 1] and "rank 2 has other arguments than rank 0" in said[0], (codes, said)
     assert len(said[0].splitlines()) == 1 and not any(said[1:])
 
@@ -207,9 +213,9 @@ def test_resume_with_another_number(before, after, tmp_path):
         time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGINT)
-    codes, said = wait(processes, tmp_path, 120)
+    codes, said = wait(processes, tmp_path)
     assert codes[0] == 130 and "Traceback" not in said[0], (codes, said)
     (state,) = (tmp_path / "ranks").glob("*.state")
-    codes, said = wait(start(after, [{"resume": str(state)}], tmp_path), tmp_path, 120)
+    codes, said = wait(start(after, [{"resume": str(state)}], tmp_path), tmp_path)
     assert codes == [0] * after, said
     assert Path(case["save_file"]).read_bytes() == expected

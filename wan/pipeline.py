@@ -90,8 +90,9 @@ class WanPipeline:
             config: an entry of wan.configs.WAN_CONFIGS.
             checkpoint_dir: directory as published.
             device_id: number of the CUDA device; without CUDA everything computes on the CPU.
-            rank: 0; several processes are not supported yet.
-            t5_fsdp, dit_fsdp, use_usp: False; several GPUs are not supported yet.
+            rank: 0, where there are no ranks.
+            t5_fsdp, dit_fsdp: whether ranks share the weights out, each keeping a part on its device.
+            use_usp: accepted for call compatibility; ranks share every pass.
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
@@ -107,8 +108,8 @@ class WanPipeline:
             InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
                 files are found when they are loaded.
         """
-        if rank or t5_fsdp or dit_fsdp or use_usp:
-            raise InputError("several GPUs (FSDP, Ulysses, ring attention) are not supported yet, run on one")
+        if ranks is None and (rank or t5_fsdp or dit_fsdp or use_usp):
+            raise InputError("several GPUs: run generate.py by torchrun, or give ranks")
         self.config = config
         self.options = MemoryOptions(t5_cpu=t5_cpu, **memory)
         if device is None:
@@ -119,7 +120,7 @@ class WanPipeline:
         check_able(attention, compile, self.device, config.param_dtype)
         self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
-        self._ranks = ranks
+        self._ranks, self._t5_fsdp, self._dit_fsdp = ranks, t5_fsdp, dit_fsdp
         self._together = self._shared_passes(ranks) if ranks else None
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
@@ -217,7 +218,11 @@ class WanPipeline:
         from .distributed.together import vae_handlers
 
         assert self._ranks and self._together
-        handlers = {"load": lambda: self.load(encoders=False), "denoise": self._together.follow}
+        handlers = {
+            "load": lambda: self.load(encoders=False),
+            "text": self._encoded,
+            "denoise": self._together.follow,
+        }
         with torch.no_grad():
             self._ranks.serve(handlers | vae_handlers(self._ranks, lambda: self.vae))
 
@@ -257,10 +262,13 @@ class WanPipeline:
     @cached_property
     def _text(self) -> Component:
         encoder = self.text_encoder
-        if not self.options.t5_stream:
+        if not self.options.t5_stream and not self._t5_fsdp:
             return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        streamer = Streamer(encoder.layer_groups(), self.device, buffers=self.options.stream_buffers)
-        apart = [encoder.model.embed_tokens, *encoder.layer_groups()]
+        groups = encoder.layer_groups()
+        apart = [encoder.model.embed_tokens, *groups]
+        if self._t5_fsdp:
+            return Component([encoder.model], self.device, apart, self._sharded(groups))
+        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
         return Component([encoder.model], self.device, apart, streamer)
 
     @cached_property
@@ -274,7 +282,16 @@ class WanPipeline:
 
     @cached_property
     def _dit(self) -> Component:
-        return Component([self.model], self.device)
+        if not self._dit_fsdp:
+            return Component([self.model], self.device)
+        groups = self.model.layer_groups()
+        return Component([self.model], self.device, groups, self._sharded(groups))
+
+    def _sharded(self, groups: Sequence[torch.nn.Module]) -> Any:
+        from .distributed.sharding import ShardedGroups
+
+        assert self._ranks
+        return ShardedGroups(groups, self.device, self._ranks.size)
 
     # Steps
 
@@ -327,13 +344,17 @@ class WanPipeline:
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
-            layers = list(self.text_encoder.model.block)
-            with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
-                for text in missing:
-                    found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
+            together = self._t5_fsdp and self._ranks
+            with self._ranks.step("text", missing, stay) if together else nullcontext():
+                found |= self._encoded(missing, stay)
         for text in missing:
             self._prompts.put(text, found[text])
         return [found[text].to(self.device) for text in texts]
+
+    def _encoded(self, texts: Sequence[str], stay: bool) -> dict[str, torch.Tensor]:
+        layers = list(self.text_encoder.model.block)
+        with self._text.on_device(stay), self.stages.calls(layers, len(texts)):
+            return {text: self.text_encoder([text], self._text.device)[0].to(self.device) for text in texts}
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""

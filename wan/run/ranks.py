@@ -92,6 +92,15 @@ def check_sizes(request: Request, ranks: Ranks | None) -> None:
     for name in ("dit_fsdp", "t5_fsdp"):
         if getattr(request, name) and not ranks:
             raise InputError("shares weights between ranks: start them with torchrun", name)
+    memory = request.memory
+    for name, other, given in (
+        ("dit_fsdp", "dit_stream", memory.dit_stream is not None),
+        ("t5_fsdp", "t5_stream", memory.t5_stream),
+        ("t5_fsdp", "t5_cpu", memory.t5_cpu),
+        ("dit_fsdp", "compile", request.compile),
+    ):
+        if getattr(request, name) and given:
+            raise InputError("choose one", (name, other))
 
 
 def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:

@@ -195,8 +195,8 @@ class Request:
         at_least=1,
         group=GPUS,
     )
-    t5_fsdp: bool = option(False, "FSDP for the text encoder.", group=GPUS)
-    dit_fsdp: bool = option(False, "FSDP for the DiT.", group=GPUS)
+    t5_fsdp: bool = option(False, "Share the text encoder's weights out over the ranks (FSDP).", group=GPUS)
+    dit_fsdp: bool = option(False, "Share the DiT's weights out over the ranks (FSDP).", group=GPUS)
     vram_limit: float | str = option(
         "auto",
         "GiB of the card for this run, CUDA's own among them; auto for what is free (default). Memory options that are "

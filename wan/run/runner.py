@@ -232,6 +232,8 @@ class Runner:
             request.attention,
             request.compile,
             request.prompt_folder,
+            request.dit_fsdp,
+            request.t5_fsdp,
         )
         if built != self._built:
             self._pipeline = self._built = self._forecast = None  # its room is needed
@@ -255,6 +257,8 @@ class Runner:
                     request.prompt_folder, PromptCache(request.prompt_folder)
                 ),
                 ranks=self._ranks,
+                dit_fsdp=request.dit_fsdp,
+                t5_fsdp=request.t5_fsdp,
                 **vars(request.memory),
             )
             self._built = built
