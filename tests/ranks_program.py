@@ -95,7 +95,11 @@ def main(cases, fault=None):
         return 0
 
     try:
-        return over_ranks([os.environ.get("WAN_OTHER", "")], lead)
+        return over_ranks(
+            [os.environ.get("WAN_OTHER", "")],
+            lead,
+            lambda ranks: ranks.serve({"run": Runner(ranks=ranks).follow}),
+        )
     except InputError as error:
         return _complain(error, 2)
     except OSError as error:

@@ -219,3 +219,28 @@ def test_resume_with_another_number(before, after, tmp_path):
     codes, said = wait(start(after, [{"resume": str(state)}], tmp_path), tmp_path)
     assert codes == [0] * after, said
     assert Path(case["save_file"]).read_bytes() == expected
+
+
+@wide
+def test_vace_by_its_own_processes(tmp_path):
+    from wan import WanVace, WanVaceMP, tiny
+    from wan.configs import WAN_CONFIGS
+
+    built = WAN_CONFIGS["vace-tiny"], tiny.checkpoint("vace-tiny")
+    frames = torch.rand(3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    call = {
+        "input_frames": [frames],
+        "input_masks": None,
+        "input_ref_images": None,
+        "sampling_steps": 2,
+        "seed": 1,
+    }
+    expected = WanVace(*built, device="cpu").generate("a boat", **call)
+    several = WanVaceMP(*built, True, 3, 1, processes=3, device="cpu")
+    try:
+        assert torch.equal(several.generate("a boat", **call), expected)
+        assert torch.equal(
+            several.generate("a boat", **call | {"guide_scale": 1.0}).isfinite().all(), torch.tensor(True)
+        )
+    finally:
+        several.close()

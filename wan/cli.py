@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _work(argv, interrupts)
             from .run.ranks import over_ranks
 
-            return over_ranks(argv, lambda ranks: _work(argv, interrupts, ranks))
+            return over_ranks(argv, lambda ranks: _work(argv, interrupts, ranks), _follow)
     except InputError as error:
         return _complain(error.told("--"), 2)
     except OSError as error:
@@ -71,6 +71,13 @@ def _work(argv: Sequence[str] | None, interrupts: Interrupts, ranks: Ranks | Non
     from .run.batch import run_entries
 
     return 1 if run_entries(jobs, runner) else 0
+
+
+def _follow(ranks: Ranks) -> None:
+    """Does this process's share of what the first rank runs, until that is done."""
+    from .run import Runner
+
+    ranks.serve({"run": Runner(ranks=ranks).follow})
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..utils.accelerator import choose_device
 from ..utils.errors import InputError
 
 MEETING = timedelta(minutes=5)  # until all ranks are there
@@ -71,16 +72,24 @@ class Ranks:
         device: where it computes; settled by `use`.
         sent: bytes that this rank has sent, beside those of its teams.
 
+    Args:
+        place: rank, size and address of those of one machine; default: what torchrun's variables say.
+
     Raises InputError for variables of torchrun's that are missing, RankLost if not all ranks come.
     """
 
-    def __init__(self) -> None:
-        try:
-            self.rank, self.size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-            self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-            self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        except (KeyError, ValueError) as error:
-            raise InputError("several ranks: start them with torchrun") from error
+    def __init__(self, place: tuple[int, int, str] | None = None) -> None:
+        if place:
+            self.rank, self.size, self._address = place
+            self.local_rank, self.local_size = self.rank, self.size
+        else:
+            try:
+                self.rank, self.size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+                self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+                self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+            except (KeyError, ValueError) as error:
+                raise InputError("several ranks: start them with torchrun") from error
+            self._address = "env://"
         self.device = torch.device("cpu")
         self.sent = 0
         self._broken = False
@@ -92,7 +101,7 @@ class Ranks:
     def __enter__(self) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=MEETING)
+            dist.init_process_group(backend, self._address, MEETING, self.size, self.rank)
             self._store = dist.distributed_c10d._get_default_store()
             half = self.size // 2
             groups = [list(range(half)), list(range(half, self.size))] if self.size % 2 == 0 else []
@@ -122,11 +131,28 @@ class Ranks:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
-    def use(self, device: torch.device) -> None:
-        """Computes on this device from now on."""
-        self.device = device
+    def use(self, name: str | None) -> torch.device:
+        """Computes from now on on the GPU that has this rank's number on its machine, which is returned; or the CPU.
+
+        Args:
+            name: of the kind, as choose_device takes it; None for the accelerator that is there.
+
+        Raises InputError for a name that stands for one GPU, and for more ranks than GPUs.
+        """
+        device = choose_device(name)
         if device.type != "cpu":
+            if name is not None and ":" in name:
+                raise InputError(
+                    "names one GPU, each rank takes its own; leave out the number", "device", name
+                )
+            count = torch.get_device_module(device).device_count()
+            if self.local_size > count:
+                problem = f"{self.local_size} ranks on a machine with {count} of them, start one for each"
+                raise InputError(problem, "device", device.type)
+            device = torch.device(device.type, self.local_rank)
             torch.get_device_module(device).set_device(device)
+        self.device = device
+        return device
 
     def team(self, branches: int) -> Team:
         """The ranks that this one shares a pass with, where there are so many passes to be shared: 1 or 2."""

@@ -7,15 +7,15 @@ two whole groups, however often a group's modules are called during its visit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-
-from ..utils.errors import InputError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 class ShardedGroups:
@@ -28,18 +28,15 @@ class ShardedGroups:
             anywhere. One after the other is brought to the device and cut.
         device: of this rank.
         size: of all ranks.
-
-    Raises InputError if this PyTorch has no FSDP2.
     """
 
     def __init__(self, groups: Sequence[nn.Module], device: torch.device, size: int):
-        shard = _fully_shard()
-        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (size,))
+        mesh = init_device_mesh(device.type, (size,))
         self._groups = []
         for group in groups:
             if any(True for _ in group.parameters()):
                 group.requires_grad_(False)
-                self._groups.append(shard(_Group(group), mesh=mesh))
+                self._groups.append(fully_shard(_Group(group), mesh=mesh))
         self._undo = ExitStack()
         self._current: nn.Module | None = None
         self._coming: Any = None  # the gathering of the group after it
@@ -84,13 +81,3 @@ class _Group(nn.Module):
 
     def forward(self) -> None:
         raise NotImplementedError
-
-
-def _fully_shard() -> Callable[..., Any]:
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise InputError(
-            "needs PyTorch 2.6 or newer; stream the layers instead", ("dit_fsdp", "t5_fsdp")
-        ) from error
-    return fully_shard

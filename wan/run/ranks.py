@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..distributed.ranks import Ranks
-from ..utils.accelerator import choose_device
 from ..utils.errors import InputError
 from .interrupts import SIGNALS
 from .request import Request
@@ -24,8 +23,10 @@ from .request import Request
 LOST = 1  # exit code of a process that follows
 
 
-def over_ranks(arguments: Sequence[str] | None, lead: Callable[[Ranks], int]) -> int:
-    """Runs `lead` on the first rank, and follows it on the others.
+def over_ranks(
+    arguments: Sequence[str] | None, lead: Callable[[Ranks], int], follow: Callable[[Ranks], None]
+) -> int:
+    """Runs `lead` on the first rank and `follow` on the others.
 
     Args:
         arguments: of the command line; None for the process's own.
@@ -47,36 +48,6 @@ def over_ranks(arguments: Sequence[str] | None, lead: Callable[[Ranks], int]) ->
         return 0
     except Exception:
         return LOST
-
-
-def follow(ranks: Ranks) -> None:
-    """Does this rank's share of what the first one runs, until that is done."""
-    from .runner import Runner
-
-    ranks.serve({"run": Runner(ranks=ranks).follow})
-
-
-def use_device(ranks: Ranks, name: str | None) -> torch.device:
-    """The device of this rank: of the GPUs of its machine the one with its number there.
-
-    Args:
-        name: of the kind, as --device takes it; None for the accelerator that is there.
-
-    Raises InputError for a name that stands for one GPU, and for more ranks than GPUs.
-    """
-    device = choose_device(name)
-    if device.type != "cpu":
-        if name is not None and ":" in name:
-            raise InputError("names one GPU, each rank takes its own; leave out the number", "device", name)
-        count = torch.get_device_module(device).device_count()
-        if ranks.local_size > count:
-            raise InputError(
-                f"{ranks.local_size} ranks and {count} {device.type} devices on a machine: start one rank for each",
-                "device",
-            )
-        device = torch.device(device.type, ranks.local_rank)
-    ranks.use(device)
-    return device
 
 
 def check_sizes(request: Request, ranks: Ranks | None) -> None:

@@ -151,11 +151,7 @@ class Runner:
             check_weights(self._ranks, _digests(pipeline, "denoise"))
 
     def _device(self, request: Request) -> torch.device:
-        if self._ranks:
-            from .ranks import use_device
-
-            return use_device(self._ranks, request.device)
-        return choose_device(request.device)
+        return self._ranks.use(request.device) if self._ranks else choose_device(request.device)
 
     def _planned(self, request: Request) -> tuple[Request, Plan | None]:
         """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
@@ -165,7 +161,7 @@ class Runner:
             raise InputError("limits an accelerator, there is none", "vram_limit", request.vram_limit)
         if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
             return request, None
-        if not request.planned:
+        if not request.planned or request.dit_fsdp or request.t5_fsdp:  # parts of weights are not planned for
             if limited:
                 hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
             return request, None
