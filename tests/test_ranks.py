@@ -121,7 +121,7 @@ def test_killed_rank(tmp_path):
     codes, said = wait(processes, tmp_path)
     assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 60, (codes, said)
     assert "a rank was lost" in said[0].splitlines()[-1] and "Traceback" not in said[0]
-    (state,) = (tmp_path / "ranks").glob("*.state")
+    (state,) = (tmp_path / "ranks").glob("[!.]*.state")
     resumed = Runner().run(request_of({"resume": str(state)})).read_bytes()
     case |= {"save_file": str(tmp_path / "whole.mp4")}
     assert resumed == Runner().run(request_of(case)).read_bytes()
@@ -187,7 +187,7 @@ def test_failing_rank(fault, code, told, tmp_path):
     codes, said = wait(start(3, [case], tmp_path, f"1:2:{fault}"), tmp_path)
     assert codes == [code, 1, 1] and told in said[0].splitlines()[-1], (codes, said)
     assert "Traceback" not in said[0] and not any(said[1:])
-    assert len(list((tmp_path / "ranks").glob("*.state"))) == 1
+    assert len(list((tmp_path / "ranks").glob("[!.]*.state"))) == 1
 
 
 @wide
@@ -209,13 +209,13 @@ def test_resume_with_another_number(before, after, tmp_path):
     expected = Runner().run(request_of(whole)).read_bytes()
     (case,) = named([{"task": "vace-tiny", "sample_steps": 6, "save_every": 0}], tmp_path / "ranks")
     processes = start(before, [case], tmp_path)
-    while not list((tmp_path / "ranks").glob("*.state")):
+    while not list((tmp_path / "ranks").glob("[!.]*.state")):
         time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGINT)
     codes, said = wait(processes, tmp_path)
     assert codes[0] == 130 and "Traceback" not in said[0], (codes, said)
-    (state,) = (tmp_path / "ranks").glob("*.state")
+    (state,) = (tmp_path / "ranks").glob("[!.]*.state")
     codes, said = wait(start(after, [{"resume": str(state)}], tmp_path), tmp_path)
     assert codes == [0] * after, said
     assert Path(case["save_file"]).read_bytes() == expected

@@ -123,9 +123,9 @@ class Ranks:
         """Lets the others go, told why if there is an error; closes the connections, which ends their waiting."""
         if self._broken:
             return
-        if error is not None:
+        if error is not None and not isinstance(error, RankLost):
             self._note(error)
-        elif self.leads:
+        elif error is None and self.leads:
             self.tell(_DONE)
         self._broken = True
         with contextlib.suppress(RuntimeError):
@@ -261,7 +261,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = self.reason()
+            reason = self.reason() if self.leads else None
             self._broken = True
             if reason is None:
                 raise RankLost(f"a rank was lost ({_sentence(error)})") from error
