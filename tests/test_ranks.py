@@ -177,6 +177,21 @@ def test_all_tasks(size, tmp_path, wide_by_one):
 
 
 @wide
+@pytest.mark.parametrize("size", range(2, MOST + 1))
+def test_shared_weights(size, tmp_path):
+    """The program holds each rank to its part; see check_share there."""
+    cases = [
+        {"task": task, "dtype": dtype, "dit_fsdp": True, "t5_fsdp": True, "memory": memory}
+        for task, dtype, memory in [
+            ("t2v-tiny", "bfloat16", {"dit_chunk": 64, "offload_folder": str(tmp_path / "kept")}),
+            ("vace-tiny", "float32", {"guidance_together": True}),
+            ("t2v-tiny", "float32", {"offload_model": False}),
+        ]
+    ]
+    assert by_ranks(size, cases, tmp_path / "ranks") == by_one(cases, tmp_path / "one")
+
+
+@wide
 @pytest.mark.parametrize(
     ("fault", "code", "told"), [("input", 2, "rank 1: no such thing"), ("memory", 1, "none left")]
 )

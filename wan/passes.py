@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from .memory.conditions import conditions_ahead
+from .memory.conditions import streamed_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component
 from .memory.streaming import Streamer
@@ -107,12 +108,11 @@ def _weights(
             yield
         return
     device, times = component.device, [t[None] for t in timesteps]
-    with conditions_ahead(model, device, times, contexts, clip_fea, model.compute_dtype) as groups:
-        resident = int(options.dit_stream * 2**30)
-        streamer = Streamer(groups, device, buffers=options.stream_buffers, resident_bytes=resident)
-        apart = [*model.layer_groups(), *model.embedding_layers()]
-        with Component([model], device, apart, streamer).on_device():
-            yield
+    make_streamer = partial(
+        Streamer, buffers=options.stream_buffers, resident_bytes=int(options.dit_stream * 2**30)
+    )
+    with streamed_ahead(model, device, times, contexts, clip_fea, model.compute_dtype, make_streamer):
+        yield
 
 
 def _to(value: Any, device: torch.device) -> Any:
