@@ -185,14 +185,15 @@ class WanPipeline:
             device="cpu" if self.options.vae_cpu else self.device,
             dim=self.config.get("vae_dim", 96),
         )
-        share, layers = None, {}
+        share = None
         if self._ranks:
             from .distributed.together import SharedTiles, lead_vae
 
-            share, layers = SharedTiles(self._ranks), lead_vae(self._ranks) if self._ranks.leads else {}
+            share = SharedTiles(self._ranks)
         apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter(), share=share)
         visit_by_halves(vae, self.device)
-        layer_methods(vae, "ranks", **layers)
+        if self._ranks and self._ranks.leads:
+            layer_methods(vae, "ranks", **lead_vae(self._ranks))
         return vae
 
     def load(self, encoders: bool = True, prompts: Sequence[str] | None = None) -> None:

@@ -92,7 +92,8 @@ class Ranks:
             self._address = "env://"
         self.device = torch.device("cpu")
         self.sent = 0
-        self._broken = False
+        self._broken = False  # whether the ranks have lost step with each other
+        self._left = False
 
     @property
     def leads(self) -> bool:
@@ -121,11 +122,12 @@ class Ranks:
 
     def leave(self, error: BaseException | None = None) -> None:
         """Lets the others go, told why if there is an error; closes the connections, which ends their waiting."""
-        if self._broken:
+        if self._left:
             return
+        self._left = True
         if error is not None and not isinstance(error, RankLost):
             self._note(error)
-        elif error is None and self.leads:
+        elif error is None and self.leads and not self._broken:
             self.tell(_DONE)
         self._broken = True
         with contextlib.suppress(RuntimeError):
@@ -181,8 +183,8 @@ class Ranks:
     @contextlib.contextmanager
     def step(self, name: str, *args: Any) -> Iterator[None]:
         """On the lead: `tell`, and inside its own share of it. An error there ends all: the others would wait."""
-        self.tell(name, *args)
         try:
+            self.tell(name, *args)
             yield
         except BaseException as error:
             self.leave(error)
@@ -208,10 +210,11 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """The lead's value, on every rank: whatever can be pickled. Tensors are sent as they are, from CPU to CPU."""
-        file, tensors = io.BytesIO(), []
+        file = io.BytesIO()
+        tensors: list[torch.Tensor] = []
         if self.leads:
             _Packer(file, tensors).dump(value)
-        header = [file.getvalue(), [(tensor.shape, tensor.dtype) for tensor in tensors]]
+        header: list[Any] = [file.getvalue(), [(tensor.shape, tensor.dtype) for tensor in tensors]]
         with self.answering():
             dist.broadcast_object_list(header, src=0, group=self._everyone, device=torch.device("cpu"))
             if not self.leads:
@@ -260,9 +263,11 @@ class Ranks:
             raise RankLost("the other ranks have ended")
         try:
             yield
-        except RuntimeError as error:
-            reason = self.reason() if self.leads else None
+        except BaseException as error:  # a signal, too: the others are in the midst of it
             self._broken = True
+            if not isinstance(error, RuntimeError):
+                raise
+            reason = self.reason() if self.leads else None
             if reason is None:
                 raise RankLost(f"a rank was lost ({_sentence(error)})") from error
             if reason["bad_input"]:
