@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..utils.accelerator import choose_device
 from ..utils.errors import InputError
 
-MEETING = timedelta(minutes=5)  # until all ranks are there
+MEETING = timedelta(minutes=10)  # until all ranks are there, and all give their part of a layer group
 PATIENCE = timedelta(minutes=60)  # for what one rank does alone; a rank that ends is noticed at once
 _DONE = "done"
 _ENDED = "wan/ended"  # in the store: why the first of the ranks ended that failed
@@ -236,10 +236,10 @@ class Ranks:
         with self.answering():
             if self.rank == source and not self.leads:
                 self.sent += tensor.nbytes
-                dist.send(self.wired(tensor), 0)
+                dist.send(self.wired(tensor), 0, group=self._everyone)
             elif self.leads and source:
                 arriving = torch.empty_like(self.wired(tensor))
-                dist.recv(arriving, source)
+                dist.recv(arriving, source, group=self._everyone)
                 return arriving.to(tensor.device)
         return tensor
 
