@@ -112,7 +112,7 @@ class Runner:
             self._ranks.session("run", state.request) if self._ranks else contextlib.nullcontext(),
         ):
             pipeline = self._pipeline_for(request)
-            self._check_weights(pipeline)
+            self._check_weights(request, pipeline)
             if not state.finished:
                 check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
@@ -141,14 +141,16 @@ class Runner:
         """Does this rank's share of what the first one runs."""
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             pipeline = self._pipeline_for(request)
-            self._check_weights(pipeline)
+            self._check_weights(request, pipeline)
             pipeline.follow()
 
-    def _check_weights(self, pipeline: Any) -> None:
+    def _check_weights(self, request: Request, pipeline: Any) -> None:
+        """Raises InputError unless all ranks have the same weights."""
         if self._ranks:
             from .ranks import check_weights
 
-            check_weights(self._ranks, _digests(pipeline, "denoise"))
+            found = _digests(pipeline, "text" if request.t5_fsdp else "denoise")
+            check_weights(self._ranks, found | {MERGED: lora_identity(request.loras)})
 
     def _device(self, request: Request) -> torch.device:
         return self._ranks.use(request.device) if self._ranks else choose_device(request.device)
