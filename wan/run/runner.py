@@ -109,7 +109,7 @@ class Runner:
         state = _start(request)
         with (
             exact_arithmetic() if request.exact else contextlib.nullcontext(),
-            self._ranks.session("run", state.request) if self._ranks else contextlib.nullcontext(),
+            self._ranks.session("run", request) if self._ranks else contextlib.nullcontext(),
         ):
             pipeline = self._pipeline_for(request)
             self._check_weights(request, pipeline)
