@@ -119,7 +119,7 @@ def test_killed_rank(tmp_path):
     processes[1].wait(900)
     killed = time.monotonic()
     codes, said = wait(processes, tmp_path)
-    assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 60, (codes, said)
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 120, (codes, said)
     assert "a rank was lost" in said[0].splitlines()[-1] and "Traceback" not in said[0]
     (state,) = (tmp_path / "ranks").glob("[!.]*.state")
     resumed = Runner().run(request_of({"resume": str(state)})).read_bytes()
