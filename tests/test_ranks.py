@@ -32,13 +32,12 @@ wide = pytest.mark.skipif(MOST < 3, reason="WAN_RANKS=4 tries more processes and
 SHORT = {"frame_num": 9, "sample_steps": 2, "base_seed": 3, "size": "96*80"}
 FEW = [
     {"task": "t2v-tiny", "sample_guide_scale": 1.0},  # all ranks share the tokens
-    {"task": "t2v-tiny", "memory": {"vae_tile": 64}},
     {
         "task": "vace-tiny",
         "dtype": "bfloat16",
         "dit_fsdp": True,
         "t5_fsdp": True,
-        "memory": {"dit_chunk": 64, "guidance_together": True},
+        "memory": {"dit_chunk": 64, "guidance_together": True, "vae_tile": 64},
     },
 ]
 
