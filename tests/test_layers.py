@@ -26,7 +26,7 @@ LAYERS = [
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
     ["wan"],  # names the pipelines
     ["wan.run"],
-    ["wan.cli", "wan.__main__"],
+    ["wan.cli", "wan.__main__", "wan.web"],
     ["generate", "benchmarks"],
 ]
 KINDS = sorted({name.split("-")[0] for name in TASKS})
