@@ -17,8 +17,8 @@ from torch import nn
 from wan.memory.chunking import apply_chunking, check_chunk
 from wan.modules import model as dit_module
 from wan.modules import vace_model as vace_module
-from wan.modules.forward import spans
 from wan.modules.model import WanModel
+from wan.modules.tokens import spans
 from wan.modules.vace_model import VaceWanModel
 from wan.utils.errors import InputError
 

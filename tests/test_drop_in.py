@@ -43,7 +43,7 @@ TRAINING = "for training"
 # an "=" being one argument whose default differs. Every entry says why.
 LEFT_OUT = {
     # whole files
-    "distributed/*": "several GPUs are not supported yet",
+    "distributed/*": "built on torch.distributed as it is, without xfuser and FSDP1",
     "modules/xlm_roberta.py": "CLIP's text tower, which no pipeline calls",
     "utils/qwen_vl_utils.py": "transformers' image processor does it",
     # text and image encoder
@@ -106,7 +106,7 @@ LEFT_OUT = {
     "utils/prompt_extend.py:PromptExpander.__init__=model_name": "it may be left out here",
     # pipelines
     "*.py:*.generate=offload_model": "None here means the option of the pipeline, which is True by default",
-    "vace.py:WanVaceMP.[!_]*": "the class refuses when it is made",
+    "vace.py:WanVaceMP.[!_]*": "steps of its own processes; they are called as WanVace is",
 }  # fmt: skip
 EXPORTS_LEFT_OUT = {"T5Model", "T5Encoder", "T5Decoder"}  # see above
 
@@ -485,10 +485,12 @@ def test_the_vaes_module_codes_batches():
     assert torch.equal(vae.model.decode(latents, vae.scale), torch.stack(vae.decode(list(latents))))
 
 
-def test_vace_is_a_text_pipeline_and_one_process():
+def test_vace_is_a_text_pipeline():
     assert issubclass(wan.WanVace, wan.WanT2V) and issubclass(wan.WanVaceMP, wan.WanVace)
-    with pytest.raises(InputError, match="several GPUs are not supported yet, use WanVace"):
-        wan.WanVaceMP(WAN_CONFIGS["vace-tiny"], "anywhere", use_usp=True, ulysses_size=2, ring_size=1)
+    checkpoint = tiny.checkpoint("vace-tiny")
+    with pytest.raises(InputError, match="ulysses_size and ring_size: there are 3 processes"):
+        wan.WanVaceMP(WAN_CONFIGS["vace-tiny"], checkpoint, True, 2, 1, processes=3, device="cpu")
+    assert wan.WanVaceMP(WAN_CONFIGS["vace-tiny"], checkpoint, processes=1, device="cpu")._ranks is None
 
 
 def test_vace_decodes_without_the_references():

@@ -195,8 +195,11 @@ def test_low_vram_gives_the_same_file(task):
         (["--task", "vace-tiny", "--src_mask", "a.mp4"], "--src_mask a.mp4: there is no video to mask"),
         (["--task", "t2v-tiny", "--save_file", "no/out.mp4"], "--save_file no/out.mp4: no folder no"),
         (["--task", "t2v-tiny", "--save_file", "."], "--save_file .: is a directory"),
-        (["--task", "t2v-tiny", "--ulysses_size", "2"], "several GPUs are not supported yet"),
-        (["--task", "t2v-tiny", "--dit_fsdp"], "several GPUs are not supported yet"),
+        (
+            ["--task", "t2v-tiny", "--ulysses_size", "2"],
+            "--ulysses_size and --ring_size: 2 ranks are asked for",
+        ),
+        (["--task", "t2v-tiny", "--dit_fsdp"], "--dit_fsdp: shares weights between ranks"),
         (["--task", "t2v-tiny", "--vae_tile", "100"], "--vae_tile 100"),
         (["--task", "t2v-tiny", "--vae_tile", "big"], "--vae_tile: 'big' is neither auto nor a number"),
         (["--task", "t2v-tiny", "--dit_chunk", "10"], "--dit_chunk 10"),

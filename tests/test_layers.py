@@ -17,9 +17,11 @@ LAYERS = [
     ["wan.tasks"],
     ["wan.utils"],
     ["wan.weights"],
-    ["wan.modules", "wan.sampling", "wan.distributed"],
+    ["wan.modules", "wan.sampling"],
     ["wan.memory"],
+    ["wan.distributed"],
     ["wan.tiny", "wan.speed"],
+    ["wan.passes"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
     ["wan"],  # names the pipelines

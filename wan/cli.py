@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .distributed import started_as_one_of_several
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
-from .run.request import KEEPING, PLANNED, PLANNING, Request
+from .run.request import GPUS, KEEPING, PLANNED, PLANNING, Request
 from .utils.accelerator import is_out_of_memory
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
@@ -23,6 +24,7 @@ from .utils.program import program_name
 from .utils.progress import ProgressBars
 
 if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
     from .run.batch import Entry
 
 
@@ -37,18 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tell_crashes()
     try:
         with Interrupts() as interrupts:
-            jobs = _parse(argv)
-            if isinstance(jobs, _Query):
-                return jobs.answer()
-            from .run import Runner  # with the libraries, which good arguments alone are worth waiting for
+            if not started_as_one_of_several():
+                return _work(argv, interrupts)
+            from .run.ranks import over_ranks
 
-            runner = Runner(ProgressBars(), interrupts)
-            if isinstance(jobs, Request):
-                runner.run(jobs)
-                return 0
-            from .run.batch import run_entries
-
-            return 1 if run_entries(jobs, runner) else 0
+            return over_ranks(argv, lambda ranks: _work(argv, interrupts, ranks), _follow)
     except InputError as error:
         return _complain(error.told("--"), 2)
     except OSError as error:
@@ -60,6 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return _complain(f"out of memory, try --low_vram ({str(error).splitlines()[0]})", 1)
+
+
+def _work(argv: Sequence[str] | None, interrupts: Interrupts, ranks: Ranks | None = None) -> int:
+    """Does what the arguments say, in this process or over ranks; returns the exit code."""
+    jobs = _parse(argv)
+    if isinstance(jobs, _Query):
+        return jobs.answer()
+    from .run import Runner  # with the libraries, which good arguments alone are worth waiting for
+
+    runner = Runner(ProgressBars(), interrupts, ranks)
+    if isinstance(jobs, Request):
+        runner.run(jobs)
+        return 0
+    from .run.batch import run_entries
+
+    return 1 if run_entries(jobs, runner) else 0
+
+
+def _follow(ranks: Ranks) -> None:
+    """Does this process's share of what the first rank runs, until that is done."""
+    from .run import Runner
+
+    ranks.serve({"run": Runner(ranks=ranks).follow})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,7 +180,7 @@ _BUDGET = [field.name for field in fields(Request) if field.metadata.get("group"
 _OPTIONS = [field.name for field in fields(Request) if is_option(field)]
 _MEMORY = [field.name for field in fields(MemoryOptions)]
 # What may be given anew beside --resume: nothing of it changes the picture.
-_ANEW = [field.name for field in fields(Request) if field.metadata.get("group") == KEEPING]
+_ANEW = [field.name for field in fields(Request) if field.metadata.get("group") in (KEEPING, GPUS)]
 _ANEW += ["save_file", "ckpt_dir", "device", *_BUDGET]
 
 

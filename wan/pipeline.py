@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
-from .memory.conditions import streamed_ahead
+from .memory.methods import layer_methods
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
@@ -25,7 +24,8 @@ from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
 from .modules.vae_forward import Stored
-from .sampling import OnStep, Solver, denoise, guided, guided_together
+from .passes import NEGATIVE_PROMPT, PROMPT, Conditioning, Flows, passes
+from .sampling import OnStep, Solver, denoise, guided_together
 from .speed import apply_speed, check_able, check_speed
 from .utils.accelerator import initialise
 from .utils.errors import InputError
@@ -38,30 +38,15 @@ from .weights.lora import Loras
 from .weights.prompts import EncodedPrompts, PromptCache
 from .weights.reading import checkpoint_files
 
+if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
+
+__all__ = ["Conditioning", "WanPipeline", "check_frame_num"]
+
 
 def _configured(name: str) -> Any:
     """A property that is an entry of the pipeline's config."""
     return property(lambda pipeline: pipeline.config[name])
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What encoding leaves: all that denoising needs beside its settings and the noise.
-
-    Attributes:
-        shape: (C, F, H, W) of the latents.
-        context, context_null: [L, text_dim], the prompt's embedding and the negative prompt's.
-        inputs: other keyword arguments of the model: tensors and lists of them, on the device while it computes.
-        host_inputs: more of them, which stay on the CPU: tensors, lists of them, numbers.
-        references: latent frames at the front that are not part of the video.
-    """
-
-    shape: tuple[int, int, int, int]
-    context: torch.Tensor
-    context_null: torch.Tensor
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    host_inputs: Mapping[str, Any] = field(default_factory=dict)
-    references: int = 0
 
 
 class WanPipeline:
@@ -96,6 +81,7 @@ class WanPipeline:
         attention: str = "auto",
         compile: bool = False,
         prompt_cache: PromptCache | None = None,
+        ranks: Ranks | None = None,
         **memory: Any,
     ):
         """Takes a checkpoint directory.
@@ -104,8 +90,9 @@ class WanPipeline:
             config: an entry of wan.configs.WAN_CONFIGS.
             checkpoint_dir: directory as published.
             device_id: number of the CUDA device; without CUDA everything computes on the CPU.
-            rank: 0; several processes are not supported yet.
-            t5_fsdp, dit_fsdp, use_usp: False; several GPUs are not supported yet.
+            rank: 0, where there are no ranks.
+            t5_fsdp, dit_fsdp: whether ranks share the weights out, each keeping a part on its device.
+            use_usp: accepted for call compatibility; ranks share every pass.
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
@@ -113,14 +100,16 @@ class WanPipeline:
             lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
             attention, compile: kernels that round otherwise, as wan.run.Request's.
             prompt_cache: where encoded prompts are kept and looked for.
+            ranks: the processes that share the work, each with such a pipeline. The first one's is called, the others
+                `follow` it.
             memory: the other fields of wan.memory.options.MemoryOptions.
 
         Raises:
             InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
                 files are found when they are loaded.
         """
-        if rank or t5_fsdp or dit_fsdp or use_usp:
-            raise InputError("several GPUs (FSDP, Ulysses, ring attention) are not supported yet, run on one")
+        if ranks is None and (rank or t5_fsdp or dit_fsdp or use_usp):
+            raise InputError("several GPUs: run generate.py by torchrun, or give ranks")
         self.config = config
         self.options = MemoryOptions(t5_cpu=t5_cpu, **memory)
         if device is None:
@@ -131,6 +120,8 @@ class WanPipeline:
         check_able(attention, compile, self.device, config.param_dtype)
         self._speed = attention, compile
         self.stages = Stages(self.device, on_event or ProgressBars())
+        self._ranks, self._t5_fsdp, self._dit_fsdp = ranks, t5_fsdp, dit_fsdp
+        self._together = self._shared_passes(ranks) if ranks else None
         self.checkpoint_dir = Path(checkpoint_dir)
         self._check_files()
         self._prompts = EncodedPrompts(
@@ -194,8 +185,15 @@ class WanPipeline:
             device="cpu" if self.options.vae_cpu else self.device,
             dim=self.config.get("vae_dim", 96),
         )
-        apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter())
+        share = None
+        if self._ranks:
+            from .distributed.together import SharedTiles, lead_vae
+
+            share = SharedTiles(self._ranks)
+        apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter(), share=share)
         visit_by_halves(vae, self.device)
+        if self._ranks and self._ranks.leads:
+            layer_methods(vae, "ranks", **lead_vae(self._ranks))
         return vae
 
     def load(self, encoders: bool = True, prompts: Sequence[str] | None = None) -> None:
@@ -207,13 +205,32 @@ class WanPipeline:
 
         Raises InputError, naming the file, for one that is damaged or does not fit.
         """
-        with self.stages.loading():
+        loading = self._ranks.step("load") if self._ranks and self._ranks.leads else nullcontext()
+        with self.stages.loading(), loading:
             if encoders and (prompts is None or any(self._prompts.get(prompt) is None for prompt in prompts)):
                 assert self._text is not None
                 self._sizes.remember([self.checkpoint_dir / self.config.t5_checkpoint])
             if encoders and self.uses_clip:
                 assert self._image is not None
             assert self.model is not None and self.vae is not None
+
+    def follow(self) -> None:
+        """On all ranks but the first: does its share of what the first one's pipeline does, until that is done."""
+        from .distributed.together import vae_handlers
+
+        assert self._ranks and self._together
+        handlers = {
+            "load": lambda: self.load(encoders=False),
+            "text": self._encoded,
+            "denoise": self._together.follow,
+        }
+        with torch.no_grad():
+            self._ranks.serve(handlers | vae_handlers(self._ranks, lambda: self.vae))
+
+    def _shared_passes(self, ranks: Ranks) -> Any:
+        from .distributed.together import SharedPasses
+
+        return SharedPasses(ranks, lambda: self.model, self._passes)
 
     def _check_files(self) -> None:
         folder, config = self.checkpoint_dir, self.config
@@ -246,10 +263,13 @@ class WanPipeline:
     @cached_property
     def _text(self) -> Component:
         encoder = self.text_encoder
-        if not self.options.t5_stream:
+        if not self.options.t5_stream and not self._t5_fsdp:
             return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        streamer = Streamer(encoder.layer_groups(), self.device, buffers=self.options.stream_buffers)
-        apart = [encoder.model.embed_tokens, *encoder.layer_groups()]
+        groups = encoder.layer_groups()
+        apart = [encoder.model.embed_tokens, *groups]
+        if self._t5_fsdp:
+            return Component([encoder.model], self.device, apart, self._sharded(groups))
+        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
         return Component([encoder.model], self.device, apart, streamer)
 
     @cached_property
@@ -263,7 +283,16 @@ class WanPipeline:
 
     @cached_property
     def _dit(self) -> Component:
-        return Component([self.model], self.device)
+        if not self._dit_fsdp:
+            return Component([self.model], self.device)
+        groups = self.model.layer_groups()
+        return Component([self.model], self.device, groups, self._sharded(groups))
+
+    def _sharded(self, groups: Sequence[torch.nn.Module]) -> Any:
+        from .distributed.sharding import ShardedGroups
+
+        assert self._ranks
+        return ShardedGroups(groups, self.device, self._ranks.size)
 
     # Steps
 
@@ -316,13 +345,17 @@ class WanPipeline:
         missing = [text for text in found if found[text] is None]
         if missing:
             self._sizes.check()
-            layers = list(self.text_encoder.model.block)
-            with self._text.on_device(stay), self.stages.calls(layers, len(missing)):
-                for text in missing:
-                    found[text] = self.text_encoder([text], self._text.device)[0].to(self.device)
+            together = self._t5_fsdp and self._ranks
+            with self._ranks.step("text", missing, stay) if together else nullcontext():
+                found |= self._encoded(missing, stay)
         for text in missing:
             self._prompts.put(text, found[text])
         return [found[text].to(self.device) for text in texts]
+
+    def _encoded(self, texts: Sequence[str], stay: bool) -> dict[str, torch.Tensor]:
+        layers = list(self.text_encoder.model.block)
+        with self._text.on_device(stay), self.stages.calls(layers, len(texts)):
+            return {text: self.text_encoder([text], self._text.device)[0].to(self.device) for text in texts}
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
@@ -334,6 +367,12 @@ class WanPipeline:
             self.stages.calls(layers, 1),
         ):
             return self.clip.visual([video.to(self.device) for video in videos])
+
+    def _passes(
+        self, prompts: Sequence[int], conditioning: Conditioning, timesteps: torch.Tensor, stay: bool
+    ) -> AbstractContextManager[Flows]:
+        """See wan.passes."""
+        return passes(self._dit, self.options, conditioning, timesteps, prompts, stay, self._sizes.check)
 
     def denoise(
         self,
@@ -369,71 +408,24 @@ class WanPipeline:
             self.param_dtype,
             self.options.activation_offload,
         )
-        inputs = _to(dict(conditioning.inputs), self.device) | dict(conditioning.host_inputs)
-        seq_len = self._sequence_length(*shape[1:])
-
-        contexts = [conditioning.context.to(self.device)]
-        if guide_scale != 1:
-            contexts.append(conditioning.context_null.to(self.device))
-
-        def flows(latent: torch.Tensor, t: torch.Tensor, contexts: list[torch.Tensor]) -> list[torch.Tensor]:
-            self._sizes.check()
-            count = len(contexts)
-            return self.model(
-                [latent] * count,
-                t=t.expand(count),
-                context=contexts,
-                seq_len=seq_len,
-                together=count > 1,
-                **{name: _repeated(value, count) for name, value in inputs.items()},
-            )
-
-        def flow(latent: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-            return flows(latent, t, [context])[0]
-
-        if self.options.guidance_together and guide_scale != 1:
-            guided_flow = guided_together(partial(flows, contexts=contexts), guide_scale)
-        else:
-            with_prompt, without = (partial(flow, context=context) for context in (contexts[0], contexts[-1]))
-            guided_flow = guided(with_prompt, without, guide_scale)
         generator = self._generator(seed)
         if start:
             solver.load_state_dict(start[1])
-        weights = self._weights_for(solver.timesteps, contexts, inputs.get("clip_fea"), offload_model)
-        with self.stages("denoise"), weights:
+        prompts = [PROMPT] if guide_scale == 1 else [PROMPT, NEGATIVE_PROMPT]
+        opened = self._together.opened if self._together else self._passes
+        with (
+            self.stages("denoise"),
+            opened(prompts, conditioning, solver.timesteps, self._stay(offload_model)) as flows,
+        ):
             # Not by a name here, which would keep the noise on the device to the end.
             latent = denoise(
-                guided_flow,
+                guided_together(flows, guide_scale),
                 solver,
                 start[0].to(self.device) if start else self._noise(shape, generator),
                 self.stages.steps,
                 on_step,
             )
         return latent[:, conditioning.references :]
-
-    @contextlib.contextmanager
-    def _weights_for(
-        self,
-        timesteps: torch.Tensor,
-        contexts: Sequence[torch.Tensor],
-        clip_fea: torch.Tensor | None,
-        offload_model: bool | None,
-    ) -> Iterator[None]:
-        """Inside, the DiT can be called with these: its weights are on the device, or come in turn."""
-        if self.options.dit_stream is None:
-            with self._dit.on_device(self._stay(offload_model)):
-                yield
-            return
-        times = [t[None] for t in timesteps]
-        make_streamer = partial(
-            Streamer,
-            buffers=self.options.stream_buffers,
-            resident_bytes=int(self.options.dit_stream * 2**30),
-        )
-        with streamed_ahead(
-            self.model, self.device, times, contexts, clip_fea, self.param_dtype, make_streamer
-        ):
-            yield
 
     def _finish(
         self,
@@ -474,25 +466,6 @@ class WanPipeline:
             raise InputError(f"width and height must be multiples of {step}", "size", f"{width}*{height}")
         time, vertical, horizontal = self.vae_stride
         return (self.vae.model.z_dim, (frame_num - 1) // time + 1, height // vertical, width // horizontal)
-
-    def _sequence_length(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a latent video."""
-        patch = self.patch_size
-        return (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Dicts and lists of tensors on a device."""
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    return [_to(item, device) for item in value] if isinstance(value, list) else value.to(device)
-
-
-def _repeated(value: Any, count: int) -> Any:
-    """An input of the model for so many samples alike: lists and tensors have an entry, or several, for each."""
-    if isinstance(value, list):
-        return value * count
-    return value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
 
 
 def check_frame_num(frame_num: int, at_least: int = 1) -> None:

@@ -34,7 +34,9 @@ def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
 
 
 def guided_together(flows: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], scale: float) -> Flow:
-    """As `guided`, of what gives the flow and the unconditional one in one call."""
+    """As `guided`, of what gives the flow and the unconditional one in one call, or at a scale of 1 the flow alone."""
+    if scale == 1:
+        return lambda latent, t: flows(latent, t)[0]
 
     def flow_at(latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         conditional, away_from = flows(latent, t)

@@ -1,8 +1,11 @@
 """VACE: video from source frames, masks and reference images, each alone or together."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,9 @@ from .pipeline import Conditioning
 from .text2video import WanT2V
 from .utils.errors import InputError
 from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources, processor_of
+
+if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
 
 References = Sequence[Sequence[torch.Tensor] | None] | None  # of each sample
 
@@ -214,18 +220,53 @@ class WanVace(WanT2V):
 
 
 class WanVaceMP(WanVace):
-    """WanVace on several GPUs, which is not supported yet."""
+    """WanVace on all GPUs of this machine, a process for each: this one leads, and starts the others.
+
+    They import the program, which must start with `if __name__ == "__main__":`. They end with this process, or when
+    `close` is called.
+    """
 
     def __init__(
         self,
         config: Any,
-        checkpoint_dir: Any,
+        checkpoint_dir: str | Path,
         use_usp: bool = False,
         ulysses_size: int | None = None,
         ring_size: int | None = None,
+        *,
+        processes: int | None = None,
+        device: str | None = None,
+        **options: Any,
     ):
-        """Raises InputError."""
-        raise InputError("WanVaceMP: several GPUs are not supported yet, use WanVace on one")
+        """
+        Args:
+            config, checkpoint_dir, options: as WanVace's.
+            use_usp: accepted for call compatibility; all processes share every pass.
+            ulysses_size, ring_size: multiply to the number of processes, where they are given.
+            processes: default: one for each GPU.
+            device: kind of GPU, or cpu; default: the accelerator that is there.
+        """
+        size = processes or max(1, torch.cuda.device_count())
+        if (ulysses_size or 1) * (ring_size or 1) not in (1, size):
+            raise InputError(f"there are {size} processes", ("ulysses_size", "ring_size"))
+        if size == 1:
+            super().__init__(config, checkpoint_dir, device=device, **options)
+            return
+        from .distributed.spawned import start
+
+        ranks = start(size, partial(_follow, config, checkpoint_dir, options), device)
+        super().__init__(config, checkpoint_dir, device=ranks.device, ranks=ranks, **options)
+
+    def close(self) -> None:
+        """Ends the other processes."""
+        if self._ranks:
+            self._ranks.leave()
+
+
+def _follow(config: Any, checkpoint_dir: str | Path, options: dict[str, Any], ranks: Ranks) -> None:
+    """On the other processes of WanVaceMP."""
+    quiet = options | {"on_event": lambda event: None}
+    WanVace(config, checkpoint_dir, device=ranks.device, ranks=ranks, **quiet).follow()
 
 
 def _per_sample(ref_images: References, samples: int) -> list[Sequence[torch.Tensor]]:

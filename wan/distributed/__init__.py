@@ -1,1 +1,15 @@
-"""Room for several GPUs. The command line refuses its flags until then."""
+"""Several processes, a GPU each, that make one video: the same bits as one process makes.
+
+Started by torchrun, the first rank leads: it runs the request as a single process does, and the others follow its
+calls. What is shared: the two passes of guidance, the tokens of a pass, the tiles of the VAE, and with FSDP the
+weights. Everything is cut where chunks, heads and tiles are cut, so that each number is computed as in one process.
+
+Nothing of torch.distributed is imported before ranks are joined.
+"""
+
+import os
+
+
+def started_as_one_of_several() -> bool:
+    """Whether torchrun, or something like it, started this process and others beside it."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("0", "1")

@@ -26,8 +26,7 @@ import psutil
 import torch
 from torch import nn
 
-from ..modules.forward import spans
-from ..modules.tokens import Attention, Piece, Place, Tokens
+from ..modules.tokens import Attention, Piece, Place, Tokens, spans
 from .methods import Undo, layer_methods
 
 SLOTS = 4  # of a chunk each: two pieces of a loop, what goes out, and one to come
@@ -97,7 +96,8 @@ class ActivationOffload(Place):
 
     def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> _Heads:
         heads, width = shape
-        per_visit = self.heads_per_visit or ATTENTION_BYTES // (4 * length * width * dtype.itemsize)
+        self._allocate(self._slots, SLOTS, min(self.chunk, length) * heads * width * dtype.itemsize)
+        per_visit = self.heads_per_visit or ATTENTION_BYTES // max(1, 4 * length * width * dtype.itemsize)
         return _Heads(self, name, length, shape, dtype, min(heads, max(1, per_visit)))
 
     def attended(  # type: ignore[override]

@@ -9,13 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from .methods import Undo, layer_methods
-from .streaming import Streamer
+
+
+class Attachable(Protocol):
+    """Brings parameters while it is attached."""
+
+    def attach(self) -> None: ...
+
+    def detach(self) -> None: ...
 
 
 class Component:
@@ -27,7 +34,8 @@ class Component:
         modules: the modules to move.
         device: where they compute.
         apart: modules inside them whose parameters stay home.
-        streamer: a Streamer that brings the parameters of some of `apart` in turn while the rest is there.
+        streamer: a Streamer, or what attaches and detaches like one, that brings the parameters of some of `apart` in
+            turn while the rest is there.
         release: give the allocator's unused memory back to the device after a visit, so that other users of it
             find it. That takes time: leave it where visits are short and frequent.
     """
@@ -37,7 +45,7 @@ class Component:
         modules: Iterable[nn.Module],
         device: torch.device | str,
         apart: Iterable[nn.Module] = (),
-        streamer: Streamer | None = None,
+        streamer: Attachable | None = None,
         release: bool = True,
     ):
         self.modules = list(modules)

@@ -20,7 +20,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -40,8 +40,22 @@ CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 OnFrame = Callable[[int, int], None]  # is told after each frame of a tile: so many of so many done
+Index = tuple[Any, ...]
 
 log = logging.getLogger(__name__)
+
+
+class Share(Protocol):
+    """What one of several computes, who all are given the same calls. What one lacks memory for ends them all."""
+
+    def agreed(self, tile: int) -> int:
+        """The tile size that all take."""
+
+    def mine(self, number: int) -> bool:
+        """Whether this one computes that tile of a pass."""
+
+    def complete(self, target: torch.Tensor, places: Sequence[Index]) -> None:
+        """Fills in what others computed: the tiles of a pass, in order, at these places of its target."""
 
 
 def check_tile(value: int | str) -> int | str:
@@ -61,7 +75,11 @@ def check_tile(value: int | str) -> int | str:
 
 
 def apply_tiling(
-    vae: Any, tile: int | str = "auto", capacity: int | None = None, on_frame: OnFrame | None = None
+    vae: Any,
+    tile: int | str = "auto",
+    capacity: int | None = None,
+    on_frame: OnFrame | None = None,
+    share: Share | None = None,
 ) -> Undo:
     """Gives a VAE tiled `encode` and `decode` of the same signatures: a list or batch in, a list out.
 
@@ -74,6 +92,7 @@ def apply_tiling(
         capacity: bytes of the device that this process may take, CUDA's own among them, for "auto"; None for the
             whole device.
         on_frame: is told how far an encoding or decoding is; smaller tiles start anew.
+        share: of several that work on it; default: all.
 
     Returns:
         Function that puts the VAE's own `encode` and `decode` back.
@@ -83,7 +102,7 @@ def apply_tiling(
         RuntimeError: tiled already, or its methods are replaced already by something that tiles would undo.
     """
     check_tile(tile)
-    settings = {"tile": tile, "capacity": capacity, "on_frame": on_frame}
+    settings = {"tile": tile, "capacity": capacity, "on_frame": on_frame, "share": share}
     return layer_methods(
         vae,
         "vae_tile",
@@ -100,10 +119,11 @@ def encode_each(
     tile: int | str,
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
+    share: Share | None = None,
 ) -> list[torch.Tensor]:
     """Encodes each video where the encoder's weights are now, without autocast; see `encode`."""
     with _no_autocast(vae.model.conv1.weight.device.type):
-        return [encode(vae.model, video, vae.scale, tile, capacity, on_frame) for video in videos]
+        return [encode(vae.model, video, vae.scale, tile, capacity, on_frame, share) for video in videos]
 
 
 @torch.no_grad()
@@ -113,11 +133,12 @@ def decode_each(
     tile: int | str,
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
+    share: Share | None = None,
     stored: vae_forward.Stored | None = None,
 ) -> list[torch.Tensor]:
     """Decodes each latent where the decoder's weights are now, without autocast; see `decode`."""
     with _no_autocast(vae.model.conv2.weight.device.type):
-        return [decode(vae.model, z, vae.scale, tile, capacity, on_frame, stored) for z in zs]
+        return [decode(vae.model, z, vae.scale, tile, capacity, on_frame, stored, share) for z in zs]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -134,6 +155,7 @@ def decode(
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
     stored: vae_forward.Stored | None = None,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.decode, by tiles.
 
@@ -141,13 +163,14 @@ def decode(
 
     Args:
         model, z, scale, stored: as there.
-        tile, capacity, on_frame: see `apply_tiling`.
+        tile, capacity, on_frame, share: see `apply_tiling`.
     """
     if tile == "auto":
         _, frames, height, width = z.shape
         shape = (vae_forward.decoded_frames(frames), 8 * height, 8 * width)
         tile = _tile_for_device(decode_bytes, model, shape, model.conv2.weight.device, capacity)
-    large_pass = functools.partial(by_tiles, int(tile), on_frame=on_frame)
+        tile = share.agreed(tile) if share else tile
+    large_pass = functools.partial(by_tiles, int(tile), on_frame=on_frame, share=share)
     return vae_forward.decode(model, z, scale, large_pass, stored)
 
 
@@ -158,6 +181,7 @@ def encode(
     tile: int | str = 0,
     capacity: int | None = None,
     on_frame: OnFrame | None = None,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """As wan.modules.vae_forward.encode, by tiles.
 
@@ -165,11 +189,13 @@ def encode(
 
     Args:
         model, video, scale: as there.
-        tile, capacity, on_frame: see `apply_tiling`.
+        tile, capacity, on_frame, share: see `apply_tiling`.
     """
     if tile == "auto":
         tile = _tile_for_device(encode_bytes, model, video.shape[1:], model.conv1.weight.device, capacity)
-    return vae_forward.encode(model, video, scale, functools.partial(by_tiles, int(tile), on_frame=on_frame))
+        tile = share.agreed(tile) if share else tile
+    large_pass = functools.partial(by_tiles, int(tile), on_frame=on_frame, share=share)
+    return vae_forward.encode(model, video, scale, large_pass)
 
 
 def by_tiles(
@@ -179,6 +205,7 @@ def by_tiles(
     target: torch.Tensor,
     weight: torch.Tensor,
     on_frame: OnFrame | None = None,
+    share: Share | None = None,
 ) -> None:
     """As wan.modules.vae_forward.on_whole_frames in tiles of at most `tile` pixels, smaller ones if memory runs out."""
     longest = max(pixel_size(source.shape[2:], target.shape[2:]))
@@ -186,20 +213,24 @@ def by_tiles(
     while True:
         try:
             parts = list(tiles(operations, source.shape[2:], target.shape[2:], tile))
-            for number, part in enumerate(parts):
+            shared = share if len(parts) > 1 else None
+            mine = [part for n, part in enumerate(parts) if shared is None or shared.mine(n)]
+            for number, part in enumerate(mine):
                 frames = frames_of(source[part.source], weight)
                 if on_frame:
-                    frames = _told(frames, on_frame, number * source.size(1), len(parts) * source.size(1))
+                    frames = _told(frames, on_frame, number * source.size(1), len(mine) * source.size(1))
                 run_pass(operations, frames, FrameWriter(target[part.target]), part.crops)
-            return
+            break
         except RuntimeError as error:
             smaller = tile // 2 // TILE_STEP * TILE_STEP
-            if smaller < SMALLEST_TILE or not is_out_of_memory(error):
+            if share or smaller < SMALLEST_TILE or not is_out_of_memory(error):
                 raise
         gc.collect()  # outside the except clause, which keeps the failed pass alive
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
         torch.get_device_module(weight.device).empty_cache()
+    if shared:
+        shared.complete(target, [part.target for part in parts])
 
 
 def _told(frames: Iterable[torch.Tensor], on_frame: OnFrame, done: int, total: int) -> Iterator[torch.Tensor]:

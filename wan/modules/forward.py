@@ -76,29 +76,6 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
     return [getattr(model, name) for name in names if hasattr(model, name)]
 
 
-_ROWS = 32  # rows that kernels take at a time, or a multiple of it
-
-
-def spans(length: int, chunk: int) -> list[slice]:
-    """Slices that cut `length` tokens into pieces of at most `chunk`, which is 64 or more; 0 means one piece.
-
-    CPU kernels take rows in blocks, and one to three rows that are left over by another kernel, which rounds
-    otherwise. So a piece leaves none where the whole leaves none, and the last piece as many as the whole does.
-    """
-    if not chunk or chunk >= length:
-        return [slice(0, length)]
-    left, last = length % _ROWS, 0
-    if 0 < left < 4:
-        # PyTorch's attention takes 32 queries at a time, from 192 on 64 and from 768 on 256.
-        block = 256 if length >= 768 else 64 if length >= 192 else 32
-        last = left + (_ROWS if length % block < 4 else _ROWS // 2)
-    step = chunk // _ROWS * _ROWS
-    ends = [*range(step, length - last, step), length - last]
-    if last:
-        ends.append(length)
-    return [slice(start, end) for start, end in zip([0, *ends], ends)]
-
-
 def cross_attentions(model: nn.Module) -> list[nn.Module]:
     """Those of all blocks; what they call on the context alone is in conditions.py, `context_layers`."""
     return [block.cross_attn for block in (*model.blocks, *getattr(model, "vace_blocks", ()))]
@@ -162,7 +139,7 @@ def dit_forward(
             Rope(model.freqs.to(device), grid),
             attention,
             dtype,
-            spans(tokens.length, chunk),
+            place.spans(tokens.length, chunk),
             place,
             name,
         )
@@ -175,7 +152,7 @@ def dit_forward(
             )
             yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
-        return predict(model, tokens, conditions.time, grid, layers.spans).to(dtype).float()
+        return predict(model, tokens, conditions.time, grid, layers.spans, place).to(dtype).float()
 
     return finished([flow(i) for i in range(len(x))], together)
 
@@ -341,17 +318,24 @@ def embed_patches(
 
 
 def predict(
-    model: nn.Module, x: Tokens, time: torch.Tensor, grid: tuple[int, int, int], spans: list[slice]
+    model: nn.Module,
+    x: Tokens,
+    time: torch.Tensor,
+    grid: tuple[int, int, int],
+    spans: list[slice],
+    place: Place,
 ) -> torch.Tensor:
     """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
-    return patches_to_video(head_patches(model.head, x, time, spans)[0], grid, model.patch_size)
+    pieces = head_patches(model.head, x, time, spans)
+    patches = place.joined(pieces, x.length, model.head.head.out_features)
+    return patches_to_video(patches[0], grid, model.patch_size)
 
 
-def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> torch.Tensor:
-    """The head alone: the residual stream and the embedded time [1, dim] to [1, L, values of a patch] fp32."""
+def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> list[torch.Tensor]:
+    """The head alone: spans of the residual stream, and the embedded time [1, dim], to patches [1, n, values] fp32."""
     with full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        return torch.cat([head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)], 1)
+        return [head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)]
 
 
 def patches_to_video(

@@ -67,7 +67,7 @@ def head_forward(head: nn.Module, x: torch.Tensor, e: torch.Tensor) -> torch.Ten
     """The head, x: [B, L, dim], e: [B, dim], the embedded time: [B, L, values of a patch] fp32."""
     span = slice(0, x.size(1))
     return torch.cat(
-        [head_patches(head, _tokens(part[None]), time[None], [span]) for part, time in zip(x, e)]
+        [head_patches(head, _tokens(part[None]), time[None], [span])[0] for part, time in zip(x, e)]
     )
 
 

@@ -5,12 +5,36 @@ These live on the device; subclasses may keep them elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Piece = tuple[slice, torch.Tensor]
+
+_ROWS = 32  # rows that kernels take at a time, or a multiple of it
+
+
+def spans(length: int, chunk: int, part: slice | None = None) -> list[slice]:
+    """Slices that cut `length` tokens into pieces of at most `chunk`, which is 64 or more; 0 means one piece.
+
+    CPU kernels take rows in blocks, and one to three rows that are left over by another kernel, which rounds
+    otherwise. So a piece leaves none where the whole leaves none, and the last piece as many as the whole does.
+
+    part: cuts these of the tokens only; it starts and stops where the pieces of a cut do, one of 64 or more.
+    """
+    start, stop = (part.start, part.stop) if part else (0, length)
+    if stop - start == length and (not chunk or chunk >= length):
+        return [slice(0, length)]
+    left, last = length % _ROWS, 0
+    if 0 < left < 4:
+        # PyTorch's attention takes 32 queries at a time, from 192 on 64 and from 768 on 256.
+        block = 256 if length >= 768 else 64 if length >= 192 else 32
+        last = left + (_ROWS if length % block < 4 else _ROWS // 2)
+    step = chunk // _ROWS * _ROWS or length
+    body = max(start, min(stop, length - last))
+    ends = [*range(start + step, body, step), body, stop]
+    return [slice(begin, end) for begin, end in zip([start, *ends], ends) if begin < end]
 
 
 class Tokens:
@@ -41,7 +65,11 @@ class Tokens:
 
 
 class Place:
-    """Where they live: makes them, and attends over them."""
+    """Where they live: cuts them, makes them, and attends over them."""
+
+    def spans(self, length: int, chunk: int) -> list[slice]:
+        """The pieces, of at most `chunk` tokens, in which a sample's tokens are computed here; see `spans`."""
+        return spans(length, chunk)
 
     def stream(self, name: str, length: int, width: int) -> Tokens:
         """A residual stream, fp32. One of the same name that was made before is not used any more."""
@@ -60,6 +88,10 @@ class Place:
             del query
             yield span, out
             del out
+
+    def joined(self, pieces: Sequence[torch.Tensor], length: int, width: int) -> torch.Tensor:
+        """What was computed here of all spans, [1, n, width] fp32 each, as [1, length, width]."""
+        return torch.cat(list(pieces), 1)
 
 
 ON_DEVICE = Place()

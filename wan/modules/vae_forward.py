@@ -26,6 +26,7 @@ class Stored(Protocol):
     """Makes of a piece of a frame in [-1, 1], [1, 3, h, w], which it may overwrite, what is stored of it."""
 
     dtype: torch.dtype
+    finite: bool  # whether all values were numbers
 
     def __call__(self, frame: torch.Tensor) -> torch.Tensor: ...
 

@@ -28,7 +28,8 @@ SPEED = "speed (not the same bits)"
 KEEPING = "files, and what is kept"
 PLANNING = "memory plan"
 PROMPT_EXTENSION = "prompt extension"
-GPUS = "several GPUs (not supported yet)"
+ON_ONE_GPU = {"ulysses_size": 1, "ring_size": 1, "t5_fsdp": False, "dit_fsdp": False}
+GPUS = "several GPUs (torchrun --nproc_per_node N; the same video)"
 # Pixels. Rotary embedding has 1024 positions of 16 each, and as many of 4 frames.
 SIDE_STEP = 16
 LONGEST_SIDE = 8192
@@ -183,10 +184,20 @@ class Request:
         group=KEEPING,
         metavar="DIR",
     )
-    ulysses_size: int = option(1, "Ulysses parallelism of the DiT.", group=GPUS)
-    ring_size: int = option(1, "Ring attention of the DiT.", group=GPUS)
-    t5_fsdp: bool = option(False, "FSDP for the text encoder.", group=GPUS)
-    dit_fsdp: bool = option(False, "FSDP for the DiT.", group=GPUS)
+    ulysses_size: int = option(
+        1,
+        "Ranks that share a pass of the DiT; times --ring_size all that are started.",
+        at_least=1,
+        group=GPUS,
+    )
+    ring_size: int = option(
+        1,
+        "As --ulysses_size: all exchange heads for tokens, which is exact. Ring attention is not built.",
+        at_least=1,
+        group=GPUS,
+    )
+    t5_fsdp: bool = option(False, "Share the text encoder's weights out over the ranks (FSDP).", group=GPUS)
+    dit_fsdp: bool = option(False, "Share the DiT's weights out over the ranks (FSDP).", group=GPUS)
     vram_limit: float | str = option(
         "auto",
         "GiB of the card for this run, CUDA's own among them; auto for what is free (default). Memory options that are "
@@ -224,6 +235,11 @@ class Request:
     def pixels(self) -> tuple[int, int]:
         """(width, height) of `size`."""
         return pixels(self.facts, self.size)
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether it asks for several processes."""
+        return self.ulysses_size != 1 or self.ring_size != 1 or self.t5_fsdp or self.dit_fsdp
 
     @property
     def references(self) -> list[str] | None:
@@ -296,11 +312,6 @@ class Request:
             )
         if self.frame_num < task.least_frames:
             raise InputError(f"{self.task} needs at least {task.least_frames}", "frame_num", self.frame_num)
-        if self.ulysses_size != 1 or self.ring_size != 1 or self.t5_fsdp or self.dit_fsdp:
-            raise InputError(
-                "several GPUs are not supported yet, leave them out",
-                ("ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp"),
-            )
         for other in TASKS.values():
             for name in other.inputs:
                 if name not in task.inputs and getattr(self, name) is not None:

@@ -7,7 +7,7 @@ import gc
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -45,6 +45,9 @@ from .request import Request
 from .settings import settings_text
 from .state import State, read_state
 
+if TYPE_CHECKING:
+    from ..distributed.ranks import Ranks
+
 log = logging.getLogger(__name__)
 
 DECODING = "decoding"
@@ -78,9 +81,16 @@ class Runner:
 
     Args:
         on_event, interrupts: as run()'s.
+        ranks: the processes that it shares the work with, each of which has a Runner; the others `follow` the first.
     """
 
-    def __init__(self, on_event: Listener | None = None, interrupts: Interrupts | None = None):
+    def __init__(
+        self,
+        on_event: Listener | None = None,
+        interrupts: Interrupts | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self._ranks = ranks
         self._listener = on_event or (lambda event: None)
         self._forecast: Forecast | None = None
         self._prompts: dict[Path | None, PromptCache] = {}  # by their folders
@@ -90,11 +100,19 @@ class Runner:
 
     def run(self, request: Request) -> Path:
         """As run()."""
+        if self._ranks or request.over_ranks:
+            from .ranks import check_sizes
+
+            check_sizes(request, self._ranks)
         check_outputs(request)
         request, plan = self._planned(request)
         state = _start(request)
-        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+        with (
+            exact_arithmetic() if request.exact else contextlib.nullcontext(),
+            self._ranks.session("run", request) if self._ranks else contextlib.nullcontext(),
+        ):
             pipeline = self._pipeline_for(request)
+            self._check_weights(request, pipeline)
             if not state.finished:
                 check_ram(state.request, pipeline)
             keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
@@ -119,15 +137,33 @@ class Runner:
         self._tell(Finished(path))
         return path
 
+    def follow(self, request: Request) -> None:
+        """Does this rank's share of what the first one runs."""
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            pipeline = self._pipeline_for(request)
+            self._check_weights(request, pipeline)
+            pipeline.follow()
+
+    def _check_weights(self, request: Request, pipeline: Any) -> None:
+        """Raises InputError unless all ranks have the same weights."""
+        if self._ranks:
+            from .ranks import check_weights
+
+            found = _digests(pipeline, "text" if request.t5_fsdp else "denoise")
+            check_weights(self._ranks, found | {MERGED: lora_identity(request.loras)})
+
+    def _device(self, request: Request) -> torch.device:
+        return self._ranks.use(request.device) if self._ranks else choose_device(request.device)
+
     def _planned(self, request: Request) -> tuple[Request, Plan | None]:
         """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
-        device = choose_device(request.device)
+        device = self._device(request)
         limited = request.vram_limit != "auto"
         if limited and device.type == "cpu":
             raise InputError("limits an accelerator, there is none", "vram_limit", request.vram_limit)
         if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
             return request, None
-        if not request.planned:
+        if not request.planned or request.dit_fsdp or request.t5_fsdp:  # parts of weights are not planned for
             if limited:
                 hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
             return request, None
@@ -152,7 +188,7 @@ class Runner:
 
     def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
         """The next plan when memory ran out all the same; None if it was something else, or there is none."""
-        if plan is None or not is_out_of_memory(error):
+        if plan is None or self._ranks or not is_out_of_memory(error):
             return None
         planner, *_ = planner_for(request, choose_device(request.device))
         leaner = planner.leaner(plan)
@@ -196,10 +232,12 @@ class Runner:
             request.attention,
             request.compile,
             request.prompt_folder,
+            request.dit_fsdp,
+            request.t5_fsdp,
         )
         if built != self._built:
             self._pipeline = self._built = self._forecast = None  # its room is needed
-            device = choose_device(request.device)
+            device = self._device(request)
             if not task.toy:
                 require_accelerator(device, request.device)
             check_able(request.attention, request.compile, device, task.config.param_dtype)
@@ -218,6 +256,9 @@ class Runner:
                 prompt_cache=self._prompts.setdefault(
                     request.prompt_folder, PromptCache(request.prompt_folder)
                 ),
+                ranks=self._ranks,
+                dit_fsdp=request.dit_fsdp,
+                t5_fsdp=request.t5_fsdp,
                 **vars(request.memory),
             )
             self._built = built
@@ -266,7 +307,7 @@ def _identified(state: State, pipeline: Any) -> State:
     Raises InputError if they are others than those that it started with.
     """
     folder = pipeline.checkpoint_dir
-    found = {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(state.stage)}
+    found = _digests(pipeline, state.stage)
     if state.stage != "decode":
         merged = lora_identity(state.request.loras)
         if state.weights.get(MERGED, merged) != merged:
@@ -279,6 +320,12 @@ def _identified(state: State, pipeline: Any) -> State:
                 "ckpt_dir",
             )
     return replace(state, weights=found | dict(state.weights))
+
+
+def _digests(pipeline: Any, stage: str) -> dict[str, str]:
+    """Name and digest of each weight file that a run needs from a stage on."""
+    folder = pipeline.checkpoint_dir
+    return {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(stage)}
 
 
 def _made(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..pipeline import Conditioning
 from ..utils.errors import InputError
 from ..utils.files import replacing
 from ..weights.writing import write_tensors
-from .request import Request
+from .request import ON_ONE_GPU, Request
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def resumed_request(
 
 def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:
     """The request of a state in the file `path`."""
-    stored = dict(values["request"])
+    stored = dict(values["request"]) | ON_ONE_GPU  # however many it started on
     save_file = os.path.normpath(path.absolute().parent / stored["save_file"])
     memory = MemoryOptions(**stored["memory"])
     places = {"memory": memory, "save_file": save_file, "resume": str(path.absolute())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,14 @@ def program_name() -> str:
 
 
 def command() -> list[str]:
-    """The words that start it again, in any folder."""
-    if program_name() == INSTALLED:
-        return [str(Path(shutil.which(sys.argv[0]) or sys.argv[0]).absolute())]
+    """The words that start it again, in any folder; by torchrun if that started it."""
+    installed = program_name() == INSTALLED
     script = Path(__file__).resolve().parents[2] / SCRIPT
-    return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "wan"]
+    if installed:
+        words = [str(Path(shutil.which(sys.argv[0]) or sys.argv[0]).absolute())]
+    else:
+        words = [str(script)] if script.is_file() else ["-m", "wan"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks = ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        return [sys.executable, *ranks, *(["--no-python"] if installed else []), *words]
+    return words if installed else [sys.executable, *words]

@@ -69,6 +69,10 @@ class EightBitFrames:
     def finite(self) -> bool:
         return self._finite is None or bool(self._finite)
 
+    @finite.setter
+    def finite(self, value: bool) -> None:
+        self._finite = torch.tensor(value)
+
     def __call__(self, frame: torch.Tensor) -> torch.Tensor:
         finite = torch.isfinite(frame).all()
         self._finite = finite if self._finite is None else self._finite & finite

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ...modules.forward import finished, spans
+from ...modules.forward import finished
+from ...modules.tokens import spans
 from ..activation_offload import ATTENTION_BYTES, SLOTS
 from .conditions import IMAGE_TOKENS, Conditions
 from .image import layer_norm

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ...modules.forward import cross_attentions, layer_groups, spans
+from ...modules.forward import cross_attentions, layer_groups
+from ...modules.tokens import spans
 from ...modules.vae_forward import decoded_frames, encoded_frames
 from ...modules.vae_operations import (
     Attention,

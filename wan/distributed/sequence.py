@@ -1,0 +1,198 @@
+"""A sample's tokens over ranks: each computes a part of them, and attends with a part of the heads over all of them.
+
+Before attention every rank sends each other one the queries, keys and values of its own tokens and that one's heads,
+and gets back what has been attended to (Jacobs et al., DeepSpeed Ulysses, 2023). Parts need not be equal. Tokens are
+cut where chunks are, and heads are apart in any case, so each number is computed as by one process; merging partial
+sums of the softmax, as ring attention does, would round otherwise.
+
+By rounds: in each, a rank sends one piece of its tokens, or nothing when it has sent all of them, so that no more than
+a piece is held twice. Where the tensors live otherwise, on the device or in RAM, is another place's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..memory.methods import Undo, layer_methods
+from ..modules.tokens import ON_DEVICE, Attention, Piece, Place, Tokens, spans
+
+BLOCK = 64  # tokens, of which parts are made
+
+
+class Exchanging(Protocol):
+    """Ranks, seen from one: `rank` of `size`, that computes on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def exchange(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+    ) -> list[torch.Tensor]:
+        """Gives each rank a part, and returns what each has for this one, of these shapes."""
+
+
+def apply_ranks(model: nn.Module, team: Exchanging) -> Undo:
+    """Makes a DiT compute a share of each pass, when all ranks of a team call it alike; each gets the whole result.
+
+    Works inside of chunking and activation offload. Returns what undoes it.
+
+    Raises RuntimeError if it is applied already.
+    """
+    if team.size == 1:
+        return lambda: None
+
+    def shared(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, place: Place = ON_DEVICE, **kwargs: Any) -> Any:
+            return forward(*args, place=OverRanks(team, place), **kwargs)
+
+        return call
+
+    return layer_methods(model, "ranks", innermost=True, forward=shared)
+
+
+def parts_of(length: int, ranks: int) -> list[slice]:
+    """The tokens of each rank: near equal, of whole blocks; the last ones may get none."""
+    blocks = spans(length, BLOCK)
+    starts = [block.start for block in blocks] + [length]
+    cuts = [starts[-(-len(blocks) * rank // ranks)] for rank in range(ranks + 1)]
+    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:])]
+
+
+def heads_of_ranks(heads: int, ranks: int) -> list[slice]:
+    """The heads of each rank: near equal, consecutive; with more ranks than heads some have none."""
+    cuts = [heads * rank // ranks for rank in range(ranks + 1)]
+    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:])]
+
+
+class OverRanks(Place):
+    """Tokens over the ranks of a team, on each of them in another place."""
+
+    def __init__(self, team: Exchanging, inner: Place = ON_DEVICE):
+        self._team, self._inner = team, inner
+        self._cuts: dict[int, list[list[slice]]] = {}  # by the number of tokens, of each rank
+
+    def spans(self, length: int, chunk: int) -> list[slice]:
+        parts = parts_of(length, self._team.size)
+        self._cuts[length] = [spans(length, chunk, part) for part in parts]
+        return self._cuts[length][self._team.rank]
+
+    def stream(self, name: str, length: int, width: int) -> Tokens:
+        part = self._part(length)
+        return _Part(self._inner.stream(name, part.stop - part.start, width), part, length)
+
+    def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tokens:
+        part = self._part(length)
+        return _Part(self._inner.heads(name, part.stop - part.start, shape, dtype), part, length)
+
+    def attended(
+        self, attention: Attention, queries: Iterable[Piece], keys: Tokens, values: Tokens
+    ) -> Iterator[Piece]:
+        length, shape, dtype = keys.length, keys.shape, keys.dtype
+        exchange = _Heads(self._team, shape, dtype)
+        cuts = self._cuts[length]
+        own = cuts[self._team.rank]
+        contents = []
+        for name, part in (("all keys", keys), ("all values", values)):
+            whole = self._inner.heads(name, length, (exchange.count, shape[1]), dtype)
+            for pieces in exchange.to_heads(part.read(own), cuts):
+                for span, piece in pieces:
+                    whole.write(span, piece)
+            contents.append(whole)
+        arriving = (piece for pieces in exchange.to_heads(queries, cuts) for piece in pieces)
+        yield from exchange.to_tokens(self._inner.attended(attention, arriving, *contents), cuts)
+
+    def joined(self, pieces: Sequence[torch.Tensor], length: int, width: int) -> torch.Tensor:
+        team = self._team
+        none = torch.empty(1, 0, width, device=team.device)
+        own = torch.cat([*pieces, none], 1)
+        shapes = [(1, part.stop - part.start, width) for part in parts_of(length, team.size)]
+        return torch.cat(team.exchange([own] * team.size, shapes), 1)
+
+    def _part(self, length: int) -> slice:
+        return parts_of(length, self._team.size)[self._team.rank]
+
+
+class _Heads:
+    """Sends pieces [1, n, heads, head_dim] between the ranks of their tokens and the ranks of their heads.
+
+    A rank without heads computes one with another rank, and nobody asks it for the result: so all do alike.
+
+    Attributes:
+        count: heads that are attended to here.
+    """
+
+    def __init__(self, team: Exchanging, shape: tuple[int, ...], dtype: torch.dtype):
+        self._team, self._dtype = team, dtype
+        heads, self._width = shape
+        self._shares = heads_of_ranks(heads, team.size)
+        self._seen = [share if share.stop > share.start else slice(0, 1) for share in self._shares]
+        self.count = self._count(self._seen[team.rank])
+
+    def to_heads(self, pieces: Iterable[Piece], cuts: Sequence[Sequence[slice]]) -> Iterator[list[Piece]]:
+        """Own spans with all heads, round by round to each rank's next span with the heads of this one."""
+        mine = iter(pieces)
+        for spans_ in _rounds(cuts):
+            piece = next(mine)[1] if spans_[self._team.rank] else self._nothing(self._count(self._shares))
+            shapes = [(1, _length(span), self.count, self._width) for span in spans_]
+            arrived = self._team.exchange([piece[:, :, share] for share in self._seen], shapes)
+            del piece
+            yield [(span, part) for span, part in zip(spans_, arrived) if span]
+        for _ in mine:  # what reads them releases the last one when it is asked for another
+            pass
+
+    def to_tokens(self, pieces: Iterator[Piece], cuts: Sequence[Sequence[slice]]) -> Iterator[Piece]:
+        """The way back: each rank's spans with the heads of this one to own spans with all heads."""
+        counts = [self._count(share) for share in self._shares]
+        for spans_ in _rounds(cuts):
+            own = spans_[self._team.rank]
+            asked = counts[self._team.rank]
+            parts = [next(pieces)[1][:, :, :asked] if span else self._nothing(asked) for span in spans_]
+            shapes = [(1, _length(own), count, self._width) for count in counts]
+            arrived = self._team.exchange(parts, shapes)
+            del parts
+            if own:
+                yield own, torch.cat(arrived, dim=2)
+
+    def _count(self, share: slice | Sequence[slice]) -> int:
+        return share.stop - share.start if isinstance(share, slice) else sum(map(self._count, share))
+
+    def _nothing(self, heads: int) -> torch.Tensor:
+        return torch.empty(1, 0, heads, self._width, dtype=self._dtype, device=self._team.device)
+
+
+class _Part(Tokens):
+    """The tokens of this rank under their numbers among all; what is written of others is left out."""
+
+    def __init__(self, inner: Tokens, part: slice, length: int):
+        super().__init__(length, inner.shape, inner.dtype)
+        self._inner, self._part = inner, part
+
+    def read(self, spans: Iterable[slice]) -> Iterator[Piece]:
+        start = self._part.start
+        for span, piece in self._inner.read(slice(span.start - start, span.stop - start) for span in spans):
+            yield slice(span.start + start, span.stop + start), piece
+            del piece
+
+    def write(self, span: slice, value: torch.Tensor) -> None:
+        start, stop = max(span.start, self._part.start), min(span.stop, self._part.stop)
+        if start < stop:
+            own = value[:, start - span.start : stop - span.start]
+            self._inner.write(slice(start - self._part.start, stop - self._part.start), own)
+
+    def add(self, span: slice, value: torch.Tensor) -> None:
+        self._inner.add(slice(span.start - self._part.start, span.stop - self._part.start), value)
+
+
+def _rounds(cuts: Sequence[Sequence[slice]]) -> Iterator[list[slice | None]]:
+    """The next span of each rank, None of those that have no more."""
+    for turn in range(max(map(len, cuts))):
+        yield [cut[turn] if turn < len(cut) else None for cut in cuts]
+
+
+def _length(span: slice | None) -> int:
+    return span.stop - span.start if span else 0
