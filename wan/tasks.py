@@ -30,7 +30,7 @@ class Task:
         all_inputs: whether it needs every one of them.
         area_only: whether a size stands for its area alone, the aspect being that of the input.
         still: whether it makes one picture instead of a video.
-        toy: whether its checkpoint is a toy that makes itself.
+        toy: "module:function" that makes its checkpoint, of a toy's name; empty for a task that is not one.
         frame_num, least_frames: frames by default and at least.
         sample_steps, sample_shift: solver steps and shift by default.
         shift_at: shifts by default at some sizes, where they are others.
@@ -47,7 +47,7 @@ class Task:
     area_only: bool = False
     free_size: bool = False
     still: bool = False
-    toy: bool = False
+    toy: str = ""
     frame_num: int = 81
     least_frames: int = 1
     sample_steps: int = 50
@@ -58,8 +58,7 @@ class Task:
     @property
     def pipeline_class(self) -> type:
         """The pipeline, imported."""
-        module, name = self.pipeline.split(":")
-        return getattr(importlib.import_module(f".{module}", __package__), name)
+        return _imported(self.pipeline)
 
     @property
     def dit_config(self) -> dict[str, Any]:
@@ -69,9 +68,19 @@ class Task:
         sizes = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
         return {name: self.config[name] for name in sizes} | dict(self.dit)
 
+    def toy_checkpoint(self, name: str) -> Path:
+        """The directory of a toy task's own checkpoint; name: the task's."""
+        return _imported(self.toy)(name)
+
     def shift(self, size: str) -> float:
         """The shift by default at a size."""
         return self.shift_at.get(size, self.sample_shift)
+
+
+def _imported(place: str) -> Any:
+    """What "module:name" in this package says."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 _TEXT: dict[str, Any] = {
@@ -115,6 +124,28 @@ _EDIT: dict[str, Any] = {
 }
 
 
+_TRAINED: dict[str, Any] = {
+    "toy": "toy.checkpoints:checkpoint",
+    "free_size": False,
+    "sample_steps": 20,
+    "sample_shift": 3.0,
+    "shift_at": {},
+}
+_TOY_EXAMPLES: dict[str, Any] = {
+    "t2v-toy": {"prompt": "a red ball rolls to the right"},
+    "t2i-toy": {"prompt": "a yellow triangle on a black ground"},
+    "i2v-toy": {"prompt": "a blue square slides to the right", "inputs": {"image": "toy_image.png"}},
+    "flf2v-toy": {
+        "prompt": "a pink ball moves up",
+        "inputs": {"first_frame": "toy_first_frame.png", "last_frame": "toy_last_frame.png"},
+    },
+    "vace-toy": {
+        "prompt": "it moves to the left on a white ground",
+        "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "toy_reference.png"},
+    },
+}
+
+
 def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
     """Of a model with one VACE block for so many blocks."""
     return {"dit": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": list(range(0, layers, step))}}
@@ -122,11 +153,12 @@ def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
 
 # Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
 def _task(name: str, facts: dict[str, Any]) -> Task:
-    toy = name.endswith("-tiny")
-    if toy:
-        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": True}
+    if name.endswith("-tiny"):
+        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
+    if name.endswith("-toy"):
+        facts = {"frame_num": 17} | facts | _TRAINED | _TOY_EXAMPLES[name]
     sizes = SUPPORTED_SIZES[name]
-    size = next(size for size in ("1280*720", "832*480", "128*96") if size in sizes)
+    size = next(size for size in ("1280*720", "832*480", "128*96", "80*48") if size in sizes)
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
 
 
@@ -141,6 +173,11 @@ TASKS = {
         "flf2v-14B": _FIRST_LAST,
         "vace-1.3B": _EDIT | _vace_blocks(30, 2),
         "vace-14B": _EDIT | _vace_blocks(40, 5),
+        "t2v-toy": _TEXT,
+        "t2i-toy": _STILL,
+        "i2v-toy": _IMAGE,
+        "flf2v-toy": _FIRST_LAST,
+        "vace-toy": _EDIT,
         "t2v-tiny": _TEXT,
         "t2i-tiny": _STILL,
         "i2v-tiny": _IMAGE,
