@@ -14,6 +14,7 @@ from ..modules.forward import patches_to_video
 from ..modules.model import WanModel
 
 SHIFT = 3.0  # of the noise levels that are learned, towards noise
+MUON = 3.0  # its rate, as a multiple of AdamW's
 Batch = dict[str, torch.Tensor]
 
 
@@ -175,7 +176,7 @@ def train_dit(
 
     Args:
         draw: gives a step's batch: "latents" [B, 16, F, H, W], "context", and "y" or "vace_context".
-        rate: the highest learning rate.
+        rate: the highest learning rate, of AdamW.
         tell: is told step, loss and the averaged model now and then.
         trained: which parameters are, by name.
     """
@@ -186,7 +187,7 @@ def train_dit(
         parameter.requires_grad_()
     inner = {name for name, p in parameters.items() if p.dim() == 2 and "blocks." in name}
     optimizers = [
-        Muon([parameters[name] for name in sorted(inner)], rate),
+        Muon([parameters[name] for name in sorted(inner)], MUON * rate),
         torch.optim.AdamW(
             [p for name, p in parameters.items() if name not in inner],
             rate,
@@ -194,13 +195,16 @@ def train_dit(
             weight_decay=0,
         ),
     ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     average = {name: p.detach().clone() for name, p in parameters.items()}
     recent = 1.0
     for step in range(steps):
         progress = step / steps
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1, (step + 1) / 50, 0.02 + (1 - progress) / 0.5)
+                group["lr"] = group["initial_lr"] * min(1, (step + 1) / 50, 0.02 + (1 - progress) / 0.5)
         batch = draw(step)
         clean = batch.pop("latents")
         even = torch.rand(clean.size(0), generator=generator)

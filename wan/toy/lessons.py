@@ -15,8 +15,9 @@ from ..modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from ..vace import WanVace
 from .clips import COLOURS, FRAMES, HEIGHT, MOTIONS, SHAPES, WIDTH, Clip, random_clip
 from .dit_training import Batch
-from .vae_training import encoded
+from .vae_training import encoded_by_frames
 
+BATCH = 16
 UNSAID = 0.1  # share of lessons without a caption, for guidance
 
 
@@ -44,12 +45,12 @@ class Texts:
         return torch.stack([self.known[caption] for caption in captions])
 
 
-def latents_of(vae: VAE, videos: Sequence[np.ndarray], batch: int = 4) -> torch.Tensor:
+def latents_of(vae: VAE, videos: Sequence[np.ndarray], batch: int = 8) -> torch.Tensor:
     """Videos [3, F, H, W] to the latents that pipelines work on, [B, 16, F', H / 8, W / 8]."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
     with torch.no_grad():
         parts = [
-            encoded(vae, torch.from_numpy(np.stack(videos[first : first + batch])))
+            encoded_by_frames(vae, torch.from_numpy(np.stack(videos[first : first + batch])))
             for first in range(0, len(videos), batch)
         ]
     return (torch.cat(parts) - mean) / std
@@ -68,7 +69,7 @@ class TextLessons:
         self.clips = [random_clip(self.rng) for _ in range(count)]
         self.latents = latents_of(vae, [clip.video() for clip in self.clips])
 
-    def draw(self, step: int, batch: int = 32) -> Batch:
+    def draw(self, step: int, batch: int = BATCH) -> Batch:
         chosen = self.rng.integers(len(self.clips), size=batch)
         still = step % 6 == 5
         captions = [_heard(self.clips[i].caption(self.rng, still), self.rng) for i in chosen]
@@ -92,7 +93,7 @@ class ImageLessons:
             mask = known_mask(latents.shape[1:], last).expand(count, -1, -1, -1, -1)
             self.given.append(torch.cat([mask, latents], 1))
 
-    def draw(self, step: int, batch: int = 32) -> Batch:
+    def draw(self, step: int, batch: int = BATCH) -> Batch:
         given = self.given[step % 2]
         chosen = self.rng.integers(len(given), size=batch)
         captions = [_heard(self.text.clips[i].caption(self.rng), self.rng) for i in chosen]
@@ -150,7 +151,7 @@ class VaceLessons:
         pictures = latents_of(vae, [reference(*name) for name in names])
         self.references = dict(zip(names, pictures))
 
-    def draw(self, step: int, batch: int = 32) -> Batch:
+    def draw(self, step: int, batch: int = BATCH) -> Batch:
         chosen = self.rng.integers(len(self.filled), size=batch)
         clips, latents = [self.text.clips[i] for i in chosen], self.text.latents[chosen]
         if step % 2:

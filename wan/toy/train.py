@@ -23,10 +23,10 @@ from .dit_training import start, train_dit
 from .lessons import ImageLessons, TextLessons, Texts, VaceLessons
 
 SEED = 0
-# The last stage leaves the encoder, and so the latents, as they are.
+# The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
+# before as well, then learns what lies between.
 VAE_STAGES: dict[str, dict[str, Any]] = {
-    "vae-frames": {"frames": 1, "batch": 8, "steps": 2200, "rate": 3e-3},
-    "vae-clips": {"frames": 5, "batch": 4, "steps": 900, "rate": 2e-3},
+    "vae-stills": {"frames": 1, "batch": 8, "steps": 2200, "rate": 3e-3},
     "vae-decoder": {"frames": 9, "batch": 3, "steps": 1500, "rate": 2e-3, "decoder_only": True},
 }
 IMAGE_BRANCH = ("img_emb", "k_img", "v_img")
@@ -70,7 +70,7 @@ class Training:
         rng = np.random.default_rng([SEED, 9])
         sample = torch.from_numpy(np.stack([random_clip(rng).video() for _ in range(24)]))
         with torch.no_grad():
-            vae_training.standardise(vae, vae_training.encoded(vae, sample))
+            vae_training.standardise(vae, vae_training.encoded_by_frames(vae, sample))
         return vae.requires_grad_(False)
 
     def _taught_vae(self, vae: VAE, stage: str) -> dict[str, torch.Tensor]:
@@ -79,8 +79,8 @@ class Training:
 
     def run(self, count: int = 1200) -> None:
         """count: clips that are learned from; the tasks with sources take a third of them."""
-        *first, last = VAE_STAGES
-        vae = self.vae(first)
+        stills, decoder = VAE_STAGES
+        vae = self.vae([stills])
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
         text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), count, SEED))
         t2v = self.dit("t2v", text, 2000, 2e-3)
@@ -88,7 +88,7 @@ class Training:
         self.dit("image", image, 900, 1e-3, t2v)
         vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, count // 3, SEED))
         self.dit("vace", vace, 1200, 1e-3, t2v)
-        checkpoints.save_weights(self.folder, "vae", self.vae([*first, last]).state_dict())
+        checkpoints.save_weights(self.folder, "vae", self.vae([stills, decoder]).state_dict())
 
     def dit(
         self,
