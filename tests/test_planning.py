@@ -166,6 +166,20 @@ def test_more_memory_never_makes_a_slower_plan(planner):
     assert plans[-1].options.dit_stream is None and plans[-1].options.vae_tile == 0
 
 
+def test_what_rounds_does_not_depend_on_other_programs(planner):
+    """As long as they leave what is steady."""
+
+    def cuts(one):
+        return one.options.vae_tile, one.options.dit_chunk
+
+    steady = 4.5 * GIB
+    plans = [planner.plan(room * GIB, steady) for room in (4.5, 5, 6)]
+    assert all(one.fits and cuts(one) == cuts(planner.plan(steady)) for one in plans)
+    assert plans[-1].options.dit_stream > plans[0].options.dit_stream, "the rest of the room is used"
+    assert cuts(planner.plan(6 * GIB)) != cuts(plans[-1])
+    assert planner.plan(2 * GIB, steady) == planner.plan(2 * GIB)
+
+
 def test_the_floor_is_the_least_that_fits(planner):
     least = planner.least()
     assert planner.plan(least).fits and not planner.plan(least - 1).fits

@@ -180,8 +180,17 @@ class Planner:
     _stages: dict[Any, Stage] = field(default_factory=dict)
     _live: dict[Any, int] = field(default_factory=dict)
 
-    def plan(self, room: float) -> Plan:
-        """The fastest plan that fits so many bytes; if none does, the leanest there is."""
+    def plan(self, room: float, steady: float | None = None) -> Plan:
+        """The fastest plan that fits so many bytes; if none does, the leanest there is.
+
+        Tiles and chunks round, if little. They are those of the plan for `steady` bytes, if there are as many: what a
+        device has whatever other programs take, so that the picture does not depend on them.
+        """
+        if steady is not None and steady < room:
+            sure = self.plan(steady)
+            if sure.fits:
+                cuts = {"vae_tile": sure.options.vae_tile, "dit_chunk": sure.options.dit_chunk}
+                return replace(self, kept=cuts | dict(self.kept))._within(room)
         plan = self._within(room)
         return plan if plan.fits else replace(self._leanest, room=room)
 

@@ -28,6 +28,7 @@ from ..utils.errors import InputError
 from ..utils.video import fitted_size
 from .request import PLANNED, Request
 
+STEADY = 0.75  # of a card: what a desktop and other programs leave of it
 RATES_FILE = Path("~/.cache/wan-low-memory/rates.json")
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ def plan(request: Request, vram: float | None = None, ram: float | None = None) 
         InputError: no device and no limit.
     """
     if vram is None and request.vram_limit == "auto":
-        planner, room = planner_for(request, device_of(request), ram)
-        return planner.plan(room)
+        planner, room, steady = planner_for(request, device_of(request), ram)
+        return planner.plan(room, steady)
     limit = float(request.vram_limit) * GIB if vram is None else float(vram)
     return planner_of(request, usual(limit), ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
 
@@ -62,8 +63,11 @@ def planner_of(request: Request, rates: Rates, ram: float | None = None, expanda
     return Planner(work_of(request), rates, kept, request.memory_mode, ram, expandable)
 
 
-def planner_for(request: Request, device: torch.device, ram: float | None = None) -> tuple[Planner, float]:
-    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there.
+def planner_for(
+    request: Request, device: torch.device, ram: float | None = None
+) -> tuple[Planner, float, float]:
+    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there: now, and of these those
+    that cuts are chosen for.
 
     Raises InputError for a limit that is more than the device has.
     """
@@ -71,13 +75,16 @@ def planner_for(request: Request, device: torch.device, ram: float | None = None
     backend, cuda = torch.get_device_module(device), device.type == "cuda"
     free, total = backend.mem_get_info(device)
     room = free + backend.memory_reserved(device) - (LIBRARY_BYTES if cuda else 0)
+    steady = STEADY * (total - context_bytes(device))
     if request.vram_limit != "auto":
         limit = float(request.vram_limit) * GIB
         if limit > total:
             raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
-        room = min(room, limit - context_bytes(device))
+        steady = limit - context_bytes(device)
+        room = min(room, steady)
     rates = rates_of(device, RATES_FILE.expanduser()) if cuda else usual(total)
-    return planner_of(request, rates, ram, expandable=_expandable(device)), request.vram_fraction * room
+    planner = planner_of(request, rates, ram, expandable=_expandable(device))
+    return planner, request.vram_fraction * room, request.vram_fraction * steady
 
 
 def context_bytes(device: torch.device) -> int:
@@ -178,13 +185,13 @@ def _pictures(request: Request) -> list[tuple[int, int]]:
 def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, Any]]:
     """The plan of a request, and beside it as JSON's values what more and less memory would bring."""
     if request.vram_limit == "auto":
-        planner, room = planner_for(request, device_of(request), ram)
+        planner, room, steady = planner_for(request, device_of(request), ram)
         limit = room + CONTEXT
     else:
         limit = float(request.vram_limit) * GIB
         planner = planner_of(request, usual(limit), ram)
-        room = request.vram_fraction * max(0.0, limit - CONTEXT)
-    chosen = planner.plan(room)
+        room = steady = request.vram_fraction * max(0.0, limit - CONTEXT)
+    chosen = planner.plan(room, steady)
     beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
     beside["least_bytes"] = int(planner.least() + CONTEXT)
     more = planner.plan(room + GIB)

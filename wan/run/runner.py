@@ -132,8 +132,8 @@ class Runner:
             return request, None
         configure_allocator(device)
         hold_to_free(device)
-        planner, room = planner_for(request, device)
-        plan = planner.plan(room)
+        planner, room, steady = planner_for(request, device)
+        plan = planner.plan(room, steady)
         if not plan.fits:
             if limited:
                 least = (plan.peak_bytes / request.vram_fraction + context_bytes(device)) / 2**30
@@ -152,7 +152,7 @@ class Runner:
         """The next plan when memory ran out all the same; None if it was something else, or there is none."""
         if plan is None or not is_out_of_memory(error):
             return None
-        planner, _ = planner_for(request, choose_device(request.device))
+        planner, *_ = planner_for(request, choose_device(request.device))
         leaner = planner.leaner(plan)
         if leaner is not None:
             log.warning(f"Memory ran out; going on from the last step with: {leaner.line()}")
