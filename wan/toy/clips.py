@@ -127,7 +127,7 @@ DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
-    """A clip by chance, all of which stays in the picture; `fixed` names attributes that are given."""
+    """A clip by chance, of which at most a tip leaves the picture; `fixed` names attributes that are given."""
     names = {"shape": SHAPES, "colour": COLOURS, "ground": GROUNDS, "motion": MOTIONS}
     drawn = {name: str(rng.choice(list(choices))) for name, choices in names.items()} | fixed
     motion = drawn["motion"]

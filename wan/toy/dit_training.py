@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import nn
 from ..modules.conditions import sinusoidal_embedding
 from ..modules.forward import patches_to_video
 from ..modules.model import WanModel
+from .steps import set_rates, share_of_rate, steps
 
 SHIFT = 3.0  # of the noise levels that are learned, towards noise
 MUON = 3.0  # its rate, as a multiple of AdamW's
@@ -166,67 +169,55 @@ def _orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def train_dit(
     model: WanModel,
     draw: Callable[[int], Batch],
-    steps: int,
+    count: int,
     rate: float,
     seed: int,
-    tell: Callable[[int, float, WanModel], None],
+    tell: Callable[[int, float], None],
+    kept: Path,
     trained: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Teaches the flow; the model is left with the running average of its weights.
+    """Teaches the flow.
 
     Args:
+        model: is left with the running average of its weights.
         draw: gives a step's batch: "latents" [B, 16, F, H, W], "context", and "y" or "vace_context".
+        count: steps.
         rate: the highest learning rate, of AdamW.
-        tell: is told step, loss and the averaged model now and then.
+        tell: is told step and loss, averaged over some steps, now and then.
+        kept: where an interrupted training goes on, see steps.py.
         trained: which parameters are, by name.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {name: p for name, p in model.named_parameters() if trained(name)}
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_()
-    inner = {name for name, p in parameters.items() if p.dim() == 2 and "blocks." in name}
-    optimizers = [
-        Muon([parameters[name] for name in sorted(inner)], MUON * rate),
-        torch.optim.AdamW(
-            [p for name, p in parameters.items() if name not in inner],
-            rate,
-            betas=(0.9, 0.98),
-            weight_decay=0,
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    recent = 1.0
-    for step in range(steps):
-        progress = step / steps
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * min(1, (step + 1) / 50, 0.02 + (1 - progress) / 0.5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [name for name, p in learning.items() if p.dim() == 2 and "blocks." in name]
+    outer = [p for name, p in learning.items() if name not in inner]
+    muon = Muon([learning[name] for name in inner], MUON * rate)
+    adam = torch.optim.AdamW(outer, rate, betas=(0.9, 0.98), weight_decay=0)
+    recent = None
+    parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam}
+    for step in steps(count, kept, parts):
+        set_rates([muon, adam], share_of_rate(step, count))
+        generator = torch.Generator().manual_seed(seed + step)
         batch = draw(step)
         clean = batch.pop("latents")
         even = torch.rand(clean.size(0), generator=generator)
         sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
         noise = torch.randn(clean.shape, generator=generator)
-        part = sigma.view(-1, 1, 1, 1, 1)
-        predicted = flow(model, clean.lerp(noise, part), sigma * 1000, **batch)
+        predicted = flow(model, clean.lerp(noise, sigma.view(-1, 1, 1, 1, 1)), sigma * 1000, **batch)
         loss = F.mse_loss(predicted, noise - clean)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        muon.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        keep = min(0.995, (step + 1) / (step + 10))
-        for name, p in parameters.items():
-            average[name].lerp_(p.detach(), 1 - keep)
-        recent += 0.05 * (loss.item() - recent)
-        if step % 50 == 49 or step == steps - 1:
-            held = {name: p.detach().clone() for name, p in parameters.items()}
-            model.load_state_dict(average, strict=False)
-            tell(step + 1, recent, model)
-            if step < steps - 1:
-                model.load_state_dict(held, strict=False)
+        nn.utils.clip_grad_norm_(learning.values(), 1.0)
+        muon.step()
+        adam.step()
+        with torch.no_grad():
+            for mean, parameter in zip(averaged.parameters(), model.parameters()):
+                mean.lerp_(parameter, 1 - min(0.995, (step + 1) / (step + 10)))
+        recent = loss.item() if recent is None else recent + 0.05 * (loss.item() - recent)
+        if step % 50 == 49:
+            tell(step + 1, recent)
+    model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)

@@ -64,15 +64,16 @@ class TextLessons:
     """Clips with their captions; every sixth batch is of their first frames alone."""
 
     def __init__(self, vae: VAE, texts: Texts, count: int, seed: int):
-        self.rng = np.random.default_rng([seed, 1])
-        self.texts = texts
-        self.clips = [random_clip(self.rng) for _ in range(count)]
+        self.seed, self.texts = seed, texts
+        rng = np.random.default_rng([seed, 1])
+        self.clips = [random_clip(rng) for _ in range(count)]
         self.latents = latents_of(vae, [clip.video() for clip in self.clips])
 
     def draw(self, step: int, batch: int = BATCH) -> Batch:
-        chosen = self.rng.integers(len(self.clips), size=batch)
+        rng = np.random.default_rng([self.seed, 1, step])
+        chosen = rng.integers(len(self.clips), size=batch)
         still = step % 6 == 5
-        captions = [_heard(self.clips[i].caption(self.rng, still), self.rng) for i in chosen]
+        captions = [_heard(self.clips[i].caption(rng, still), rng) for i in chosen]
         frames = 1 if still else None
         return {"latents": self.latents[chosen, :, :frames], "context": self.texts(captions)}
 
@@ -81,7 +82,7 @@ class ImageLessons:
     """Clips with their first frame given, or first and last."""
 
     def __init__(self, vae: VAE, text: TextLessons, count: int, seed: int):
-        self.rng, self.text = np.random.default_rng([seed, 2]), text
+        self.seed, self.text = seed, text
         self.given = []
         for last in (False, True):
             videos = []
@@ -95,8 +96,9 @@ class ImageLessons:
 
     def draw(self, step: int, batch: int = BATCH) -> Batch:
         given = self.given[step % 2]
-        chosen = self.rng.integers(len(given), size=batch)
-        captions = [_heard(self.text.clips[i].caption(self.rng), self.rng) for i in chosen]
+        rng = np.random.default_rng([self.seed, 2, step])
+        chosen = rng.integers(len(given), size=batch)
+        captions = [_heard(self.text.clips[i].caption(rng), rng) for i in chosen]
         return {
             "latents": self.text.latents[chosen],
             "context": self.text.texts(captions),
@@ -136,10 +138,11 @@ class VaceLessons:
     """Clips to be filled into a hole of another, or that show what a reference shows."""
 
     def __init__(self, vae: VAE, text: TextLessons, count: int, seed: int):
-        self.rng, self.text = np.random.default_rng([seed, 3]), text
+        self.seed, self.text = seed, text
+        rng = np.random.default_rng([seed, 3])
         kept, made, masks = [], [], []
         for clip in text.clips[:count]:
-            other = random_clip(self.rng, ground=clip.ground)
+            other = random_clip(rng, ground=clip.ground)
             parts = masked(other.video(), hole_about(clip, other))
             for part, parts_of in zip(parts, (kept, made, masks)):
                 parts_of.append(part)
@@ -152,10 +155,11 @@ class VaceLessons:
         self.references = dict(zip(names, pictures))
 
     def draw(self, step: int, batch: int = BATCH) -> Batch:
-        chosen = self.rng.integers(len(self.filled), size=batch)
+        rng = np.random.default_rng([self.seed, 3, step])
+        chosen = rng.integers(len(self.filled), size=batch)
         clips, latents = [self.text.clips[i] for i in chosen], self.text.latents[chosen]
         if step % 2:
-            captions = [_heard(clip.caption(self.rng), self.rng) for clip in clips]
+            captions = [_heard(clip.caption(rng), rng) for clip in clips]
             return {
                 "latents": latents,
                 "context": self.text.texts(captions),
@@ -164,8 +168,7 @@ class VaceLessons:
         pictures = torch.stack([self.references[clip.shape, clip.colour] for clip in clips])
         front = torch.cat([pictures, torch.zeros(batch, 96 - 16, *pictures.shape[2:])], 1)
         captions = [
-            _heard(referring(clip) if self.rng.random() < 0.7 else clip.caption(self.rng), self.rng)
-            for clip in clips
+            _heard(referring(clip) if rng.random() < 0.7 else clip.caption(rng), rng) for clip in clips
         ]
         return {
             "latents": torch.cat([pictures, latents], 2),

@@ -10,7 +10,7 @@ import numpy as np
 from .clips import COLOURS, GROUNDS, SHAPES
 
 SATURATED = 60  # of 255, between a pixel's highest and lowest channel
-FILLED = {"ball": 0.86, "square": 1.0, "triangle": 0.69}  # of a box about it, in the median of clips
+FILLED = {"ball": 0.86, "square": 1.0, "triangle": 0.68}  # of a box about it, in the median of clips
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Seen:
 def seen(video: np.ndarray) -> Seen:
     """video: [3, F, H, W] in [-1, 1]."""
     pixels = (np.clip(video, -1, 1) + 1) * 127.5
-    shape = pixels.max(0) - pixels.min(0) > SATURATED
+    saturation = pixels.max(0) - pixels.min(0)
+    coloured = saturation[saturation > SATURATED]
+    # Half of what it is inside the shape, so that soft edges make it no larger.
+    shape = saturation > (max(SATURATED, np.percentile(coloured, 75) / 2) if len(coloured) else SATURATED)
     areas = shape.sum((1, 2))
     centres = np.full((len(areas), 2), np.nan)
     fills = []

@@ -1,10 +1,12 @@
-"""Trains the toys: `python -m wan.toy.train --out FOLDER`. Stages whose file is there already are not run again."""
+"""Trains the toys: `python -m wan.toy.train --out FOLDER`.
+
+Stages whose file is there already are not run again, and one that was interrupted goes on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,33 +25,32 @@ from .dit_training import start, train_dit
 from .lessons import ImageLessons, TextLessons, Texts, VaceLessons
 
 SEED = 0
+CLIPS = 1500
 # The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
 # before as well, then learns what lies between.
 VAE_STAGES: dict[str, dict[str, Any]] = {
-    "vae-stills": {"frames": 1, "batch": 8, "steps": 2200, "rate": 3e-3},
-    "vae-decoder": {"frames": 9, "batch": 3, "steps": 1500, "rate": 2e-3, "decoder_only": True},
+    "vae-stills": {"frames": 1, "batch": 8, "count": 2500, "rate": 3e-3},
+    "vae-decoder": {"frames": 9, "batch": 3, "count": 3000, "rate": 2e-3, "decoder_only": True},
 }
 IMAGE_BRANCH = ("img_emb", "k_img", "v_img")
 
 
 class Training:
-    """Its stages, each of which leaves a file in `folder` and its losses in `losses.json`."""
+    """Its stages, each of which leaves a file in `folder` and its losses beside it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.losses = folder / "losses.json"
 
     def teller(self, stage: str) -> Callable[..., None]:
-        """Notes what a stage tells: step and losses, with the seconds of processor time since its start."""
-        began, notes = time.process_time(), []
+        """Notes what a stage tells: [step, losses...]."""
 
-        def tell(step: int, *losses: object) -> None:
-            numbers = [round(loss, 5) for loss in losses if isinstance(loss, float)]
-            notes.append([step, round(time.process_time() - began), *numbers])
-            print(stage, *notes[-1], flush=True)
-            known = json.loads(self.losses.read_text()) if self.losses.is_file() else {}
-            self.losses.write_text(json.dumps(known | {stage: notes}) + "\n")
+        def tell(*numbers: float) -> None:
+            numbers = [round(number, 5) for number in numbers]
+            print(stage, *numbers, flush=True)
+            path = self.folder / f"{stage}-losses.json"
+            known = json.loads(path.read_text()) if path.is_file() else []
+            path.write_text(json.dumps([line for line in known if line[0] < numbers[0]] + [numbers]) + "\n")
 
         return tell
 
@@ -74,21 +75,28 @@ class Training:
         return vae.requires_grad_(False)
 
     def _taught_vae(self, vae: VAE, stage: str) -> dict[str, torch.Tensor]:
-        vae_training.train_vae(vae, seed=SEED, tell=self.teller(stage), **VAE_STAGES[stage])
+        kept = self.folder / f"{stage}-unfinished.pt"
+        vae_training.train_vae(vae, seed=SEED, tell=self.teller(stage), kept=kept, **VAE_STAGES[stage])
         return vae.state_dict()
 
-    def run(self, count: int = 1200) -> None:
-        """count: clips that are learned from; the tasks with sources take a third of them."""
+    def run(self, only: str | None = None) -> None:
+        """All of it, or what needs no more than the encoder: "decoder", or "dits"."""
         stills, decoder = VAE_STAGES
         vae = self.vae([stills])
+        if only != "dits":
+            checkpoints.save_weights(self.folder, "vae", self.vae([stills, decoder]).state_dict())
+        if only != "decoder":
+            self.dits(vae)
+
+    def dits(self, vae: VAE) -> None:
+        """That for text, and from it those with sources, which learn from a third of its clips."""
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
-        text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), count, SEED))
-        t2v = self.dit("t2v", text, 2000, 2e-3)
-        image = self.kept("image-lessons", lambda: ImageLessons(vae, text, count // 3, SEED))
-        self.dit("image", image, 900, 1e-3, t2v)
-        vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, count // 3, SEED))
-        self.dit("vace", vace, 1200, 1e-3, t2v)
-        checkpoints.save_weights(self.folder, "vae", self.vae([stills, decoder]).state_dict())
+        text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), CLIPS, SEED))
+        t2v = self.dit("t2v", text, 4000, 2e-3)
+        image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
+        self.dit("image", image, 2000, 1e-3, t2v)
+        vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
+        self.dit("vace", vace, 2500, 1e-3, t2v)
 
     def dit(
         self,
@@ -111,13 +119,8 @@ class Training:
             return parameter.startswith(own) and not any(part in parameter for part in IMAGE_BRANCH)
 
         def make() -> dict[str, torch.Tensor]:
-            tell = self.teller(name)
-
-            def noted(step: int, loss: float, averaged: WanModel) -> None:
-                tell(step, loss)
-                torch.save(averaged.state_dict(), self.folder / f"{name}-unfinished.pt")
-
-            train_dit(model, lessons.draw, steps, rate, SEED, noted, trained)
+            kept = self.folder / f"{name}-unfinished.pt"
+            train_dit(model, lessons.draw, steps, rate, SEED, self.teller(name), kept, trained)
             return {key: tensor for key, tensor in model.state_dict().items() if trained(key)}
 
         weights = self.kept(name, make)
@@ -145,9 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of what is trained")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("decoder", "dits"), help="one of two that can run side by side")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    Training(given.out).run()
+    Training(given.out).run(given.only)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from .clips import HEIGHT, WIDTH, random_clip
+from .steps import set_rates, share_of_rate, steps
 
 
 def convolved(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
@@ -145,26 +147,36 @@ def crops(
 
 def train_vae(
     vae: VAE,
-    steps: int,
+    count: int,
     batch: int,
     frames: int,
     rate: float,
     seed: int,
     tell: Callable[[int, float, float], None],
+    kept: Path,
     decoder_only: bool = False,
 ) -> None:
-    """Teaches the VAE to give back crops of clips; `tell` is told step, loss and squared error now and then."""
+    """Teaches the VAE to give back crops of clips.
+
+    Args:
+        vae: is left as learnt.
+        count, batch, frames: steps, crops a step, frames of each.
+        rate: the highest learning rate.
+        tell: is told step, loss and squared error now and then.
+        kept: where an interrupted training goes on, see steps.py.
+        decoder_only: leave the encoder as it is.
+    """
     vae.requires_grad_(True)
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.conv1.requires_grad_(False)
     learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    rng, noise = np.random.default_rng([seed, frames]), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(learning, rate, betas=(0.9, 0.98), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    for step in range(steps):
-        video, cover = crops(rng, batch, frames, 32, 40)
+    for step in steps(count, kept, {"vae": vae, "optimizer": optimizer}):
+        set_rates([optimizer], share_of_rate(step, count))
+        video, cover = crops(np.random.default_rng([seed, frames, step]), batch, frames, 32, 40)
         latents = encoded_by_frames(vae, video)
+        noise = torch.Generator().manual_seed(seed + step)
         blurred = latents + 0.1 * torch.randn(latents.shape, generator=noise)
         error = decoded(vae, blurred) - video
         # Grey is easy and hides what colours lack: their own error counts more.
@@ -175,9 +187,8 @@ def train_vae(
         loss.backward()
         nn.utils.clip_grad_norm_(learning, 0.5)
         optimizer.step()
-        schedule.step()
-        if step % 20 == 0 or step == steps - 1:
-            tell(step, loss.item(), error.square().mean().item())
+        if step % 50 == 49:
+            tell(step + 1, loss.item(), error.square().mean().item())
 
 
 def standardise(vae: VAE, latents: torch.Tensor) -> None:
