@@ -1,13 +1,15 @@
-"""Seconds per sampling step: the DiT resident, streamed, streamed and chunked, and upstream's, all in one run.
+"""Seconds per sampling step: the DiT resident, streamed, with its activations in RAM too, and upstream's, in one run.
 
     python -m benchmarks.speed                              # what the machine can: full size on CUDA, else toy size
     python -m benchmarks.speed --task t2v-14B --tree PATH   # one task, beside upstream's checkout
 
 A step is two forward passes of the DiT, with the prompt and without it, which cost the same: one is timed, and
-doubled. Weights are random numbers in the types that they run in. Each time is the median of some rounds; a round
-times every variant once, so that what slows the machine down slows all of them. One round before is not counted.
+doubled; where both are done in turns, both. What is computed once per run is not counted. Weights are random numbers
+in the types that they run in. Each time is the median of some rounds; a round times every variant once, so that what
+slows the machine down slows all of them. One round before is not counted.
 
-GB/s is what a pass copies to the device over the time that it takes: what is needed, not what the bus could give.
+GB/s are the weights that a pass copies to the device over the time that it takes: what is needed, not what the bus
+could give.
 On a CPU nothing is streamed, for the weights are where they are used: there the rows tell that the code runs.
 """
 
@@ -23,17 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import random_weights
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
+from wan.memory.activation_offload import apply_activation_offload
 from wan.memory.chunking import apply_chunking
+from wan.memory.conditions import streamed_ahead
 from wan.memory.options import LOW_VRAM
-from wan.memory.residency import Component, release_memory, visit_when_called
-from wan.memory.streaming import Streamer
+from wan.memory.residency import Component, release_memory
 from wan.modules.model import WanModel
 from wan.utils.accelerator import is_out_of_memory
 from wan.utils.errors import InputError
@@ -43,6 +48,7 @@ PASSES = 2  # per step
 STRIDE = (4, 8, 8)  # of the VAE: frames, rows, columns
 TOY = "t2v-tiny"
 CHUNK = int(LOW_VRAM["dit_chunk"])
+_OnDevice = contextlib.AbstractContextManager[Sequence[nn.Module] | None]
 TimePass = Callable[[], tuple[float, int] | None]  # (seconds, peak bytes), None if there is not the room
 
 
@@ -82,7 +88,7 @@ class Row:
     Attributes:
         passes: seconds of one forward pass, of every round that counts.
         peak_bytes: of device memory, 0 on a CPU.
-        streamed_bytes: copied to the device during a pass.
+        streamed_bytes: of weights, copied to the device for a pass.
         out_of_memory: it did not fit the device.
     """
 
@@ -126,30 +132,43 @@ def _variants(case: Case, device: torch.device) -> list[tuple[Row, TimePass]]:
         random_weights.write_checkpoint(folder, case.task, case.layers)
         with random_weights.weights_from(random_weights.random):
             model = WanModel.from_pretrained(folder, dtype=dtype)
-    groups, embeddings = model.layer_groups(), model.embedding_layers()
-    for embedding in embeddings:
-        visit_when_called(embedding, device)  # does nothing where the whole model is on the device
-    resident = Component([model], device)
-    streamed = Component([model], device, [*groups, *embeddings], Streamer(groups, device))
-    moved = sum(weight.nbytes for module in [*groups, *embeddings] for weight in module.parameters())
-    if device.type == "cpu":
-        moved = 0
     inputs = pass_inputs(case.latent_shape, case.tokens, device, dtype)
+    (prompt,), (latent,) = inputs["context"], inputs["x"]
+    prompts = [prompt, torch.randn_like(prompt)]
+    resident = Component([model], device)
 
-    def variant(name: str, component: Component, chunk: int, streamed_bytes: int = 0) -> tuple[Row, TimePass]:
+    def variant(
+        name: str, stream: bool = True, chunk: int = 0, in_ram: bool = False, together: bool = False
+    ) -> tuple[Row, TimePass]:
+        row, count = Row(name), PASSES if together else 1
+        given = {"x": [latent] * count, "t": inputs["t"].expand(count), "context": prompts[:count]}
+
         def time_pass() -> tuple[float, int] | None:
-            undo = apply_chunking(model, chunk)
-            try:
-                return _timed(component, model, inputs, device)
-            finally:
-                undo()
+            with contextlib.ExitStack() as stack:
+                stack.callback(apply_chunking(model, chunk))
+                if in_ram:
+                    stack.callback(apply_activation_offload(model, device, chunk))
+                on_device: _OnDevice = resident.on_device()
+                if stream:
+                    on_device = streamed_ahead(model, device, [inputs["t"]], prompts, None, dtype)
+                timed = _timed(
+                    on_device, partial(model.__call__, **inputs | given, together=together), device
+                )
+            if timed is None:
+                return None
+            seconds, peak_bytes, visiting = timed
+            row.streamed_bytes = visiting // count
+            return seconds / count, peak_bytes
 
-        return Row(name, streamed_bytes=streamed_bytes), time_pass
+        return row, time_pass
 
+    chunk = case.chunk
     return [
-        variant("resident", resident, 0),
-        variant("streamed", streamed, 0, moved),
-        variant(f"streamed, chunks of {case.chunk}", streamed, case.chunk, moved),
+        variant("resident", stream=False),
+        variant("streamed"),
+        variant(f"streamed, chunks of {chunk}", chunk=chunk),
+        variant(f"streamed, chunks of {chunk}, activations in RAM", chunk=chunk, in_ram=True),
+        variant("the same, guidance together", chunk=chunk, in_ram=True, together=True),
     ]
 
 
@@ -166,21 +185,30 @@ def pass_inputs(
 
 
 def _timed(
-    component: Component, model: WanModel, inputs: dict[str, Any], device: torch.device
-) -> tuple[float, int] | None:
-    """One pass with the component on the device: (seconds, peak bytes), or None if the device has not the room."""
+    on_device: _OnDevice,
+    call: Callable[[], Any],
+    device: torch.device,
+) -> tuple[float, int, int] | None:
+    """A call while the model is on the device, or while the groups that are yielded are to visit it.
+
+    Returns:
+        Seconds, peak bytes and bytes of those groups; None if the device has not the room.
+    """
     backend = None if device.type == "cpu" else torch.get_device_module(device)
     try:
-        with torch.no_grad(), component.on_device():
+        with torch.no_grad(), on_device as visiting:
             if backend:
                 backend.reset_peak_memory_stats(device)
                 backend.synchronize(device)
             start = time.perf_counter()
-            model(**inputs)
+            call()
             if backend:
                 backend.synchronize(device)
             seconds = time.perf_counter() - start
-            return seconds, backend.max_memory_allocated(device) if backend else 0
+            if backend is None:
+                return seconds, 0, 0
+            nbytes = sum(weight.nbytes for group in visiting or () for weight in group.parameters())
+            return seconds, backend.max_memory_allocated(device), nbytes
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

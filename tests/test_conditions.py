@@ -10,8 +10,7 @@ from test_chunking import KINDS, make_inputs, make_model
 
 from virtual_gpu import RaceError, VirtualGPU
 from wan.memory.activation_offload import ActivationOffload, apply_activation_offload
-from wan.memory.conditions import _Kept, conditions_ahead
-from wan.memory.residency import Component
+from wan.memory.conditions import _Kept, streamed_ahead
 from wan.memory.streaming import Streamer
 from wan.modules.conditions import context_layers
 from wan.modules.forward import cross_attentions
@@ -42,11 +41,15 @@ def streamed(model, gpu, kind, length):
     inputs = on(gpu.device, list(calls(kind, length, 2))[0]["context"])
     clip = make_inputs(kind, length).get("clip_fea")
     times = [torch.tensor([t], device=gpu.device) for t in TIMES]
-    with conditions_ahead(model, gpu.device, times, inputs, clip, model.compute_dtype) as groups:
-        apart = [*model.layer_groups(), *model.embedding_layers()]
-        streamer = Streamer(groups, gpu.device)
-        with Component([model], gpu.device, apart, streamer).on_device():
-            yield groups, streamer
+    made = []
+
+    def make_streamer(groups, device):
+        made.append(Streamer(groups, device))
+        return made[0]
+
+    ahead = (model, gpu.device, times, inputs, clip, model.compute_dtype, make_streamer)
+    with streamed_ahead(*ahead) as groups:
+        yield groups, made[0]
 
 
 def flows(model, gpu, kind, length, samples=1, **options):

@@ -5,6 +5,7 @@ A check has a process of its own. Most tests call its function in this one, whic
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from benchmarks.verdict import machine, placement, regrouping, runner, sizes, st
 from benchmarks.verdict.checks import CHECKS, GIB, Bench, Check, SkippedError
 from benchmarks.verdict.report import Report, Result
 from virtual_gpu import DEVICE, VirtualGPU
-from wan.memory import streaming, tile_geometry
+from wan.memory import activation_offload, streaming, tile_geometry
 from wan.modules import forward
 from wan.utils.accelerator import initialise
 
@@ -98,6 +99,25 @@ def test_placement_notices_a_copy_left_out(bench, here, forgetful):
     assert fault.startswith("not the bits of resident weights with: 2 buffers, 0% resident, no delay")
 
 
+def test_activations(bench, here):
+    placement.offloaded(bench, "t2v-1.3B")
+    assert bench.numbers == {"runs": 12, "different": 0} and not bench.faults
+
+
+def test_activations_notice_a_visit_that_is_another(bench, here, monkeypatch):
+    fetch, count = activation_offload._Slot.fetch, itertools.count()
+
+    def forgets(slot, place, copies):
+        if isinstance(place, placement._LatePlace) and next(count) == 20:
+            copies = []
+        fetch(slot, place, copies)
+
+    monkeypatch.setattr(activation_offload._Slot, "fetch", forgets)
+    placement.offloaded(bench, "t2v-1.3B")
+    (fault,) = bench.faults
+    assert fault == "not the bits of copies in order with: 1 heads, apart, late copies"
+
+
 def test_tiles(bench):
     regrouping.tiles(bench)
     assert not bench.faults
@@ -124,6 +144,11 @@ def test_tiles_notice_a_narrow_margin(bench, monkeypatch):
 def test_chunks(bench):
     regrouping.chunks(bench)
     assert not bench.faults
+    assert list(bench.numbers["fp32, exact"]) == [
+        f"chunks of {chunk}{visit}"
+        for chunk in (64, 100)
+        for visit in ("", ", 1 heads a visit", ", 4 heads a visit")
+    ]
     assert 0 < bench.numbers["noise of bf16"] < 0.05
 
 
@@ -213,7 +238,8 @@ def test_toys_notice_a_copy_left_out(bench, forgetful):
 def test_steps(bench):
     steps.compare(bench, "t2v-1.3B")
     assert not bench.faults
-    assert list(bench.numbers)[1:] == ["resident", "streamed", "streamed, chunks of 64"]
+    in_ram = ["streamed, chunks of 64, activations in RAM", "the same, guidance together"]
+    assert list(bench.numbers)[1:] == ["resident", "streamed", "streamed, chunks of 64", *in_ram]
 
 
 def test_upstream(bench, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 
 from .memory.activation_offload import apply_activation_offload
 from .memory.chunking import apply_chunking
-from .memory.conditions import conditions_ahead
+from .memory.conditions import streamed_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component, visit_by_halves
 from .memory.streaming import Streamer
@@ -425,16 +425,15 @@ class WanPipeline:
                 yield
             return
         times = [t[None] for t in timesteps]
-        with conditions_ahead(self.model, self.device, times, contexts, clip_fea, self.param_dtype) as groups:
-            streamer = Streamer(
-                groups,
-                self.device,
-                buffers=self.options.stream_buffers,
-                resident_bytes=int(self.options.dit_stream * 2**30),
-            )
-            apart = [*self.model.layer_groups(), *self.model.embedding_layers()]
-            with Component([self.model], self.device, apart, streamer).on_device():
-                yield
+        make_streamer = partial(
+            Streamer,
+            buffers=self.options.stream_buffers,
+            resident_bytes=int(self.options.dit_stream * 2**30),
+        )
+        with streamed_ahead(
+            self.model, self.device, times, contexts, clip_fea, self.param_dtype, make_streamer
+        ):
+            yield
 
     def _finish(
         self,

@@ -1,7 +1,8 @@
-"""Layers of full width that stream: bit for bit what they give where they stay, however late copies come."""
+"""Layers of full width that stream, and activations in RAM: the bits of what stays, however late copies come."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,12 +18,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from benchmarks import random_weights
 from benchmarks.speed import pass_inputs
 from virtual_gpu import DEVICE, VirtualGPU
 from wan.configs import WAN_CONFIGS
-from wan.memory.residency import Component, visit_when_called
+from wan.memory.activation_offload import ActivationOffload
+from wan.memory.conditions import streamed_ahead
+from wan.memory.residency import Component
 from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 
@@ -30,7 +35,9 @@ from .checks import Bench
 LAYERS = 2
 LATENT, REHEARSED_LATENT = (16, 3, 30, 52), (16, 2, 8, 12)
 BUFFERS, SHARES = (2, 3, 4), (0, 0.5, 1)
-PASSES = 2  # while attached, so that every buffer is used again
+HEADS, CHUNK = (1, 4), 64  # of a group, tokens of a piece: where activations are in RAM
+DELAYS = ("no delay", "late copies", "busy device")
+PASSES = 2  # so that every buffer is used again
 LONGEST = 0.01  # seconds that a copy is late, at most
 STALL = 5_000_000  # clock cycles that the device is kept busy with nothing, a few milliseconds
 
@@ -43,32 +50,63 @@ def streamed(bench: Bench, task: str) -> None:
     with bench.folder() as folder:
         expected = _reference(bench, task, folder / "expected.safetensors")
     model, inputs = _model_and_inputs(bench, task)
-    groups, embeddings = model.layer_groups(), model.embedding_layers()
-    for embedding in embeddings:
-        visit_when_called(embedding, bench.device)
-    total = Streamer(groups, bench.device, buffers=len(groups)).device_bytes
-    runs = list(itertools.product(BUFFERS, SHARES, ("no delay", "late copies", "busy device")))
+    ahead = (model, bench.device, [inputs["t"]], inputs["context"], None, model.compute_dtype)
+    runs = list(itertools.product(BUFFERS, SHARES, DELAYS))
     wrong = []
     for buffers, share, delay in runs:
-        kind = partial(_Late, bench.chance) if delay == "late copies" else Streamer
-        streamer = kind(groups, bench.device, buffers=buffers, resident_bytes=int(share * total))
-        component = Component([model], bench.device, [*groups, *embeddings], streamer)
-        stalls = _stalled(bench, model) if delay == "busy device" else []
-        try:
-            with torch.no_grad(), component.on_device():
-                outputs = [model(**inputs)[0].cpu() for _ in range(PASSES)]
-        finally:
-            for stall in stalls:
-                stall.remove()
+        kind = partial(_LateStreamer, bench.chance) if delay == "late copies" else Streamer
+
+        def make_streamer(groups: Sequence[nn.Module], device: torch.device) -> Streamer:
+            total = Streamer(groups, device, buffers=len(groups)).device_bytes
+            return kind(groups, device, buffers=buffers, resident_bytes=int(share * total))  # noqa: B023
+
+        with torch.no_grad(), streamed_ahead(*ahead, make_streamer), _busy(bench, model, delay):
+            outputs = [model(**inputs)[0].cpu() for _ in range(PASSES)]
         if not all(torch.equal(output, expected) for output in outputs):
             wrong.append(f"{buffers} buffers, {share:.0%} resident, {delay}")
     bench.note("runs", len(runs))
     bench.note("different", len(wrong))
-    bench.expect(bool(expected.isfinite().all() and expected.std() > 0), "the reference is no picture")
+    bench.expect(_picture(expected), "the reference is no picture")
     bench.expect(not wrong, f"not the bits of resident weights with: {'; '.join(wrong)}")
 
 
-class _Late(Streamer):
+def offloaded(bench: Bench, task: str) -> None:
+    """Activations in RAM: with and without delays the bits of copies that the computing stream makes itself."""
+    if bench.rehearse:
+        task = "t2v-tiny"
+    bench.needs(4, 8)
+    model, inputs = _model_and_inputs(bench, task)
+    inputs["t"] = inputs["t"].expand(PASSES)
+    inputs |= {name: inputs[name] * PASSES for name in ("x", "context")}
+    model.to(bench.device)
+
+    def flows(place: ActivationOffload, together: bool) -> list[torch.Tensor]:
+        with torch.no_grad(), place:
+            found = model(**inputs, chunk=CHUNK, place=place, together=together)
+            return [flow.cpu() for flow in found]
+
+    runs, wrong = 0, []
+    for heads, together in itertools.product(HEADS, (False, True)):
+        expected = flows(_OneStream(bench.device, CHUNK, heads), together)
+        bench.expect(_picture(expected[0]), f"{heads} heads: the reference is no picture")
+        for delay in DELAYS:
+            late = delay == "late copies"
+            place = _LatePlace(bench, heads) if late else ActivationOffload(bench.device, CHUNK, heads)
+            with _busy(bench, model, delay):
+                found = flows(place, together)
+            runs += 1
+            if not all(map(torch.equal, found, expected)):
+                wrong.append(f"{heads} heads, {'together' if together else 'apart'}, {delay}")
+    bench.note("runs", runs)
+    bench.note("different", len(wrong))
+    bench.expect(not wrong, f"not the bits of copies in order with: {'; '.join(wrong)}")
+
+
+def _picture(flow: torch.Tensor) -> bool:
+    return bool(flow.isfinite().all() and flow.std() > 0)
+
+
+class _LateStreamer(Streamer):
     """Its copies start when it pleases them."""
 
     def __init__(self, chance: Random, *args: Any, **options: Any):
@@ -80,16 +118,46 @@ class _Late(Streamer):
         return super()._copy(group, slot, released)
 
 
-def _stalled(bench: Bench, model: WanModel) -> list[Any]:
-    """Makes the device fall behind what it is told to do: undone by remove() of each of the hooks."""
+class _OneStream(ActivationOffload):
+    """Its copies are in the order of the computing."""
 
-    def stall(*_: Any) -> None:
-        if bench.device.type == "cuda":
-            torch.cuda._sleep(STALL)
-        else:
-            time.sleep(bench.chance.uniform(0, LONGEST / 10))
+    def __enter__(self) -> _OneStream:
+        super().__enter__()
+        self.coming = self.going = self.compute_stream()
+        return self
 
-    return [block.self_attn.q.register_forward_hook(stall) for block in model.blocks]
+
+class _LatePlace(ActivationOffload):
+    """Its copies, in or out, are late by chance."""
+
+    def __init__(self, bench: Bench, heads: int):
+        self.bench = bench
+        super().__init__(bench.device, CHUNK, heads)
+
+    def take(self, *args: Any) -> Any:
+        with self.backend.stream(self.bench.chance.choice([self.coming, self.going])):
+            _stall(self.bench)
+        return super().take(*args)
+
+
+def _stall(bench: Bench) -> None:
+    """Lets the current stream fall behind what it is told to do."""
+    if bench.device.type == "cuda":
+        torch.cuda._sleep(STALL)
+    else:
+        time.sleep(bench.chance.uniform(0, LONGEST / 10))
+
+
+@contextlib.contextmanager
+def _busy(bench: Bench, model: WanModel, delay: str) -> Iterator[None]:
+    """The device computes late, if that is the delay."""
+    blocks = model.blocks if delay == "busy device" else []
+    stalls = [block.self_attn.q.register_forward_hook(lambda *_: _stall(bench)) for block in blocks]
+    try:
+        yield
+    finally:
+        for stall in stalls:
+            stall.remove()
 
 
 def build(task: str, dtype: torch.dtype) -> WanModel:

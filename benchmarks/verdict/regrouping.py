@@ -6,7 +6,9 @@ differ by that arithmetic's noise. How large that is, is measured: it is how far
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks.vae import MEAN, STD, place, randomized, samples
 from wan.memory import vae_tiling
+from wan.memory.activation_offload import apply_activation_offload
 from wan.memory.chunking import apply_chunking
 from wan.modules.model import WanModel
 from wan.modules.vae import VAE
@@ -82,7 +85,7 @@ def _tiled(
 
 
 def chunks(bench: Bench) -> None:
-    """The DiT's flow in chunks is the whole's: in fp32 within 1e-5 of the largest value, in bf16 within its noise."""
+    """The flow in chunks, activations in RAM or not: in fp32 within 1e-5 of the largest value, in bf16 within noise."""
     bench.needs(4, 4)
     task = "t2v-tiny" if bench.rehearse else "t2v-1.3B"
     shape, sizes = (REHEARSED_LATENT, REHEARSED_CHUNKS) if bench.rehearse else (LATENT, CHUNKS)
@@ -91,13 +94,13 @@ def chunks(bench: Bench) -> None:
     wide.compute_dtype = torch.float32
     narrow.to(bench.device)
 
-    def run(model: WanModel, dtype: torch.dtype, chunk: int) -> torch.Tensor:
-        undo = apply_chunking(model, chunk)
-        try:
-            with torch.no_grad():
-                return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
-        finally:
-            undo()
+    def run(model: WanModel, dtype: torch.dtype, chunk: int, heads: int | None = None) -> torch.Tensor:
+        with contextlib.ExitStack() as stack:
+            stack.callback(apply_chunking(model, chunk))
+            if heads:
+                stack.callback(apply_activation_offload(model, bench.device, chunk, heads))
+            stack.enter_context(torch.no_grad())
+            return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
 
     in_fp32, in_bf16 = partial(run, wide, torch.float32), partial(run, narrow, torch.bfloat16)
     with exact_arithmetic():
@@ -114,17 +117,16 @@ def chunks(bench: Bench) -> None:
 def _chunked(
     bench: Bench,
     what: str,
-    run: Callable[[int], torch.Tensor],
+    run: Callable[..., torch.Tensor],
     whole: torch.Tensor,
     sizes: Sequence[int],
     limit: float,
 ) -> None:
     found = {}
-    for chunk in sizes:
-        difference = _difference(run(chunk), whole)
-        found[f"chunks of {chunk}"] = difference
-        otherwise = f"{what}: chunks of {chunk} differ by {difference:.1e}, more than {limit:.1e}"
-        bench.expect(difference <= limit, otherwise)
+    for chunk, heads in itertools.product(sizes, (None, *placement.HEADS)):
+        name = f"chunks of {chunk}" + (f", {heads} heads a visit" if heads else "")
+        difference = found[name] = _difference(run(chunk, heads), whole)
+        bench.expect(difference <= limit, f"{what}: {name} differ by {difference:.1e}, more than {limit:.1e}")
     bench.note(what, found)
     bench.expect(bool(whole.isfinite().all() and whole.std() > 0), f"{what}: the whole is no flow")
 

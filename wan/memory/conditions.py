@@ -63,6 +63,26 @@ def conditions_ahead(
         undo()
 
 
+@contextlib.contextmanager
+def streamed_ahead(
+    model: nn.Module,
+    device: torch.device,
+    times: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    clip_fea: torch.Tensor | None,
+    dtype: torch.dtype,
+    make_streamer: Callable[[Sequence[nn.Module], torch.device], Streamer] = Streamer,
+) -> Iterator[list[nn.Module]]:
+    """Inside, the model can be called on the device: what is constant is computed, its layer groups come in turn.
+
+    Arguments and what it yields: see `conditions_ahead`.
+    """
+    with conditions_ahead(model, device, times, prompts, clip_fea, dtype) as groups:
+        not_moved = [*layer_groups(model), *model.embedding_layers()]
+        with Component([model], device, not_moved, make_streamer(groups, device)).on_device():
+            yield groups
+
+
 class _Ahead:
     """Conditions of all passes, to be called as modules/conditions.py's `embed`. Arguments as above."""
 

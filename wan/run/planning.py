@@ -66,8 +66,8 @@ def planner_of(request: Request, rates: Rates, ram: float | None = None, expanda
 def planner_for(
     request: Request, device: torch.device, ram: float | None = None
 ) -> tuple[Planner, float, float]:
-    """The Planner of a request on a device, and the bytes that PyTorch's allocator may take there: now, and of these those
-    that cuts are chosen for.
+    """The Planner of a request on a device, the bytes its allocator may take there, and those of them that cuts are
+    chosen for.
 
     Raises InputError for a limit that is more than the device has.
     """
