@@ -172,7 +172,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.mark.skipif(not ALL, reason="takes long: set WAN_EVERY_KILL=1")
-@pytest.mark.parametrize("task", [name for name in TASKS if name.endswith("-tiny")])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.toy])
 def test_killed_at_random_moments(task, whole):  # noqa: F811
     name = "out.png" if TASKS[task].still else "out.mp4"
     few = ["--frame_num", "1"] if TASKS[task].still else []

@@ -19,7 +19,7 @@ OPTIONS = {
     "low_vram": MemoryOptions(**LOW_VRAM | {"dit_chunk": 64}),
     "all stay": MemoryOptions(offload_model=False),
 }
-TOYS = [name for name in TASKS if name.endswith("-tiny")]
+TOYS = [name for name, task in TASKS.items() if task.toy]
 # Which of a run's allocations fail, as shares of them; the last are the decoder's.
 CASES = [("t2v-tiny", "low_vram", (0.02, 0.6)), ("t2v-tiny", "all stay", (0.6, 0.97))]
 CASES += [("t2i-tiny", "no flags", (0.3,)), ("i2v-tiny", "all stay", (0.2,))]

@@ -75,7 +75,7 @@ def test_any_size_and_one_line_about_it(task, tmp_path, caplog):
     assert told == [f"{task} was trained at 96*128, 128*96, not at 48*80"]
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS if name.endswith("-tiny")])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.toy])
 def test_events_tell_the_whole_run(task, tmp_path):
     events = []
     path = tmp_path / ("out.png" if TASKS[task].still else "out.mp4")

@@ -124,28 +124,6 @@ _EDIT: dict[str, Any] = {
 }
 
 
-_TRAINED: dict[str, Any] = {
-    "toy": "toy.checkpoints:checkpoint",
-    "free_size": False,
-    "sample_steps": 20,
-    "sample_shift": 3.0,
-    "shift_at": {},
-}
-_TOY_EXAMPLES: dict[str, Any] = {
-    "t2v-toy": {"prompt": "a red ball rolls to the right"},
-    "t2i-toy": {"prompt": "a yellow triangle on a black ground"},
-    "i2v-toy": {"prompt": "a blue square slides to the right", "inputs": {"image": "toy_image.png"}},
-    "flf2v-toy": {
-        "prompt": "a pink ball moves up",
-        "inputs": {"first_frame": "toy_first_frame.png", "last_frame": "toy_last_frame.png"},
-    },
-    "vace-toy": {
-        "prompt": "it moves to the left on a white ground",
-        "inputs": {"src_video": None, "src_mask": None, "src_ref_images": "toy_reference.png"},
-    },
-}
-
-
 def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
     """Of a model with one VACE block for so many blocks."""
     return {"dit": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": list(range(0, layers, step))}}
@@ -155,10 +133,8 @@ def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
 def _task(name: str, facts: dict[str, Any]) -> Task:
     if name.endswith("-tiny"):
         facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
-    if name.endswith("-toy"):
-        facts = {"frame_num": 17} | facts | _TRAINED | _TOY_EXAMPLES[name]
     sizes = SUPPORTED_SIZES[name]
-    size = next(size for size in ("1280*720", "832*480", "128*96", "80*48") if size in sizes)
+    size = next(size for size in ("1280*720", "832*480", "128*96") if size in sizes)
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
 
 
@@ -173,11 +149,6 @@ TASKS = {
         "flf2v-14B": _FIRST_LAST,
         "vace-1.3B": _EDIT | _vace_blocks(30, 2),
         "vace-14B": _EDIT | _vace_blocks(40, 5),
-        "t2v-toy": _TEXT,
-        "t2i-toy": _STILL,
-        "i2v-toy": _IMAGE,
-        "flf2v-toy": _FIRST_LAST,
-        "vace-toy": _EDIT,
         "t2v-tiny": _TEXT,
         "t2i-tiny": _STILL,
         "i2v-tiny": _IMAGE,

@@ -78,14 +78,14 @@ class Request:
     ckpt_dir: str | None = option(
         None,
         "Folder of the checkpoint, or its name on the Hugging Face hub, such as Wan-AI/Wan2.1-T2V-1.3B. "
-        "Toy tasks have their own.",
+        "Toy tasks make their own.",
     )
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
     prompt: str | None = option(None, "What to show.")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
     sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
-        None, "Solver steps (default 50; 40 for image to video, 20 for toy tasks).", at_least=1, at_most=1000
+        None, "Solver steps (default 50; 40 for image to video, 10 for toy tasks).", at_least=1, at_most=1000
     )
     sample_shift: float | None = option(
         None,
