@@ -75,7 +75,7 @@ class Clip:
     def coverage(self, frames: int = FRAMES, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
         """The share of each pixel that the shape covers, [frames, height, width] in [0, 1]."""
         across, down = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
-        drawn = np.empty((frames, height, width), np.float32)
+        drawn: np.ndarray = np.empty((frames, height, width), np.float32)
         for frame in range(frames):
             x, y, radius = self.at(frame / (FRAMES - 1))
             drawn[frame] = np.clip(0.5 - DISTANCES[self.shape](across - x, down - y, radius), 0, 1)

@@ -57,7 +57,8 @@ def flow(
                 tokens = tokens + hinted[i].after_proj(hints)
     shift, scale = (model.head.modulation + time[:, None]).chunk(2, dim=1)
     patches = model.head.head(_normed(model.head.norm, tokens) * (1 + scale) + shift)
-    return torch.stack([patches_to_video(sample, grid, model.patch_size) for sample in patches])
+    time_step, down, right = model.patch_size
+    return torch.stack([patches_to_video(sample, grid, (time_step, down, right)) for sample in patches])
 
 
 def _patches(embedding: nn.Conv3d, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:

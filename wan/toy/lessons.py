@@ -140,14 +140,16 @@ class VaceLessons:
     def __init__(self, vae: VAE, text: TextLessons, count: int, seed: int):
         self.seed, self.text = seed, text
         rng = np.random.default_rng([seed, 3])
-        kept, made, masks = [], [], []
+        kept: list[np.ndarray] = []
+        made: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
         for clip in text.clips[:count]:
             other = random_clip(rng, ground=clip.ground)
             parts = masked(other.video(), hole_about(clip, other))
             for part, parts_of in zip(parts, (kept, made, masks)):
                 parts_of.append(part)
         self.filled = _vace_context(latents_of(vae, kept), latents_of(vae, made), masks)
-        grey = [np.zeros((3, FRAMES, HEIGHT, WIDTH), np.float32)]
+        grey: list[np.ndarray] = [np.zeros((3, FRAMES, HEIGHT, WIDTH), np.float32)]
         nothing = latents_of(vae, grey)
         self.free = _vace_context(nothing, nothing, [np.ones_like(grey[0][:1])])
         names = [(shape, colour) for shape in SHAPES for colour in COLOURS]

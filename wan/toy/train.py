@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .dit_training import start, train_dit
 from .lessons import ImageLessons, TextLessons, Texts, VaceLessons
 
 SEED = 0
+Made = TypeVar("Made")
 CLIPS = 1500
 # The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
 # before as well, then learns what lies between.
@@ -46,15 +47,15 @@ class Training:
         """Notes what a stage tells: [step, losses...]."""
 
         def tell(*numbers: float) -> None:
-            numbers = [round(number, 5) for number in numbers]
-            print(stage, *numbers, flush=True)
+            line = [round(number, 5) for number in numbers]
+            print(stage, *line, flush=True)
             path = self.folder / f"{stage}-losses.json"
             known = json.loads(path.read_text()) if path.is_file() else []
-            path.write_text(json.dumps([line for line in known if line[0] < numbers[0]] + [numbers]) + "\n")
+            path.write_text(json.dumps([other for other in known if other[0] < line[0]] + [line]) + "\n")
 
         return tell
 
-    def kept(self, name: str, make: Callable[[], object]) -> object:
+    def kept(self, name: str, make: Callable[[], Made]) -> Made:
         """What a stage makes, or made before."""
         path = self.folder / f"{name}.pt"
         if not path.is_file():

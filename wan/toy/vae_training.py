@@ -135,7 +135,7 @@ def crops(
         kind = rng.random()
         if kind < 0.15:
             x0, y0 = rng.integers(0, width - 16), rng.integers(0, height - 16)
-            hole = np.zeros((frames, height, width), bool)
+            hole: np.ndarray = np.zeros((frames, height, width), bool)
             hole[:, y0 : y0 + rng.integers(12, 40), x0 : x0 + rng.integers(12, 40)] = True
             video[:, hole if rng.random() < 0.5 else ~hole] = 0
         elif kind < 0.25 and frames > 1:
