@@ -93,11 +93,11 @@ class Training:
         """That for text, and from it those with sources, which learn from a third of its clips."""
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
         text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), CLIPS, SEED))
-        t2v = self.dit("t2v", text, 4000, 2e-3)
+        t2v = self.dit("t2v", text, 10_000, 2e-3)
         image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
-        self.dit("image", image, 2000, 1e-3, t2v)
+        self.dit("image", image, 3000, 1e-3, t2v)
         vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
-        self.dit("vace", vace, 2500, 1e-3, t2v)
+        self.dit("vace", vace, 4000, 1e-3, t2v)
 
     def dit(
         self,
