@@ -180,7 +180,7 @@ def report_on(run: Run, device: torch.device) -> Report:
             report.peak_bytes = backend.max_memory_allocated(device)
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
-                pipeline.text_encoder = _NoText()
+                pipeline.text_encoder = _NoText(run.facts.config)
             calls = 1 if run.memory.guidance_together else 2  # with and without the prompt
             _skip_calls(pipeline.model, calls * (STEPS - 1))
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
@@ -203,8 +203,11 @@ class _NoText:
 
     model = SimpleNamespace(block=[])
 
+    def __init__(self, config: Any):
+        self.like = torch.empty(config.text_len, 4096, dtype=config.t5_dtype, device="meta")
+
     def __call__(self, texts: list[str], device: Any) -> list[torch.Tensor]:
-        return [torch.zeros(512, 4096, dtype=torch.bfloat16) for _ in texts]
+        return [torch.zeros_like(self.like, device="cpu") for _ in texts]
 
 
 def _skip_calls(model: Any, calls: int) -> None:

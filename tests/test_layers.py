@@ -25,7 +25,7 @@ LAYERS = [
     ["wan.toy"],
     ["wan"],  # names the pipelines
     ["wan.run"],
-    ["wan.cli", "wan.__main__"],
+    ["wan.cli", "wan.__main__", "wan.web"],
     ["generate", "benchmarks"],
 ]
 KINDS = sorted({name.split("-")[0] for name in TASKS})

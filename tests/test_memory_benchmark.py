@@ -13,38 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from shortcuts import few_blocks, largest_tile
 
 from benchmarks import memory
 from benchmarks.memory import GIB, Run, count
 from wan.configs import SIZE_CONFIGS
-from wan.memory import tile_geometry
 from wan.memory.options import LOW_VRAM, MemoryOptions
-from wan.modules import forward
 
-FEW_CHUNKS = 4
-FEW_BLOCKS = 3  # a VACE block, the first block that takes a hint, one that takes none
 STAGES = ["text", "image", "encode", "denoise", "decode"]
 
 
 @pytest.fixture
-def shortcuts(monkeypatch):
-    run_block, all_tiles = forward.Layers.run, tile_geometry.grid
-
-    def some_blocks(layers, *args, **kwargs):
-        layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
-        if layers.blocks_run <= FEW_BLOCKS:
-            all_chunks, layers.spans = layers.spans, layers.spans[:FEW_CHUNKS]
-            yield from run_block(layers, *args, **kwargs)
-            layers.spans = all_chunks
-
-    def largest_tile(height, width, tile):  # with margins on all sides, or else on those that reach further
-        tiles = all_tiles(height, width, tile)
-        columns = len({column for _, column in tiles})
-        rows = len(tiles) // columns
-        return [tiles[(rows - 1) // 2 * columns + (columns - 1) // 2]]
-
-    monkeypatch.setattr(forward.Layers, "run", some_blocks)
-    monkeypatch.setattr(tile_geometry, "grid", largest_tile)
+def shortcuts():
+    with few_blocks(), largest_tile():
+        yield
 
 
 def run_of(task, size, frame_num=81, **options):

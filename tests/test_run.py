@@ -14,6 +14,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import MemoryOptions
 from wan.run import Request, run
+from wan.run.settings import read_settings
 from wan.sampling import SOLVERS, Solver, denoise
 from wan.tasks import TASKS
 from wan.utils.errors import InputError
@@ -48,6 +49,8 @@ def test_a_request_is_whole_and_frozen():
     "wrong, told",
     [
         ({"frame_num": 8}, "frame_num 8: give 4n+1 frames"),
+        ({"frame_num": 5.5}, "frame_num 5.5: give a whole number"),
+        ({"sample_steps": True}, "sample_steps True: give a whole number"),
         ({"task": "t2v-tony"}, "task t2v-tony: choose one of t2v-14B"),
         ({"sample_guide_scale": float("nan")}, "sample_guide_scale nan: give 0 to 1000"),
         ({"base_seed": 2**70}, f"base_seed {2**70}: give a number at most"),
@@ -64,6 +67,20 @@ def test_errors_carry_the_fields_name(wrong, told):
     assert str(error.value).startswith(told)
     assert error.value.fields == (next(iter(wrong)),)
     assert error.value.told("--").startswith(f"--{told.split(':')[0]}")
+
+
+def test_a_negative_prompt_takes_the_place_of_the_models_own(tmp_path):
+    """And is told by the result."""
+
+    def made(name, **settings):
+        path = run(Request("t2v-tiny", save_file=str(tmp_path / name), **FEW, **settings))
+        return np.stack(list(VideoFile(path).frames())), read_settings(path)
+
+    plain, _ = made("plain.mp4")
+    same, _ = made("same.mp4", negative_prompt=WAN_CONFIGS["t2v-tiny"].sample_neg_prompt)
+    other, settings = made("other.mp4", negative_prompt="a green field")
+    assert np.array_equal(plain, same) and not np.array_equal(plain, other)
+    assert settings["negative_prompt"] == "a green field"
 
 
 @pytest.mark.parametrize("task", ["t2v-tiny", "vace-tiny"])

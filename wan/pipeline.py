@@ -286,9 +286,9 @@ class WanPipeline:
         """What is encoded for a prompt: it, and the negative prompt or the config's."""
         return prompt, negative_prompt or self.sample_neg_prompt
 
-    def encode_ahead(self, prompt: str) -> None:
-        """Encodes a prompt into the cache, for a run to come; loads nothing but the text encoder."""
-        texts = self.prompts(prompt)
+    def encode_ahead(self, prompt: str, negative_prompt: str = "") -> None:
+        """Encodes prompts into the cache, for a run to come; loads nothing but the text encoder."""
+        texts = self.prompts(prompt, negative_prompt)
         if any(self._prompts.get(text) is None for text in texts):
             with self.stages.loading():
                 assert self._text is not None

@@ -21,6 +21,7 @@ class Task:
 
     Attributes:
         pipeline: "module:class" in this package, imported when used.
+        title: what it does, in a few words.
         config: of the model, an entry of WAN_CONFIGS.
         sizes: "width*height" that the model was trained at.
         free_size: whether it makes other sizes, too.
@@ -42,6 +43,7 @@ class Task:
     sizes: tuple[str, ...]
     size: str
     prompt: str
+    title: str = ""
     inputs: Mapping[str, str | None] = field(default_factory=dict)
     all_inputs: bool = False
     area_only: bool = False
@@ -84,17 +86,20 @@ def _imported(place: str) -> Any:
 
 
 _TEXT: dict[str, Any] = {
+    "title": "Text to video",
     "pipeline": "text2video:WanT2V",
     "prompt": "A red paper boat sails down a rainy street at dusk, lamps mirrored in the water.",
     "free_size": True,
 }
 _STILL: dict[str, Any] = {
+    "title": "Text to picture",
     "pipeline": "text2video:WanT2V",
     "prompt": "A lighthouse above a calm sea in the first light of the morning, soft colours.",
     "still": True,
     "frame_num": 1,
 }
 _IMAGE: dict[str, Any] = {
+    "title": "Image to video",
     "pipeline": "image2video:WanI2V",
     "prompt": "A white paper boat drifts across a calm lake at sunset, small waves lap around it.",
     "inputs": {"image": "i2v_input.png"},
@@ -105,6 +110,7 @@ _IMAGE: dict[str, Any] = {
     "dit": {"model_type": "i2v", "in_dim": 36},
 }
 _FIRST_LAST: dict[str, Any] = {
+    "title": "First and last frame to video",
     "pipeline": "first_last_frame2video:WanFLF2V",
     "prompt": "Noon turns to dusk over a little house with a red roof; the sun sinks, stars come out, "
     "the windows light up.",
@@ -116,6 +122,7 @@ _FIRST_LAST: dict[str, Any] = {
     "dit": {"model_type": "flf2v", "in_dim": 36},
 }
 _EDIT: dict[str, Any] = {
+    "title": "Edit and reference (VACE)",
     "pipeline": "vace:WanVace",
     "prompt": "A red paper boat sails past a red and white striped lighthouse on a bright day.",
     "free_size": True,

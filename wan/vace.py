@@ -13,7 +13,7 @@ from .modules.vae import WanVAE
 from .pipeline import Conditioning
 from .text2video import WanT2V
 from .utils.errors import InputError
-from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources
+from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources, processor_of
 
 References = Sequence[Sequence[torch.Tensor] | None] | None  # of each sample
 
@@ -26,17 +26,7 @@ class WanVace(WanT2V):
     @cached_property
     def vid_proc(self) -> VaceVideoProcessor:
         """Chooses size and frames of source videos."""
-        fps = self.config.sample_fps
-        return VaceVideoProcessor(
-            downsample=tuple(stride * patch for stride, patch in zip(self.vae_stride, self.patch_size)),
-            min_area=720 * 1280,
-            max_area=720 * 1280,
-            min_fps=fps,
-            max_fps=fps,
-            zero_start=True,
-            seq_len=75600,
-            keep_last=True,
-        )
+        return processor_of(self.config)
 
     def arguments(self, request: Any) -> dict[str, Any]:
         """prepare()'s own arguments for a request."""

@@ -95,8 +95,8 @@ def run_entries(entries: Sequence[Entry], runner: Runner) -> int:
         How many failed; they are logged.
     """
     failed: list[str] = []
-    left = [entry for entry in entries if not _is_done(entry)]
-    requests = {entry.name: _begun(entry) or entry.request for entry in left}
+    left = [entry for entry in entries if not is_done(entry)]
+    requests = {entry.name: begun(entry) or entry.request for entry in left}
     for step in (runner.encode_ahead, runner.run):
         for name, request in requests.items():
             if name not in failed:
@@ -111,7 +111,7 @@ def run_entries(entries: Sequence[Entry], runner: Runner) -> int:
     return len(failed)
 
 
-def _is_done(entry: Entry) -> bool:
+def is_done(entry: Entry) -> bool:
     """Whether the result is there, made by the entry's settings."""
     path = entry.request.save_file
     if entry.request.overwrite or not os.path.isfile(path):
@@ -122,7 +122,7 @@ def _is_done(entry: Entry) -> bool:
         return False
 
 
-def _begun(entry: Entry) -> Request | None:
+def begun(entry: Entry) -> Request | None:
     """The request that goes on from the newest state of the entry, if there is one."""
     from .state import read_state
 

@@ -50,6 +50,10 @@ class Interrupts:
         """Asks the run to stop at the next `check`."""
         self._pending = number
 
+    def withdraw(self) -> None:
+        """Forgets that it was asked: the next run is another."""
+        self._pending = None
+
     def check(self) -> None:
         """Raises Interrupted if the run is asked to stop."""
         if self._pending is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -14,9 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..configs.encoders import UMT5_XXL, VIT_H_14
-from ..memory.options import LOW_VRAM, MemoryOptions
-from ..memory.plan import CHUNKS, GIB, Plan, Planner, Work, meta_model, options_text, time_text
-from ..memory.predict.dit import Shape
+from ..memory.plan import GIB, Plan, options_text, time_text
+from ..memory.planner import Planner
+from ..memory.predict.forward import Shape
+from ..memory.predict.work import Work, meta_model
 from ..memory.rates import Rates, rates_of, usual
 from ..memory.vae_tiling import CONTEXT
 from ..modules.model import WanModel
@@ -25,6 +27,7 @@ from ..modules.vae import VAE
 from ..speed import needed_options
 from ..utils.accelerator import LIBRARY_BYTES, choose_device, in_wsl, initialise
 from ..utils.errors import InputError
+from ..utils.vace_processor import processor_of
 from ..utils.video import fitted_size
 from .request import PLANNED, Request
 
@@ -117,15 +120,11 @@ def device_of(request: Request) -> torch.device:
 
 def work_of(request: Request) -> Work:
     """What a request is to the planner."""
-    task, config = request.facts, request.facts.config
+    config = request.facts.config
     pictures = _pictures(request) if "clip_checkpoint" in config else []
-    width, height = request.pixels
-    step = config.vae_stride[1] * config.patch_size[1]
-    if task.area_only and pictures:
-        height, width = fitted_size(pictures[0][1], pictures[0][0], width * height, step)
+    (frames, height, width), stride = video_shape(request), config.vae_stride
     dit, vae = _models(request.task)
     references = len(request.references or ()) if hasattr(dit, "vace_blocks") else 0
-    frames, stride = request.frame_num, config.vae_stride
     joined = dit.patch_embedding.in_channels - vae.z_dim
     source = dit.vace_patch_embedding.in_channels if hasattr(dit, "vace_blocks") else 0
     shape = Shape(
@@ -152,7 +151,10 @@ def work_of(request: Request) -> Work:
         frames=frames,
         height=height,
         width=width,
+        strides=stride,
+        vae_dim=config.get("vae_dim", 96),
         encoded=encoded,
+        sources=source_channels(request),
     )
 
 
@@ -165,6 +167,27 @@ def _models(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     kind = VaceWanModel if "vace_layers" in sizes else WanModel
     dit = meta_model(lambda: kind(**sizes), facts.config.param_dtype)
     return dit, meta_model(lambda: VAE(facts.config.get("vae_dim", 96)))
+
+
+def video_shape(request: Request) -> tuple[int, int, int]:
+    """(frames, height, width) of the result: inputs may set them. Those that cannot be read are as asked for."""
+    task, config, (width, height) = request.facts, request.facts.config, request.pixels
+    if task.area_only:
+        picture_width, picture_height = _pictures(request)[0]
+        step = config.vae_stride[1] * config.patch_size[1]
+        return request.frame_num, *fitted_size(picture_height, picture_width, width * height, step)
+    if request.src_video:
+        processor = processor_of(config)
+        processor.set_size(request.pixels, request.frame_num)
+        with contextlib.suppress(InputError):
+            return processor.shape_of(request.src_video)
+    return request.frame_num, height, width
+
+
+def source_channels(request: Request) -> int:
+    """Channels of videos that are in RAM whole while they are encoded: known frames, or a source and its mask."""
+    task = request.facts
+    return 3 if task.all_inputs else 4 + 3 * bool(request.src_mask) if "src_video" in task.inputs else 0
 
 
 def _pictures(request: Request) -> list[tuple[int, int]]:
@@ -204,23 +227,25 @@ def longest(request: Request, planner: Planner, room: float) -> int:
     """The most frames that fit, by the leanest way; of pictures one."""
     if request.facts.still:
         return 1
-    options = MemoryOptions(**LOW_VRAM | {"dit_chunk": CHUNKS[-1]} | dict(planner.kept))
+    if request.src_video:
+        return planner.work.frames  # the source's
+    options = planner.leanest_options()
 
-    def lean(frames: int) -> Planner:
-        return replace(planner, work=work_of(replace(request, frame_num=frames)), _stages={}, _live={})
+    def fits(number: int, exactly: bool) -> bool:
+        there = replace(planner, work=work_of(replace(request, frame_num=4 * number + 1)))
+        if exactly:
+            return there.of(options, room).fits
+        return all(there.predictor.live(name, options) <= room for name in there.predictor.names)
 
     (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
     low, high = (request.frame_num - 1) // 4, (most - 1) // 4
     while low < high:
         middle = (low + high + 1) // 2
-        there = lean(4 * middle + 1)
-        if max(there.live(name, options) for name in there.names) <= room:
+        if fits(middle, exactly=False):
             low = middle
         else:
             high = middle - 1
-    while (
-        low and lean(4 * low + 1).of(options).peak_bytes > room
-    ):  # live bytes were compared, reserved are more
+    while low and not fits(low, exactly=True):  # live bytes were compared, reserved are more
         low = low * 31 // 32
     return 4 * low + 1
 

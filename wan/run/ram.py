@@ -11,6 +11,7 @@ from ..memory.predict.ram import ram_needed
 from ..modules.model import weights_path
 from ..utils.errors import InputError
 from ..weights.reading import stored_types
+from .planning import source_channels, video_shape
 from .request import Request
 
 GIB = 2**30
@@ -28,17 +29,16 @@ def check_ram(request: Request, pipeline: Any) -> None:
     if pipeline.device.type == "cpu" or "model" in vars(pipeline):
         return
     types = stored_types(weights_path(pipeline.checkpoint_dir))
-    width, height = request.pixels
     need = ram_needed(
         pipeline.model_class.from_config(pipeline.checkpoint_dir),
         pipeline.options,
-        (request.frame_num, height, width),
+        video_shape(request),
         pipeline.vae_stride,
         pipeline.param_dtype,
         types.get,
         vae_dim=pipeline.config.get("vae_dim", 96),
         prompts=1 if request.sample_guide_scale == 1 else 2,
-        source_channels=3 if request.facts.all_inputs else 0,
+        source_channels=source_channels(request),
     )
     memory, swap = psutil.virtual_memory(), psutil.swap_memory().total
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(need).items())

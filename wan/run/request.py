@@ -82,6 +82,7 @@ class Request:
     )
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
     prompt: str | None = option(None, "What to show.")
+    negative_prompt: str | None = option(None, "What to avoid (default: what the model was published with).")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
     sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
@@ -326,6 +327,9 @@ class Request:
             value = getattr(self, item.name)
             if item.type == "bool" and not isinstance(value, bool):
                 raise InputError("give true or false", item.name, value)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and str(item.type).startswith("int") and not whole:
+                raise InputError("give a whole number", item.name, value)
             if value is None or not str(item.type).startswith("str"):
                 continue
             if isinstance(value, os.PathLike):

@@ -26,7 +26,7 @@ from ..utils.accelerator import (
     require_accelerator,
 )
 from ..utils.errors import InputError
-from ..utils.events import Event, Expected, Finished, Listener
+from ..utils.events import Event, Expected, Finished, Listener, Planned
 from ..utils.prompt_extend import extend_prompt
 from ..utils.video import EightBitFrames, save_image, save_video
 from ..weights.fingerprints import file_fingerprint
@@ -146,6 +146,7 @@ class Runner:
         elif limited:
             hold_to(device, room)
         log.info(f"Memory: {plan.line()}")
+        self._listener(_told(plan))
         return replace(request, memory=plan.options), plan
 
     def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
@@ -156,6 +157,7 @@ class Runner:
         leaner = planner.leaner(plan)
         if leaner is not None:
             log.warning(f"Memory ran out; going on from the last step with: {leaner.line()}")
+            self._listener(_told(leaner))
         return leaner
 
     def _forget(self, device: torch.device) -> None:
@@ -170,7 +172,7 @@ class Runner:
             return
         request, _ = self._planned(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
-            self._pipeline_for(request).encode_ahead(request.prompt)
+            self._pipeline_for(request).encode_ahead(request.prompt, request.negative_prompt or "")
 
     def _tell(self, event: Event) -> None:
         self._listener(event)
@@ -219,6 +221,11 @@ class Runner:
             )
             self._built = built
         return self._pipeline
+
+
+def _told(plan: Plan) -> Planned:
+    """What a listener is told of a plan."""
+    return Planned(plan.line(), {name: stage.reserved for name, stage in plan.stages.items()}, plan.room)
 
 
 def _start(request: Request) -> State:
@@ -335,9 +342,11 @@ def _encode(pipeline: Any, keeper: Keeper) -> None:
     log.info(f"Prompt: {request.prompt}")
     if request.use_prompt_extend:
         request = replace(request, prompt=_extended(request, arguments), use_prompt_extend=False)
-    pipeline.load(prompts=pipeline.prompts(request.prompt))
+    negative = request.negative_prompt or ""
+    pipeline.load(prompts=pipeline.prompts(request.prompt, negative))
     keeper.save(request=request)
-    conditioning = pipeline.prepare(request.prompt, **arguments, frame_num=request.frame_num)
+    arguments |= {"frame_num": request.frame_num, "n_prompt": negative}
+    conditioning = pipeline.prepare(request.prompt, **arguments)
     for embedding in (conditioning.context, conditioning.context_null):
         check_finite(embedding, "encoding the prompt")
     keeper.save(conditioning=conditioning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +12,15 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How memory will be used: in a line, as bytes that each stage reserves on the device, and of how many."""
+
+    line: str
+    stages: Mapping[str, int]
+    room: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Finished:
     path: Path
 
 
-Event = StageStarted | Step | Expected | Previewed | MemorySample | StageDone | Finished
+Event = Planned | StageStarted | Step | Expected | Previewed | MemorySample | StageDone | Finished
 Listener = Callable[[Event], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)

@@ -62,6 +62,20 @@ class VaceVideoProcessor:
         """Set the token budget."""
         self.seq_len = seq_len
 
+    def set_size(self, image_size: tuple[int, int], num_frames: int) -> None:
+        """Area and token budget of (width, height) pixels and so many frames, or of 81 if those are more."""
+        stride_t, stride_h, stride_w = self.downsample
+        area = image_size[0] * image_size[1]
+        self.set_area(area)
+        latent_frames = max(MAX_LATENT_FRAMES, (num_frames - 1) // stride_t + 1)
+        self.set_seq_len(area // (stride_h * stride_w) * latent_frames)
+
+    def shape_of(self, data_key: Source) -> tuple[int, int, int]:
+        """(frames, height, width) of what `load_video` would load of the clip at a path, with its errors."""
+        (file,) = open_clips(data_key, None)
+        ids, size, _ = self._choose(file, file.height, file.width, np.random.default_rng())
+        return len(ids), *size
+
     def load_video(self, data_key: Source, crop_box: Box | None = None, seed: int = 2024) -> tuple[Any, ...]:
         """Load the chosen frames of the clip at path `data_key`, the one that --src_video names.
 
@@ -142,6 +156,20 @@ class VaceVideoProcessor:
         inside = (times >= starts) & ((times <= ends) if self.keep_last else (times < ends))
         latest = np.searchsorted(starts, times[:, 0], side="right") - 1
         return np.where(inside.any(axis=1), inside.argmax(axis=1), latest.clip(min=0)).tolist()
+
+
+def processor_of(config: Any) -> VaceVideoProcessor:
+    """The processor of a task's config."""
+    return VaceVideoProcessor(
+        downsample=tuple(stride * patch for stride, patch in zip(config.vae_stride, config.patch_size)),
+        min_area=720 * 1280,
+        max_area=720 * 1280,
+        min_fps=config.sample_fps,
+        max_fps=config.sample_fps,
+        zero_start=True,
+        seq_len=75600,
+        keep_last=True,
+    )
 
 
 def _fill(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -232,12 +260,7 @@ def load_sources(
     video, or a mask without a video.
     """
     width, height = image_size
-    area = width * height
-    stride_t, stride_h, stride_w = processor.downsample
-    processor.set_area(area)
-    latent_frames = max(MAX_LATENT_FRAMES, (num_frames - 1) // stride_t + 1)
-    processor.set_seq_len(area // (stride_h * stride_w) * latent_frames)
-
+    processor.set_size(image_size, num_frames)
     videos, masks, references = [], [], []
     for video_path, mask_path, image_paths in zip(src_video, src_mask, src_ref_images):
         if video_path is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .ledger import Ledger
-from .weights import Sizes, attach
+from .weights import Sizes, attach, few
 
 
 def image_stage(
@@ -16,6 +16,7 @@ def image_stage(
     itemsize: int,
     streamed: bool = False,
     buffers: int = 2,
+    stays: bool = False,
 ) -> None:
     """Encodes pictures of (width, height) pixels; their features stay.
 
@@ -23,6 +24,7 @@ def image_stage(
         config: fields of CLIPVisionConfig; the last of its layers is not there.
         itemsize: bytes of a number of the weights, and of what is computed.
         streamed: whether the layers pass through `buffers` buffers.
+        stays: whether the weights do not leave.
     """
     embeddings, groups = weight_sizes(config, itemsize)
     weights = ledger.arrive(embeddings)
@@ -32,7 +34,10 @@ def image_stage(
         weights += ledger.arrive([size for group in groups for size in group])
     whole = [ledger.take(4 * 3 * width * height) for width, height in pictures]
     _encode(ledger, config, len(pictures), itemsize)
-    ledger.drop(*whole, *weights)
+    ledger.drop(*whole)
+    if not stays:
+        ledger.drop(*weights)
+        ledger.release()
 
 
 def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[Sizes, list[Sizes]]:
@@ -70,7 +75,7 @@ def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: 
     first = _norm(ledger, tokens, width, itemsize)
     ledger.drop(x)
     x = first
-    for _ in range(min(2, config["num_hidden_layers"] - 1)):  # the others take what the second one takes
+    for _ in range(few(config["num_hidden_layers"] - 1)):
         before, x = x, _layer(ledger, config, tokens, itemsize)
         ledger.drop(before if before != first else None)
     ledger.drop(first if first != x else None, normed, *statistics)

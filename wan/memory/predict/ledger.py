@@ -24,8 +24,13 @@ def rounded(nbytes: float, unit: int = ROUNDING) -> int:
     return math.ceil(nbytes / unit) * unit
 
 
+Request = tuple[int, int]  # (number of a tensor, its bytes; 0 when it is dropped)
+RELEASE = -1  # in place of a number: what is not in use is given back
+PLAYED = -2  # or: requests of another ledger, whose place in `_played` follows
+
+
 class Ledger:
-    """The requests of one stage.
+    """The requests of one stage, or of a part of one that others play.
 
     Attributes:
         live, peak: bytes in tensors now, and at most so far, in the allocator's units.
@@ -33,18 +38,21 @@ class Ledger:
 
     def __init__(self) -> None:
         self.live = self.peak = 0
-        # (number of a tensor, its bytes; 0 when it is dropped), or (-1, 0) when what is not in use is given back
-        self._requests: list[tuple[int, int]] = []
-        self._sizes: list[int] = []
+        self._requests: list[Request] = []
+        self._numbers = 0
+        self._held: dict[int, int] = {}  # bytes of the tensors that are there
+        self._played: list[tuple[Ledger, int]] = []  # and the number of its first tensor
 
     def take(self, nbytes: float) -> int:
         """A new tensor; returns the number by which it is dropped."""
-        size = rounded(nbytes)
-        self._sizes.append(size)
-        number = len(self._sizes) - 1
+        size = int(-(-nbytes // ROUNDING)) * ROUNDING
+        number = self._numbers
+        self._numbers = number + 1
+        self._held[number] = size
         self._requests.append((number, size))
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
         return number
 
     def arrive(self, sizes: Iterable[int]) -> list[int]:
@@ -56,7 +64,7 @@ class Ledger:
         for number in numbers:
             if number is not None:
                 self._requests.append((number, 0))
-                self.live -= self._sizes[number]
+                self.live -= self._held.pop(number)
 
     def become(self, nbytes: float, *before: int | None) -> int:
         """A new tensor, and then others dropped, of which it was made."""
@@ -66,28 +74,99 @@ class Ledger:
 
     def release(self) -> None:
         """The allocator gives back to the driver what is not in use."""
-        self._requests.append((-1, 0))
+        self._requests.append((RELEASE, 0))
+
+    def play(self, part: Ledger) -> list[int]:
+        """The requests of a part, as if they were made here; returns what drops the tensors that it left."""
+        first = self._numbers
+        self._requests.append((PLAYED, len(self._played)))
+        self._played.append((part, first))
+        self._numbers += part._numbers
+        self.peak = max(self.peak, self.live + part.peak)
+        self.live += part.live
+        left = {first + number: size for number, size in part._held.items()}
+        self._held |= left
+        return [*left]
+
+    @property
+    def held(self) -> list[int]:
+        """What is there."""
+        return list(self._held)
+
+    def restart(self) -> None:
+        """From here on `peak` counts."""
+        self.peak = self.live
+
+    def mark(self) -> tuple[int, int]:
+        """Where `again` is to begin."""
+        return len(self._requests), self._numbers
+
+    def again(self, mark: tuple[int, int], times: int) -> int:
+        """What was asked for since a mark, so many times more; returns what the numbers of tensors grow by.
+
+        It takes as much as it drops, and plays nothing. All that is there was made in it, or as it repeats what was
+        before.
+        """
+        since, grown = self._requests[mark[0] :], self._numbers - mark[1]
+        for n in range(1, times + 1):
+            more = n * grown
+            self._requests += [(number + more, size) for number, size in since]
+        self._numbers += times * grown
+        self._held = {number + times * grown: size for number, size in self._held.items()}
+        return times * grown
 
     def reserved(self, expandable: bool = True) -> int:
         """Bytes that the allocator takes from the driver at most.
 
         expandable: whether its segments can grow.
         """
-        pools = _Pool(True, expandable), _Pool(False, expandable)
-        blocks: dict[int, tuple[_Pool, tuple[int, int]]] = {}
-        most = 0
-        for number, size in self._requests:
-            if size:
-                pool = pools[size > SMALL]
-                blocks[number] = pool, pool.take(size)
-                most = max(most, pools[0].taken + pools[1].taken)
-            elif number in blocks:
-                pool, block = blocks.pop(number)
-                pool.give(*block)
-            elif number < 0:
-                for pool in pools:
-                    pool.release()
-        return most
+        device = Device(expandable)
+        device.serve(self)
+        return device.most
+
+
+class Device:
+    """An allocator, on a device without end, that serves the requests of a ledger.
+
+    Attributes:
+        most: bytes taken from the driver, at most since `restart`.
+    """
+
+    def __init__(self, expandable: bool):
+        self.most = 0
+        self._small, self._large = _Pool(True, expandable), _Pool(False, expandable)
+        self._blocks: dict[int, tuple[_Pool, int, int]] = {}
+        self._served = 0
+
+    def restart(self) -> None:
+        """From here on `most` counts."""
+        self.most = self._small.taken + self._large.taken
+
+    def serve(self, ledger: Ledger) -> None:
+        """Serves what has not been served yet of the one ledger that it serves."""
+        self._serve(ledger, 0, self._served)
+        self._served = len(ledger._requests)
+
+    def _serve(self, part: Ledger, first: int, start: int = 0) -> None:
+        """Serves requests of a part whose tensors' numbers grow by `first`."""
+        small, large, blocks = self._small, self._large, self._blocks
+        for number, size in part._requests[start:] if start else part._requests:
+            if size and number >= 0:
+                pool = small if size <= SMALL else large
+                before = pool.taken
+                blocks[first + number] = pool, *pool.take(size)
+                if pool.taken > before:
+                    self.most = max(self.most, small.taken + large.taken)
+            elif number >= 0:
+                if first + number in blocks:
+                    pool, begin, length = blocks.pop(first + number)
+                    pool.give(begin, length)
+            elif number == RELEASE:
+                small.release()
+                large.release()
+            else:
+                inner, offset = part._played[size]
+                self._serve(inner, first + offset)
 
 
 class _Pool:
@@ -112,27 +191,34 @@ class _Pool:
 
     def take(self, size: int) -> tuple[int, int]:
         """(address, size) of a block of at least so many bytes: the smallest that is free, else a new one."""
-        start = self._best_fit(size)
-        if start is None:
-            start = self._expand(size) if self._expandable else self._segment(size)
-        rest = self._sizes[start] - size
-        self._remove(start)
+        free, sizes, starts = self._free, self._sizes, self._starts
+        found = bisect.bisect_left(free, (size, -1))
+        if found < len(free):
+            if sum(free[found]) in self._gaps:  # behind it
+                found = self._least_room(found)
+        else:
+            place = self._expand(size) if self._expandable else self._segment(size)
+            found = bisect.bisect_left(free, (sizes[place], place))
+        length, start = free.pop(found)
+        del sizes[start], starts[start + length]
+        rest = length - size
         if rest >= ROUNDING if self._small or self._expandable else rest > SMALL:
             self._insert(start + size, rest)
-            rest = 0
-        return start, size + rest
+            return start, size
+        return start, length
 
     def give(self, start: int, size: int) -> None:
         """Takes a block back; it joins free neighbours."""
-        before = self._starts.get(start)
-        if before is not None:
-            size += self._sizes[before]
+        sizes, starts = self._sizes, self._starts
+        if start in starts:
+            before = starts[start]
+            size += sizes[before]
             self._remove(before)
             start = before
-        behind = self._sizes.get(start + size)
-        if behind is not None:
-            self._remove(start + size)
-            size += behind
+        if start + size in sizes:
+            behind = start + size
+            size += sizes[behind]
+            self._remove(behind)
         self._insert(start, size)
 
     def release(self) -> None:
@@ -152,18 +238,15 @@ class _Pool:
                         self._insert(first, last - first)
                 self._add_gap(low, high - low)
 
-    def _best_fit(self, size: int) -> int | None:
-        """The smallest free block; of those that could grow, the one with the least room, only if no other fits."""
-        found = bisect.bisect_left(self._free, (size, -1))
-        if found == len(self._free):
-            return None
+    def _least_room(self, found: int) -> int:
+        """Of free blocks, from this one on, the first whose room with the gap behind it is no more than the next's."""
         rooms = (room + self._gaps.get(start + room, 0) for room, start in self._free[found:])
         least = next(rooms)
         for room in rooms:
             if room >= least:
                 break
             found, least = found + 1, room
-        return self._free[found][1]
+        return found
 
     def _expand(self, size: int) -> int:
         """Puts memory behind the first gap where that, with what is free beside it, makes so large a block."""

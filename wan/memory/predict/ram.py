@@ -69,12 +69,9 @@ def ram_needed(
         for name, parameter in model.named_parameters():
             kept = model.storage_dtype(name, dtype)
             weights += parameter.numel() * kept.itemsize if kept is not stored(name) else 0
-    stacks = 2 if hasattr(model, "vace_blocks") else 1
-    samples = prompts if options.guidance_together else 1
     activations = 0
     if options.activation_offload:
-        narrow = 2 * samples + 2  # keys and values of each sample; queries and attention output
-        activations = tokens * model.dim * (4 * stacks * samples + narrow * dtype.itemsize)
+        activations = activation_bytes(model, tokens, dtype.itemsize, options.guidance_together, prompts)
     context = 0
     if options.dit_stream is not None:
         blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
@@ -84,3 +81,14 @@ def ram_needed(
     features = FEATURES * vae_dim * math.prod(latent) * 4
     sources = source_channels * frames * height * width * 4
     return Ram(weights, activations, context, max(sources, 3 * frames * height * width + features))
+
+
+def activation_bytes(model: nn.Module, tokens: int, itemsize: int, together: bool, prompts: int = 2) -> int:
+    """What grows with the tokens, where that is kept in RAM.
+
+    itemsize: bytes of a number of the compute type. together: whether all prompts pass through a layer in turn.
+    """
+    stacks = 2 if hasattr(model, "vace_blocks") else 1
+    samples = prompts if together else 1
+    narrow = 2 * samples + 2  # keys and values of each sample; queries and attention output
+    return tokens * model.dim * (4 * stacks * samples + narrow * itemsize)

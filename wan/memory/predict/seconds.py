@@ -8,6 +8,7 @@ of a sequence cost what their layers' weights cost to be read from the device's 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,10 @@ from ..rates import Rates
 from ..streaming import spread
 from ..tile_geometry import STRIDE, needed_intervals, split
 from . import text
-from .dit import Shape, Way, tokens_of
+from .forward import Shape, Way, tokens_of
 
-ACCESSES = (
-    28,
-    20,
-)  # bytes per token and channel that a block with activations in RAM brings, and sends, in 16 bits
+COMING = 28  # bytes per token and channel that a block with activations in RAM brings, in 16 bits
+Group = tuple[str, int]  # kind of a layer group, its bytes
 
 
 def text_seconds(
@@ -62,13 +61,29 @@ def image_seconds(weight_bytes: int, itemsize: int, pictures: int, rates: Rates)
 
 def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rates: Rates) -> float:
     """Of all steps, weights' way to the device included."""
-    kinds, sizes, model_bytes = _groups(model)
-    length, dim = tokens_of(model, shape), model.dim
-    chunks = len(spans(length, way.chunk))
+    length, (_, _, model_bytes) = tokens_of(model, shape), _groups(model)
     visits = 1 if way.together else shape.passes
+    computing, copying = _group_seconds(model, shape, len(spans(length, way.chunk)), itemsize, rates)
+    stay, visit = _stays(model, None if way.stream is None else int(way.stream * 2**30))
+    moved = {group: visits * seconds for group, seconds in copying.items()}
+    step = sum(n * computing[group] for group, n in stay.items())
+    step += sum(n * max(computing[group], moved[group]) for group, n in visit.items())
+    if way.offload:
+        blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
+        activations = shape.passes * blocks * COMING * itemsize / 2 * length * model.dim / rates.pinned
+        step = max(step, activations + sum(n * moved[group] for group, n in visit.items()))
+    return round(model_bytes / rates.pageable + shape.steps * step, 6)  # sums that are equal are told to be
+
+
+@functools.lru_cache(maxsize=64)
+def _group_seconds(
+    model: nn.Module, shape: Shape, chunks: int, itemsize: int, rates: Rates
+) -> tuple[dict[Group, float], dict[Group, float]]:
+    """Seconds that layer groups compute in a step, and that each takes to be copied once."""
+    length, dim = tokens_of(model, shape), model.dim
     kept = model.text_len * dim * itemsize * 2 * shape.passes
-    there, visiting, moved = {}, {}, {}
-    for kind, size in set(zip(kinds, sizes)):
+    computing, copying = {}, {}
+    for kind, size in set(zip(*_groups(model)[:2])):
         products, attention, copied = 2 * length * size / itemsize, 0.0, size
         if kind == "cross_attn":
             products, attention = 4 * length * dim**2, 4 * length * model.text_len * dim
@@ -76,18 +91,11 @@ def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rat
         elif kind == "self_attn":
             attention = 4 * length**2 * dim
         reading = (chunks - 1) * size / rates.memory
-        computing = shape.passes * (products / rates.products + attention / rates.attention + reading)
-        there[kind, size], moved[kind, size] = computing, visits * copied / rates.pinned
-        visiting[kind, size] = max(computing, moved[kind, size])
-    groups = list(zip(kinds, sizes))
-    stays = [True] * len(sizes) if way.stream is None else _stays(model, int(way.stream * 2**30))
-    step = sum(there[group] if stay else visiting[group] for group, stay in zip(groups, stays))
-    if way.offload:
-        coming, _ = ACCESSES
-        blocks = kinds.count("cross_attn")
-        activations = shape.passes * blocks * coming * itemsize / 2 * length * dim / rates.pinned
-        step = max(step, activations + sum(moved[group] for group, stay in zip(groups, stays) if not stay))
-    return model_bytes / rates.pageable + shape.steps * step
+        computing[kind, size] = shape.passes * (
+            products / rates.products + attention / rates.attention + reading
+        )
+        copying[kind, size] = copied / rates.pinned
+    return computing, copying
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,8 +115,13 @@ def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _stays(model: nn.Module, room: int) -> list[bool]:
-    return spread(_groups(model)[1], room)
+def _stays(model: nn.Module, room: int | None) -> tuple[Counter[Group], Counter[Group]]:
+    """How many groups of each kind stay, and how many visit; so many bytes may stay, None: all."""
+    kinds, sizes, _ = _groups(model)
+    stays = [True] * len(sizes) if room is None else spread(sizes, room)
+    groups = list(zip(kinds, sizes))
+    stay = Counter(group for group, there in zip(groups, stays) if there)
+    return stay, Counter(groups) - stay
 
 
 def group_bytes(model: nn.Module) -> list[int]:

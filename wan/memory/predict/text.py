@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .ledger import Ledger
-from .weights import Sizes, attach
+from .weights import Sizes, attach, few
 
 
 def text_stage(
@@ -17,6 +17,7 @@ def text_stage(
     prompts: int = 2,
     streamed: bool = False,
     buffers: int = 2,
+    stays: bool = False,
 ) -> None:
     """Encodes prompts; their embeddings stay.
 
@@ -25,6 +26,7 @@ def text_stage(
         tokens: that each prompt is padded to.
         itemsize: bytes of a number of the weights, and of what is computed.
         streamed: whether the layers pass through `buffers` buffers, and the table of embeddings stays on the CPU.
+        stays: whether the weights do not leave.
     """
     table, groups, norm = weight_sizes(config, itemsize)
     if streamed:
@@ -33,7 +35,9 @@ def text_stage(
         weights = ledger.arrive([table, *(size for group in groups for size in group), *norm])
     for _ in range(prompts):
         _prompt(ledger, config, tokens, itemsize, streamed)
-    ledger.drop(*weights)
+    if not stays:
+        ledger.drop(*weights)
+        ledger.release()
 
 
 def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[int, list[Sizes], Sizes]:
@@ -54,7 +58,7 @@ def _prompt(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: in
     embeddings = ledger.become(tokens * row, ids)
     padding = ledger.take(tokens * itemsize)
     x = embeddings
-    for _ in range(min(2, config["num_layers"])):  # the others take what the second one takes
+    for _ in range(few(config["num_layers"])):
         out = _block(ledger, config, tokens, itemsize)
         ledger.drop(x if x != embeddings else None)
         x = out

@@ -32,7 +32,9 @@ from ..tile_geometry import STRIDE, needed_intervals, output_length, split
 from .ledger import Ledger
 
 BYTES = 4  # of an fp32 number
-LATENT_FRAMES = 5  # until nothing new is remembered
+FILLED = 5  # latent frames after which every operation remembers as much as it ever will
+SETTLED = 24  # and after which the gaps between tensors, and so what the allocator reserves, change no more
+PERIOD = 4  # frames of a video for each latent one
 
 
 def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
@@ -80,31 +82,39 @@ def decode_stage(
     width: int,
     tile: int,
     arrives: bool,
-    walked: int = LATENT_FRAMES,
 ) -> None:
     """Decodes a latent video; nothing stays.
 
     Args:
         model, frames, height, width, tile: as `decode_peak_bytes`'.
         arrives: whether the decoder comes for it, and leaves; else it is there.
-        walked: latent frames that are walked at most. More of them change no live bytes; the gaps between tensors,
-            and so what the allocator reserves, take some twenty to settle.
     """
     weights = ledger.arrive(_decoder(model)) if arrives else []
-    passes, frames = decoder_passes(model), min(encoded_frames(frames), walked)
-    size = (height // STRIDE, width // STRIDE)
+    sides, frames = (height, width), min(encoded_frames(frames), SETTLED)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-
-    def denormalized(walk: _Walk, numel: int) -> int:
-        return walk.become(numel, walk.new(numel))
-
-    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(frames, model.z_dim, denormalized)
-    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(frames, passes.small[0].in_channels)
+    ledger.play(_decoding(model, "whole", frames, sides, tile))
+    ledger.play(_decoding(model, "small", frames, sides, tile))
     ledger.drop(*statistics)
-    lengths = _longest(passes.large, size, (height, width), 1, tile)
-    _Walk(ledger, passes.large, *lengths).run(frames, passes.large[0].in_channels)
+    ledger.play(_decoding(model, "large", frames, sides, tile))
     ledger.drop(*weights)
     ledger.release()
+
+
+@functools.lru_cache(maxsize=256)
+def _decoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+    """A pass over so many latent frames, for others to play."""
+    operations = getattr(decoder_passes(model), which)
+    height, width = sides
+    size = (height // STRIDE, width // STRIDE)
+    lengths = _longest(operations, size, sides, 1, tile) if which == "large" else _whole(operations, size)
+    walk = _Walk(Ledger(), operations, *lengths)
+    if which == "whole":
+        walk.run(
+            frames, model.z_dim, arriving=lambda numel: walk.become(numel, walk.new(numel))
+        )  # denormalized
+    else:
+        walk.run(frames, operations[0].in_channels)
+    return walk.ledger
 
 
 def encode_stage(
@@ -115,28 +125,41 @@ def encode_stage(
     width: int,
     tile: int,
     arrives: bool,
-    walked: int = LATENT_FRAMES,
 ) -> None:
     """Encodes a video; its latents stay.
 
     The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
     """
     weights = ledger.arrive(_encoder(model)) if arrives else []
-    passes, latent_frames = encoder_passes(model), encoded_frames(frames)
-    size = (height // STRIDE, width // STRIDE)
-    lengths = _longest(passes.large, (height, width), (height, width), STRIDE, tile)
-    few = min(latent_frames, walked)
-    _Walk(ledger, passes.large, *lengths).run(decoded_frames(few), passes.large[0].in_channels)
-    _Walk(ledger, passes.small, *_whole(passes.small, size)).run(few, passes.small[0].in_channels)
-    ledger.take(BYTES * model.z_dim * latent_frames * math.prod(size))
+    sides, latent_frames = (height, width), encoded_frames(frames)
+    few = min(latent_frames, SETTLED)
+    ledger.play(_encoding(model, "large", few, sides, tile))
+    ledger.play(_encoding(model, "small", few, sides, tile))
+    ledger.take(BYTES * model.z_dim * latent_frames * (height // STRIDE) * (width // STRIDE))
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-
-    def write(walk: _Walk, moments: int) -> None:
-        walk.drop(walk.become(model.z_dim * math.prod(size), walk.new(model.z_dim * math.prod(size))))
-
-    _Walk(ledger, passes.whole, *_whole(passes.whole, size)).run(few, passes.whole[0].in_channels, sink=write)
+    ledger.play(_encoding(model, "whole", few, sides, tile))
     ledger.drop(*statistics, *weights)
     ledger.release()
+
+
+@functools.lru_cache(maxsize=256)
+def _encoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+    """As `_decoding`, to so many latent frames."""
+    operations = getattr(encoder_passes(model), which)
+    height, width = sides
+    size = (height // STRIDE, width // STRIDE)
+    if which == "large":
+        walk = _Walk(Ledger(), operations, *_longest(operations, sides, sides, STRIDE, tile))
+        walk.run(decoded_frames(frames), operations[0].in_channels, period=PERIOD)
+        return walk.ledger
+    latent = model.z_dim * math.prod(size)
+    walk = _Walk(Ledger(), operations, *_whole(operations, size))
+
+    def write(moments: int) -> None:
+        walk.drop(walk.become(latent, walk.new(latent)))
+
+    walk.run(frames, operations[0].in_channels, sink=write if which == "whole" else None)
+    return walk.ledger
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
@@ -144,10 +167,12 @@ def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
     return _encoder(model), _decoder(model)
 
 
+@functools.lru_cache(maxsize=8)
 def _encoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.encoder, model.conv1) for p in module.parameters()]
 
 
+@functools.lru_cache(maxsize=8)
 def _decoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.conv2, model.decoder) for p in module.parameters()]
 
@@ -194,26 +219,42 @@ class _Walk:
         self,
         frames: int,
         channels: int,
-        arriving: Callable[[_Walk, int], int] | None = None,
-        sink: Callable[[_Walk, int], None] | None = None,
+        period: int = 1,
+        arriving: Callable[[int], int] | None = None,
+        sink: Callable[[int], None] | None = None,
     ) -> None:
         """Walks.
 
         Args:
             frames, channels: how many arrive at the first operation, and what they have.
+            period: frames after which a later one finds what this one found.
             arriving: makes such a frame; default: it is copied to the device.
             sink: what becomes of each one at the end, beside its way to the CPU.
         """
         numel = channels * self.rows[0] * self.columns[0]
-        before = None
-        for _ in range(frames):
-            frame = arriving(self, numel) if arriving else self.new(numel)
+        walked = 1 + (FILLED - 1) * period  # from then on all is remembered that ever will be
+        before, mark = None, None
+        for n in range(min(frames, walked)):
+            if n == walked - period:
+                mark = self.ledger.mark()
+            frame = arriving(numel) if arriving else self.new(numel)
             self.drop(before)
             self._run(0, frame, channels, sink)
             before = frame
+        if mark and frames > walked:
+            before += self._again(mark, (frames - walked) // period)
         self.drop(*[frame for held in self.past.values() for frame in held], before)
 
-    def _run(self, start: int, frame: int, channels: int, sink: Callable[[_Walk, int], None] | None) -> None:
+    def _again(self, mark: tuple[int, int], times: int) -> int:
+        """The frames since a mark, so many times more; returns what the numbers of frames grow by."""
+        grown = self.ledger.again(mark, times)
+        self._holders = {frame + grown: count for frame, count in self._holders.items()}
+        self.past = {
+            operation: [frame + grown for frame in frames] for operation, frames in self.past.items()
+        }
+        return grown
+
+    def _run(self, start: int, frame: int, channels: int, sink: Callable[[int], None] | None) -> None:
         self.hold(frame)
         for i in range(start, len(self.operations)):
             operation = self.operations[i]
@@ -227,7 +268,7 @@ class _Walk:
             self.drop(frame)
             (frame,) = frames
         if sink:
-            sink(self, frame)
+            sink(frame)
         self.drop(frame)
 
     def new(self, numel: float) -> int:

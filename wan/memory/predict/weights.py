@@ -1,4 +1,4 @@
-"""Weights that pass through a streamer's buffers."""
+"""Weights that pass through a streamer's buffers, and layers that are all alike."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def streamer_buffers(groups: Sequence[Sizes], buffers: int, resident_bytes: int 
     stays = spread(sizes, resident_bytes)
     streamed = [size for size, stay in zip(sizes, stays) if not stay]
     return ring_buffers(streamed, buffers) + [size for size, stay in zip(sizes, stays) if stay]
+
+
+def few(layers: int) -> int:
+    """How many layers of an encoder to walk: the others ask for what the second one does, with in and out exchanged."""
+    return min(layers, 2 + layers % 2)

@@ -1,0 +1,42 @@
+"""What changes no live count of a run on the virtual GPU, and makes it short: see test_memory_benchmark.py."""
+
+import contextlib
+from unittest import mock
+
+from wan.memory import tile_geometry
+from wan.modules import forward
+
+FEW_CHUNKS = 4
+FEW_BLOCKS = 3  # a VACE block, the first block that takes a hint, one that takes none
+
+
+@contextlib.contextmanager
+def few_blocks():
+    """Of the DiT's blocks, which need the same memory, the first few run, on the first few chunks of tokens."""
+    run_block = forward.Layers.run
+
+    def some(layers, *args, **kwargs):
+        layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
+        if layers.blocks_run <= FEW_BLOCKS:
+            all_chunks, layers.spans = layers.spans, layers.spans[:FEW_CHUNKS]
+            yield from run_block(layers, *args, **kwargs)
+            layers.spans = all_chunks
+
+    with mock.patch.object(forward.Layers, "run", some):
+        yield
+
+
+@contextlib.contextmanager
+def largest_tile():
+    """Of the VAE's tiles, the longest with margins on all sides, or else on one."""
+    all_tiles = tile_geometry.grid
+
+    def longest(intervals, length):
+        return max(intervals, key=lambda at: ((at[0] > 0) + (at[1] < length), at[1] - at[0]))
+
+    def one(height, width, tile):
+        rows, columns = zip(*all_tiles(height, width, tile))
+        return [(longest(rows, height), longest(columns, width))]
+
+    with mock.patch.object(tile_geometry, "grid", one):
+        yield

@@ -1,0 +1,363 @@
+"""The device memory that a forward pass of the DiT takes: modules/forward.py, request by request.
+
+Each function writes down what its namesake there makes and drops. Blocks after the third, and chunks between the third
+and the last, ask for what was asked for before them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ...modules.forward import finished, spans
+from ..activation_offload import ATTENTION_BYTES, SLOTS
+from .conditions import IMAGE_TOKENS, Conditions
+from .image import layer_norm
+from .ledger import Ledger
+
+FEW = 3  # blocks, frames, groups of heads, rows
+SPANS = 4  # chunks, the last one among them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a DiT is called with.
+
+    Attributes:
+        latent: (channels, frames, height, width).
+        joined: channels of what joins the latent, on the device.
+        source: channels of VACE's source, in RAM; 0 for none.
+        pictures: encoded by CLIP.
+        passes: 2 with guidance, else 1.
+        steps: of the solver, and which.
+    """
+
+    latent: tuple[int, int, int, int]
+    joined: int = 0
+    source: int = 0
+    pictures: int = 0
+    passes: int = 2
+    steps: int = 50
+    solver: str = "unipc"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the DiT works: memory options as MemoryOptions has them."""
+
+    stream: float | None = None  # GiB that stay
+    buffers: int = 2
+    chunk: int = 0
+    offload: bool = False
+    together: bool = False
+
+
+def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
+    """What a pass over so many samples asks for, for others to play; of that the flows stay."""
+    way = replace(way, stream=None if way.stream is None else 0.0, buffers=2)
+    return _recorded(model, replace(shape, steps=0, solver=""), way, itemsize, samples)
+
+
+@functools.lru_cache(maxsize=256)
+def _recorded(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
+    walk = _Walk(model, shape, way, itemsize)
+    walk.passed(samples)
+    return walk.ledger
+
+
+class _Walk(Conditions):
+    def __init__(self, model: nn.Module, shape: Shape, way: Way, itemsize: int):
+        super().__init__(Ledger(), model, shape.pictures, itemsize)
+        self.shape, self.way = shape, way
+        self.heads, self.ffn = model.num_heads, model.blocks[0].ffn[0].out_features
+        self.source = hasattr(model, "vace_blocks")
+        self.grid = grid_of(model, shape)
+        self.length = math.prod(self.grid)
+        cut = spans(self.length, way.chunk)
+        cut = cut if len(cut) <= SPANS else [*cut[: SPANS - 1], cut[-1]]
+        self.spans = [span.stop - span.start for span in cut]
+        self.place = _InRam(self) if way.offload else _OnDevice(self)
+
+    def passed(self, samples: int) -> None:
+        """A pass over so many samples."""
+        features = None
+        if self.image:
+            row = self.model.img_emb.proj[0].normalized_shape[0] * self.itemsize
+            features = self.ledger.take(samples * self.pictures * IMAGE_TOKENS * row)
+        with self.place:
+            finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
+        self.ledger.drop(features)
+
+    def _flow(self, together: bool) -> Generator[None, None, int]:
+        ledger, blocks = self.ledger, range(min(FEW, len(self.model.blocks)))
+        conditions = self._conditions()
+        tokens = self._embed_patches([self.shape.latent[0], *[self.shape.joined] * bool(self.shape.joined)])
+        freqs = ledger.take(self.model.freqs.nbytes)
+        if not self.source:
+            for n in blocks:
+                yield from self._run(first=n == 0)
+        else:
+            hints = self._embed_patches([self.shape.source], in_ram=True)
+            for span in self.spans:
+                row = span * self.dim * self.itemsize
+                ledger.drop(ledger.take(row) if self.narrow else None)
+                self._before(row)
+            yield
+            for n in blocks:
+                hinted = n in self.model.vace_layers
+                if hinted:
+                    yield from self._run(first=n == 0)
+                yield from self._run(first=n == 0)
+                if hinted:
+                    for span in self.spans:
+                        self._hint(span * self.dim * self.itemsize)
+                    yield
+            ledger.drop(hints)
+        out = self._predict()
+        ledger.drop(*conditions, tokens, freqs)
+        return out
+
+    def _conditions(self) -> list[int]:
+        """What a pass holds of them from its start to its end."""
+        ledger, dim = self.ledger, self.dim
+        if self.way.stream is not None:
+            return [ledger.take(4 * dim), ledger.take(24 * dim)]
+        time = self.embed_time()
+        modulation = ledger.become(24 * dim, ledger.take(4 * dim))
+        held = [time, modulation, self.embed_text()]
+        if self.image:
+            held.append(self.embed_image())
+        return held
+
+    # Tokens
+
+    def _embed_patches(self, channels: Sequence[int], in_ram: bool = False) -> int | None:
+        ledger, (frames, rows, columns) = self.ledger, self.grid
+        _, _, height, width = self.shape.latent
+        step, stream, part, patch = self.model.patch_size[0], None, None, None
+        self.place.stream()
+        for frame in range(min(frames, FEW)):
+            sizes = [count * step * height * width * self.itemsize for count in channels]
+            alone = [ledger.take(size) for size in sizes] if self.narrow or in_ram else []
+            part = ledger.become(sum(sizes), *alone, part)
+            patch = ledger.become(rows * columns * self.dim * self.itemsize, patch)
+            if frame == 0:
+                stream = self.place.whole(4 * self.length * self.dim)
+        ledger.drop(part, patch)
+        return stream
+
+    def _predict(self) -> int:
+        ledger, dim = self.ledger, self.dim
+        values = self.model.head.head.out_features
+        table = ledger.take(8 * dim)
+        pieces = []
+        for span in self.spans:
+            normed = layer_norm(ledger, span, dim)
+            scaled = ledger.become(4 * span * dim, normed, ledger.take(4 * dim))
+            shifted = ledger.become(4 * span * dim, scaled)
+            pieces.append(ledger.become(4 * span * values, shifted))
+        ledger.drop(*pieces[FEW:], *pieces[: FEW - 1])
+        pieces = pieces[FEW - 1 : FEW]
+        latent = self.length * values
+        patches = ledger.become(4 * latent, *pieces, table)
+        video = ledger.become(4 * latent, patches)
+        return self._rounded(video, latent)
+
+    def _rounded(self, tensor: int, numel: int) -> int:
+        """A tensor in fp32 to the compute type and back."""
+        if not self.narrow:
+            return tensor
+        narrow = self.ledger.become(numel * self.itemsize, tensor)
+        return self.ledger.become(4 * numel, narrow)
+
+    # A block
+
+    def _run(self, first: bool) -> Iterator[None]:
+        ledger, dim = self.ledger, self.dim
+        modulation = ledger.take(24 * dim)
+        yield from self._self_attention(first)
+        yield
+        self._cross_attention()
+        yield
+        for span in self.spans:
+            hidden = layer_norm(ledger, span, dim)
+            ledger.drop(ledger.take(4 * dim))
+            cast = ledger.take(span * dim * self.itemsize) if self.narrow else None
+            inner = ledger.take(span * self.ffn * self.itemsize)
+            inner = ledger.become(span * self.ffn * self.itemsize, inner)
+            out = ledger.become(span * dim * self.itemsize, inner, cast)
+            ledger.drop(ledger.become(4 * span * dim, out), hidden)
+        yield
+        ledger.drop(modulation)
+
+    def _self_attention(self, first: bool) -> Iterator[None]:
+        ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
+        keys = values = None
+        for n, span in enumerate(self.spans):
+            hidden = self._modulated(span, first)
+            value = ledger.take(span * dim * itemsize)
+            if n == 0:
+                values = self.place.whole(self.length * dim * itemsize)
+            ledger.drop(value)
+            normed = self.rms_norm(span, ledger.become(span * dim * itemsize, hidden))
+            self._rope(span)
+            if n == 0:
+                keys = self.place.whole(self.length * dim * itemsize)
+            ledger.drop(normed)
+        yield
+
+        def query(span: int) -> int:
+            linear = self._linear(span, self._modulated(span, first))
+            normed = self.rms_norm(span, linear)
+            self._rope(span)
+            return ledger.become(span * dim * itemsize, normed) if self.narrow else normed
+
+        for span, out in self.place.attended(query):
+            linear = ledger.take(span * dim * itemsize)
+            ledger.drop(ledger.become(4 * span * dim, linear))
+            ledger.drop(out)
+        ledger.drop(keys, values)
+
+    def _cross_attention(self) -> None:
+        ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
+        contents = [] if self.way.stream is not None else self.context(1)
+        for span in self.spans:
+            row = span * dim * itemsize
+            x = layer_norm(ledger, span, dim)
+            cast = ledger.take(row) if self.narrow else None
+            linear = ledger.become(row, cast)
+            ledger.drop(x)
+            query = self.rms_norm(span, linear)
+            query = ledger.become(row, query) if self.narrow else query
+            out = self.attention(span, self.heads, self.model.text_len)
+            if self.image:
+                of_image = self.attention(span, self.heads, self.pictures * IMAGE_TOKENS)
+                out = ledger.become(row, of_image, out)
+            ledger.drop(ledger.take(row), query, out)
+        ledger.drop(*[tensor for pair in contents for tensor in pair])
+
+    def attention(self, rows: int, heads: int, keys: int) -> int:
+        """The result; in fp32, for which there is no fused kernel, the scores are there for a moment."""
+        out = self.ledger.take(rows * heads * self.dim // self.heads * self.itemsize)
+        if not self.narrow:
+            self.ledger.drop(self.ledger.take(4 * heads * rows * keys))
+        return out
+
+    def _modulated(self, span: int, first: bool) -> int:
+        ledger, numel = self.ledger, span * self.dim
+        wide = None
+        if first and self.narrow:
+            wide = ledger.become(4 * numel, ledger.take(numel * self.itemsize))
+        hidden = layer_norm(ledger, span, self.dim)
+        ledger.drop(wide)
+        if first and self.narrow:
+            hidden = ledger.become(4 * numel, ledger.become(numel * self.itemsize, hidden))
+        ledger.drop(ledger.take(4 * self.dim))
+        return ledger.become(numel * self.itemsize, hidden) if self.narrow else hidden
+
+    def _linear(self, tokens: int, x: int) -> int:
+        return self.ledger.become(tokens * self.dim * self.itemsize, x)
+
+    def _rope(self, span: int) -> None:
+        ledger, half = self.ledger, self.dim // self.heads // 2
+        index = ledger.take(8 * span)
+        frame = ledger.take(8 * span)
+        row = ledger.become(8 * span, ledger.take(8 * span))
+        column = ledger.take(8 * span)
+        parts = [ledger.take(16 * span * part) for part in (half - 2 * (half // 3), half // 3, half // 3)]
+        turn = ledger.become(16 * span * half, *parts)
+        for heads in (self.heads - self.heads // 2, self.heads // 2):
+            ledger.drop(ledger.take(8 * span * heads * 2 * half))
+        ledger.drop(index, frame, row, column, turn)
+
+    # VACE
+
+    def _before(self, row: int) -> None:
+        ledger = self.ledger
+        linear = ledger.take(row)
+        cast = ledger.take(row) if self.narrow else None
+        ledger.drop(ledger.become(row, linear, cast))
+
+    def _hint(self, row: int) -> None:
+        ledger = self.ledger
+        cast = ledger.take(row) if self.narrow else None
+        linear = ledger.become(row, cast)
+        ledger.drop(ledger.become(row, linear))
+
+
+class _OnDevice:
+    """modules/tokens.py's Place."""
+
+    def __init__(self, walk: _Walk):
+        self.walk = walk
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def stream(self) -> None:
+        pass
+
+    def whole(self, nbytes: int) -> int | None:
+        return self.walk.ledger.take(nbytes)
+
+    def attended(self, query: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        walk = self.walk
+        for span in walk.spans:
+            one = query(span)
+            out = walk.attention(span, walk.heads, walk.length)
+            walk.ledger.drop(one)
+            yield span, out
+
+
+class _InRam(_OnDevice):
+    """memory/activation_offload.py."""
+
+    def __exit__(self, *exception: object) -> None:
+        self.walk.ledger.drop(*self.slots)
+        self.slots: list[int] = []
+
+    def __enter__(self) -> None:
+        self.slots = []
+
+    def stream(self) -> None:
+        walk = self.walk
+        if not self.slots:
+            rows = min(walk.way.chunk or walk.length, walk.length)
+            self.slots = [walk.ledger.take(4 * rows * walk.dim) for _ in range(SLOTS)]
+
+    def whole(self, nbytes: int) -> int | None:
+        return None
+
+    def attended(self, query: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        walk, ledger = self.walk, self.walk.ledger
+        length, width = walk.length, walk.dim // walk.heads
+        for span in walk.spans:
+            ledger.drop(query(span))
+        most = ATTENTION_BYTES // (4 * length * width * walk.itemsize)
+        per_visit = min(walk.heads, max(1, most))
+        rows = spans(length, (walk.way.chunk or length) * (walk.heads // per_visit))
+        large = [ledger.take(2 * length * per_visit * width * walk.itemsize) for _ in range(2)]
+        groups = [min(per_visit, walk.heads - first) for first in range(0, walk.heads, per_visit)]
+        for heads in groups if len(groups) <= FEW else [*groups[: FEW - 1], groups[-1]]:
+            for span in rows if len(rows) <= FEW else [*rows[: FEW - 1], rows[-1]]:
+                ledger.drop(walk.attention(span.stop - span.start, heads, length))
+        ledger.drop(*large)
+        for span in walk.spans:
+            yield span, ledger.take(span * walk.dim * walk.itemsize)
+
+
+def tokens_of(model: nn.Module, shape: Shape) -> int:
+    """How many a latent video has."""
+    return math.prod(grid_of(model, shape))
+
+
+def grid_of(model: nn.Module, shape: Shape) -> tuple[int, int, int]:
+    (frames, height, width), (step, down, right) = shape.latent[1:], model.patch_size
+    return frames // step, height // down, width // right

@@ -1,0 +1,304 @@
+"""What each stage of a run takes of the device under given options: bytes and seconds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ..options import MemoryOptions
+from ..rates import Rates
+from . import image, text
+from .dit import denoise_stage, weights_of
+from .forward import Way
+from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Ledger
+from .ram import Ram, ram_needed
+from .seconds import decode_seconds, denoise_seconds, encode_seconds, image_seconds, text_seconds
+from .vae import decode_stage, encode_stage, weight_sizes
+from .weights import streamer_buffers
+from .work import Work
+
+
+class Stage(NamedTuple):
+    """What a stage needs: device bytes in tensors and as the allocator reserves them, and modelled seconds."""
+
+    bytes: int
+    reserved: int
+    seconds: float
+
+
+# What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
+SPARE = LARGE_PAGE + 2 * SMALL_PAGE
+STAGES = ("text", "image", "encode", "denoise", "decode")
+Key = tuple[Any, ...]
+# The options that decide what a stage needs, beside where the VAE is.
+_DECIDES = {
+    "text": ("t5_cpu", "t5_stream", "stream_buffers"),
+    "image": ("t5_stream", "stream_buffers"),
+    "encode": ("vae_tile",),
+    "denoise": ("dit_stream", "stream_buffers", "dit_chunk", "activation_offload", "guidance_together"),
+    "decode": ("vae_tile",),
+}
+_STAYS = ("t5_cpu", "t5_stream", "stream_buffers", "dit_stream")  # and if models stay what other stages left
+
+
+class Predictor:
+    """What stages take.
+
+    Args:
+        work: what is to be done.
+        rates: of the machine.
+        expandable: whether the allocator's segments can grow.
+
+    Attributes:
+        names: of the stages that there are, in order.
+    """
+
+    def __init__(self, work: Work, rates: Rates, expandable: bool = True):
+        self.work, self.rates, self.expandable = work, rates, expandable
+        there = {"image": work.image is not None, "encode": bool(work.encoded)}
+        self.names = [name for name in STAGES if there.get(name, True)]
+        self._parts: dict[Key, Ledger] = {}
+        self._live: dict[Key, int] = {}
+        self._reserved: dict[Key, int] = {}
+        self._seconds: dict[Key, float] = {}
+
+    def stages(self, options: MemoryOptions) -> dict[str, Stage]:
+        """What stages need under some options, one after the other: what one leaves may lie in the next one's way."""
+        ledger, device, found = Ledger(), Device(self.expandable), {}
+        self._home(ledger, options)
+        for name in self.names:
+            times = ledger.take(8 * self.work.shape.steps) if name == "denoise" else None
+            device.serve(ledger)
+            ledger.restart()
+            device.restart()
+            ledger.play(self._part(name, options))
+            device.serve(ledger)
+            ledger.drop(times)
+            found[name] = Stage(ledger.peak, device.most + SPARE, self.seconds(name, options))
+        return found
+
+    def live(self, name: str, options: MemoryOptions) -> int:
+        """Most bytes in tensors, found sooner."""
+        key = _key(name, options)
+        if key not in self._live:
+            self._live[key] = self._alone(name, options).peak
+        return self._live[key]
+
+    def reserved(self, name: str, options: MemoryOptions) -> int:
+        """Most bytes that the allocator takes for a stage alone, the others' results in a row."""
+        key = _key(name, options)
+        if key not in self._reserved:
+            self._reserved[key] = self._alone(name, options).reserved(self.expandable) + SPARE
+        return self._reserved[key]
+
+    def dit_bytes(self, stream: float | None, buffers: int) -> int:
+        """Of that, the DiT's weights, if so many GiB of them stay; found at once."""
+        work = self.work
+        return weights_of(work.dit, work.shape, Way(stream, buffers), work.dtype).live
+
+    def seconds(self, name: str, options: MemoryOptions) -> float:
+        """Modelled seconds."""
+        key = (
+            name,
+            options.vae_cpu and name.endswith("code"),
+            *(getattr(options, one) for one in _DECIDES[name]),
+        )
+        if key not in self._seconds:
+            self._seconds[key] = getattr(self, f"_{name}_seconds")(options)
+        return self._seconds[key]
+
+    def ram(self, options: MemoryOptions) -> Ram:
+        """RAM beside what mapped files share with the system's cache."""
+        work = self.work
+        return ram_needed(
+            work.dit,
+            options,
+            (work.frames, work.height, work.width),
+            work.strides,
+            work.dtype,
+            work.stored,
+            vae_dim=work.vae_dim,
+            prompts=work.shape.passes,
+            source_channels=work.sources,
+        )
+
+    def mapped(self, options: MemoryOptions) -> int:
+        """Bytes of files of weights that are mapped, and read as they are: all but what Ram.weights holds."""
+        work = self.work
+        table, groups, norm = text.weight_sizes(work.text, work.text_itemsize)
+        total = table + sum(map(sum, groups)) + sum(norm) + sum(map(sum, weight_sizes(work.vae)))
+        if work.image is not None:
+            total += self._image_bytes()
+        return total + sum(p.nbytes for p in work.dit.parameters()) - self.ram(options).weights
+
+    # Requests
+
+    def _alone(self, name: str, options: MemoryOptions) -> Ledger:
+        ledger = Ledger()
+        self._home(ledger, options)
+        ledger.arrive(self._before(name, options))
+        ledger.play(self._part(name, options))
+        return ledger
+
+    def _part(self, name: str, options: MemoryOptions) -> Ledger:
+        """What a stage asks for itself; what it leaves there stays."""
+        key = _key(name, options)
+        if key not in self._parts:
+            self._parts[key] = Ledger()
+            getattr(self, f"_{name}")(self._parts[key], options)
+        return self._parts[key]
+
+    def _home(self, ledger: Ledger, options: MemoryOptions) -> None:
+        """The VAE where it is at home; mean and deviation of the latents' channels, and its inverse."""
+        if not options.vae_cpu:
+            ledger.arrive([4 * self.work.vae.z_dim] * 3)
+            ledger.arrive(itertools.chain(*weight_sizes(self.work.vae)))
+
+    def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
+        """What other stages left when a stage starts."""
+        work, shape = self.work, self.work.shape
+        if not options.offload_model:
+            for other in STAGES[: STAGES.index(name)]:
+                yield from self._staying(other, options)
+        if name == "text":
+            return
+        yield from [work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2
+        if name != "image" and work.image is not None:
+            yield len(work.pictures) * 257 * work.image["hidden_size"] * work.image_itemsize
+        if name == "denoise":
+            yield 8 * shape.steps  # the solver's times
+        if name in ("denoise", "decode") and shape.joined:
+            yield 4 * shape.joined * math.prod(shape.latent[1:])
+        if name == "decode":
+            yield 4 * math.prod(shape.latent)
+
+    def _staying(self, name: str, options: MemoryOptions) -> Iterator[int]:
+        """Weights that a stage leaves on the device if models stay."""
+        work = self.work
+        if name == "text" and not options.t5_cpu:
+            table, groups, norm = text.weight_sizes(work.text, work.text_itemsize)
+            yield from norm
+            if options.t5_stream:
+                yield from streamer_buffers(groups, options.stream_buffers)
+            else:
+                yield from [table, *(size for group in groups for size in group)]
+        elif name == "image" and work.image is not None:
+            before, groups = image.weight_sizes(work.image, work.image_itemsize)
+            yield from before
+            if options.t5_stream:
+                yield from streamer_buffers(groups, options.stream_buffers)
+            else:
+                yield from (size for group in groups for size in group)
+        elif name == "denoise" and options.dit_stream is None:
+            yield from (p.nbytes for p in work.dit.parameters())
+
+    def _text(self, ledger: Ledger, options: MemoryOptions) -> None:
+        work, prompts = self.work, 2
+        if options.t5_cpu:
+            ledger.arrive([work.text_tokens * work.text["d_model"] * work.text_itemsize] * prompts)
+            return
+        sizes = work.text_tokens, work.text_itemsize, prompts
+        text.text_stage(ledger, work.text, *sizes, *_streamed(options), stays=not options.offload_model)
+
+    def _image(self, ledger: Ledger, options: MemoryOptions) -> None:
+        work, stays = self.work, not options.offload_model
+        image.image_stage(
+            ledger, work.image, work.pictures, work.image_itemsize, *_streamed(options), stays=stays
+        )
+
+    def _encode(self, ledger: Ledger, options: MemoryOptions) -> None:
+        work, shape = self.work, self.work.shape
+        frame = 4 * math.prod(shape.latent[2:])  # of one channel
+
+        def encoded(frames: Iterable[int]) -> list[int]:
+            before = set(ledger.held)
+            for n in frames:
+                encode_stage(ledger, work.vae, n, work.height, work.width, _tile(options), options.vae_cpu)
+            return [tensor for tensor in ledger.held if tensor not in before]
+
+        if not shape.source:  # the latents join a mask
+            latents = encoded(work.encoded)
+            mask = ledger.take(frame * shape.latent[1] * (shape.joined - work.vae.z_dim))
+            ledger.become(frame * shape.latent[1] * shape.joined, mask, *latents)
+            return
+        # What is kept and what is made of a video join; before them come references, beside zeros; then its mask.
+        wide, references = 2 * frame * work.vae.z_dim, len(work.encoded) - 2
+        latents, length = encoded(work.encoded[:2]), shape.latent[1] - references
+        coded = ledger.take(wide * length)
+        latents += encoded(work.encoded[2:])
+        for n in range(references):
+            beside = ledger.become(wide, ledger.take(wide // 2))
+            coded = ledger.become(wide * (length + n + 1), coded, beside)
+        ledger.drop(*latents)
+        mask = ledger.take(frame * shape.latent[1] * (shape.source - 2 * work.vae.z_dim))
+        ledger.drop(ledger.take(frame * shape.latent[1] * shape.source), mask, coded)
+
+    def _denoise(self, ledger: Ledger, options: MemoryOptions) -> None:
+        work, stays = self.work, not options.offload_model
+        denoise_stage(ledger, work.dit, work.shape, way_of(options), work.dtype, stays)
+
+    def _decode(self, ledger: Ledger, options: MemoryOptions) -> None:
+        work = self.work
+        decode_stage(ledger, work.vae, work.frames, work.height, work.width, _tile(options), options.vae_cpu)
+
+    # Seconds
+
+    def _text_seconds(self, options: MemoryOptions) -> float:
+        work, streamed, on_cpu = self.work, options.t5_stream, options.t5_cpu
+        return text_seconds(work.text, work.text_tokens, work.text_itemsize, 2, self.rates, streamed, on_cpu)
+
+    def _image_seconds(self, options: MemoryOptions) -> float:
+        work = self.work
+        return image_seconds(self._image_bytes(), work.image_itemsize, len(work.pictures), self.rates)
+
+    def _encode_seconds(self, options: MemoryOptions) -> float:
+        work, visit = self.work, self._visit_seconds(options)
+        sides, tile = (work.height, work.width), _tile(options)
+        return sum(
+            visit + encode_seconds(work.vae, frames, *sides, tile, self.rates) for frames in work.encoded
+        )
+
+    def _denoise_seconds(self, options: MemoryOptions) -> float:
+        work = self.work
+        return denoise_seconds(work.dit, work.shape, way_of(options), work.dtype.itemsize, self.rates)
+
+    def _decode_seconds(self, options: MemoryOptions) -> float:
+        work, visit = self.work, self._visit_seconds(options)
+        return visit + decode_seconds(
+            work.vae, work.frames, work.height, work.width, _tile(options), self.rates
+        )
+
+    def _visit_seconds(self, options: MemoryOptions) -> float:
+        """Of a half of the VAE on its way to the device."""
+        half = sum(map(sum, weight_sizes(self.work.vae))) / 2
+        return half / self.rates.pageable if options.vae_cpu else 0.0
+
+    def _image_bytes(self) -> int:
+        before, groups = image.weight_sizes(self.work.image, self.work.image_itemsize)
+        return sum(before) + sum(map(sum, groups))
+
+
+def _key(name: str, options: MemoryOptions) -> Key:
+    decide = _DECIDES[name] if options.offload_model else _DECIDES[name] + _STAYS
+    return (name, options.vae_cpu, options.offload_model, *(getattr(options, option) for option in decide))
+
+
+def _streamed(options: MemoryOptions) -> tuple[bool, int]:
+    return options.t5_stream, options.stream_buffers
+
+
+def _tile(options: MemoryOptions) -> int:
+    return 0 if options.vae_tile == "auto" else int(options.vae_tile)
+
+
+def way_of(options: MemoryOptions) -> Way:
+    """The DiT's share of the options."""
+    return Way(
+        options.dit_stream,
+        options.stream_buffers,
+        options.dit_chunk,
+        options.activation_offload,
+        options.guidance_together,
+    )

@@ -1,0 +1,15 @@
+"""The page: a queue of jobs over wan.run, its JSON interface, and what people look at meanwhile.
+
+__main__  the command
+service   what the parts share: folder, queue, planner, gallery
+queue     the jobs, and the one that runs
+jobs      a job and its file; settings to requests
+child     a process of its own, spoken to in lines of JSON
+worker    the program in it: runs requests, or plans them
+memory    what a run takes: samples and their chart
+views     what the page shows of all that, as HTML
+gallery   finished results, known from their files alone
+guard     who may ask, and what the browser may load
+api       JSON over HTTP
+page      the form
+"""

@@ -1,0 +1,177 @@
+"""The command of the page: `python -m wan.web`, or wan-web where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import InputError
+from .guard import Guard, is_loopback
+
+NAME = "wan-web"
+MISSING = (
+    'the page needs Gradio, install it with: pip install "wan-low-memory[web]", or ".[web]" in a checkout'
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME, description="A page that makes videos with Wan2.1, and their queue."
+    )
+    parser.add_argument("--port", type=int, default=7860, help="Port (default 7860); 0 for a free one.")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="Address to listen at (default 127.0.0.1, this machine alone)."
+    )
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="Asked for at the page and at the JSON interface."
+    )
+    parser.add_argument(
+        "--open_to_all", action="store_true", help="Listen for other machines without --auth, all the same."
+    )
+    parser.add_argument(
+        "--ckpt_dir",
+        action="append",
+        default=[],
+        help="Folder of a checkpoint, or its name on the Hugging Face hub; repeat it for several. Toy tasks need none.",
+    )
+    parser.add_argument(
+        "--out", default="wan-videos", metavar="DIR", help="Folder of all that is made (default wan-videos)."
+    )
+    parser.add_argument("--device", help="Where to compute, as of the command line.")
+    parser.add_argument(
+        "--offload_folder", metavar="DIR", help="Where converted weights are kept, as of the command line."
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until it is interrupted. Returns the exit code: 2 for bad input, 1 for a port that cannot be had."""
+    args = build_parser().parse_args(argv)
+    try:
+        _check(args)
+        sock = _bound(args.host, args.port)
+    except InputError as error:
+        return _complain(error.told("--"), 2)
+    except OSError as error:
+        return _complain(f"{args.host}:{args.port}: {error.strerror or error}", 1)
+    try:
+        serve(args, sock)
+    except ImportError as error:
+        if error.name not in ("gradio", "fastapi", "uvicorn"):
+            raise
+        return _complain(MISSING, 2)
+    except InputError as error:
+        return _complain(error.told("--"), 2)
+    return 0
+
+
+def serve(args: argparse.Namespace, sock: socket.socket) -> None:
+    """Serves on a socket that is bound. Raises InputError for a folder or a checkpoint that cannot be used."""
+    from ..memory.options import MemoryOptions
+    from ..weights.hub import check_checkpoint
+    from .jobs import Rules
+
+    folder = _made(args.out)
+    for name in args.ckpt_dir:
+        check_checkpoint(name)
+    MemoryOptions(offload_folder=args.offload_folder)
+    checkpoints = tuple(os.path.abspath(name) if Path(name).is_dir() else name for name in args.ckpt_dir)
+    offload = args.offload_folder and os.path.abspath(args.offload_folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / ".wan" / "gradio")
+    import gradio
+    import uvicorn
+
+    from .api import build_app
+    from .page import HEAD, Page, theme
+    from .service import Service
+
+    service = Service(Rules(folder, checkpoints, args.device, offload))
+    app: Any = gradio.mount_gradio_app(
+        build_app(service),
+        Page(service).blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        allowed_paths=[str(path) for path in service.rules.readable],
+        theme=theme(),
+        head=HEAD,
+    )
+    guarded = Guard(app, args.auth, is_loopback(args.host))
+    # Tabs keep a stream open each, which is cut at the end.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Cancel "))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False
+        )
+    )
+    host, port = sock.getsockname()[:2]
+    print(
+        f"The page is at http://{f'[{host}]' if ':' in host else host}:{port}, results in {folder}",
+        flush=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[sock])
+    print("Ending after this step; what is unfinished goes on at the next start", flush=True)
+    try:
+        service.close()
+    except KeyboardInterrupt:  # the second one does not wait
+        service.close(0)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.port <= 65535:
+        raise InputError("give 0 to 65535", "port", args.port)
+    if args.auth is not None and (
+        ":" not in args.auth or args.auth.startswith(":") or args.auth.endswith(":")
+    ):
+        raise InputError("give USER:PASSWORD", "auth")
+    if not is_loopback(args.host) and not args.auth and not args.open_to_all:
+        raise InputError(
+            "lets other machines in: give --auth USER:PASSWORD, or --open_to_all if that is meant",
+            "host",
+            args.host,
+        )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    if os.name != "nt":  # there it would let two servers share a port
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _made(out: str) -> Path:
+    folder = Path(out).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot be made a folder ({error.strerror})", "out", out) from error
+    return Path(os.path.realpath(folder))
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"{NAME}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())

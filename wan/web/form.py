@@ -1,0 +1,286 @@
+"""The form: its controls, their values as a job's settings, and settings as their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..memory.plan import MODES
+from ..run.request import Request
+from ..tasks import TASKS
+from ..utils.errors import InputError
+from ..weights.lora import parse_lora
+from .jobs import MANY_PICTURES, PICTURES, UPLOADS, VIDEOS
+from .plans import error_html
+from .service import CARDS, Service
+
+AUTO = "auto"
+TITLES = {
+    "image": "First frame",
+    "first_frame": "First frame",
+    "last_frame": "Last frame",
+    "src_video": "Source video",
+    "src_mask": "Mask video, white where it is made anew",
+    MANY_PICTURES: "Reference pictures",
+}
+_SWITCHES = {
+    "exact": "Exact arithmetic (slower)",
+    "compile": "Compile (rounds otherwise)",
+    "lora_skip_unknown": "Leave out what a LoRA has beyond the model",
+}
+FILES = (*PICTURES, *VIDEOS, MANY_PICTURES, "lora")
+_SEVERAL = (MANY_PICTURES, "lora")
+_WHOLE = ("frame_num", "sample_steps")
+# What a plan does not depend on: it is not made anew when these change.
+UNPLANNED = ("prompt", "negative_prompt", "base_seed", "sample_shift", "lora", "lora_strengths")
+
+
+class Form:
+    """The controls of a job, each under the name of its setting.
+
+    Attributes:
+        fields: the controls, and `lora_strengths` beside `lora`.
+        shown: what is shown of the files of a field.
+
+    Args:
+        service: behind it.
+    """
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._kept: dict[str, str] = {}  # names of uploads, by where Gradio has put them
+        self.fields: dict[str, Any] = {}
+        self.shown: dict[str, Any] = {}
+
+    # Controls
+
+    def build_job(self) -> None:
+        """Puts the controls of what is made into the block that is open."""
+        fields, tasks = self.fields, self._service.tasks
+        first = TASKS[tasks[0]]
+        fields["task"] = gr.Dropdown(
+            [(self._task_name(task), task) for task in tasks], value=tasks[0], label="Task", elem_id="task"
+        )
+        fields["prompt"] = gr.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt")
+        for key, title in TITLES.items():
+            self._file(key, title, visible=key in first.inputs)
+        with gr.Row():
+            fields["size"] = gr.Dropdown(
+                list(first.sizes), value=first.size, label="Size", allow_custom_value=True, elem_id="size"
+            )
+            fields["frame_num"] = gr.Number(
+                first.frame_num, label="Frames (4n+1, 16 a second)", precision=0, minimum=1, elem_id="frames"
+            )
+        with gr.Row():
+            fields["sample_steps"] = gr.Number(
+                first.sample_steps, label="Steps", precision=0, minimum=1, elem_id="steps"
+            )
+            fields["base_seed"] = gr.Textbox(
+                "", label="Seed", placeholder="random", max_lines=1, elem_id="seed"
+            )
+        with gr.Accordion("More settings", open=False):
+            fields["negative_prompt"] = gr.Textbox(
+                "",
+                label="Negative prompt",
+                placeholder="what the model was published with",
+                lines=2,
+                elem_id="negative",
+            )
+            with gr.Row():
+                fields["sample_solver"] = gr.Dropdown(
+                    list(_choices("sample_solver")), value="unipc", label="Solver", elem_id="solver"
+                )
+                fields["sample_guide_scale"] = gr.Number(
+                    5.0, label="Guidance (1 is none)", elem_id="guidance"
+                )
+                fields["sample_shift"] = gr.Number(first.sample_shift, label="Shift", elem_id="shift")
+            self._file("lora", "LoRA files (.safetensors)", visible=True)
+            with gr.Row():
+                fields["lora_strengths"] = gr.Textbox(
+                    "", label="Their strengths", placeholder="1, 0.8", max_lines=1, elem_id="strengths"
+                )
+                fields["attention"] = gr.Dropdown(
+                    list(_choices("attention")), value="auto", label="Attention", elem_id="attention"
+                )
+            with gr.Row():
+                for key, label in _SWITCHES.items():
+                    fields[key] = gr.Checkbox(False, label=label, elem_id=key)
+
+    def build_memory(self) -> None:
+        """Puts those of memory there."""
+        fields = self.fields
+        with gr.Row():
+            fields["vram_limit"] = gr.Dropdown(
+                [("What is free", AUTO), *((f"{card} GiB", str(card)) for card in CARDS)],
+                value=AUTO,
+                label="GPU memory (a card, or GiB)",
+                allow_custom_value=True,
+                elem_id="limit",
+            )
+            fields["memory_mode"] = gr.Dropdown(
+                list(MODES), value="hybrid", label="Memory mode", elem_id="mode"
+            )
+        fields["vram_fraction"] = gr.Slider(
+            0.5, 1.0, value=1.0, step=0.05, label="Share of it to use", elem_id="fraction"
+        )
+
+    def _file(self, key: str, title: str, visible: bool) -> None:
+        several = key in _SEVERAL
+        self.fields[key] = gr.File(
+            label=title,
+            visible=visible,
+            file_count="multiple" if several else "single",
+            elem_id=key,
+            height=120,
+        )
+        self.shown[key] = gr.HTML("", elem_classes="thumb", visible=visible)
+
+    def _task_name(self, task: str) -> str:
+        facts = TASKS[task]
+        if facts.toy:
+            return f"{facts.title} · toy, no checkpoint needed"
+        missing = "" if task in self._service.checkpoints else " (no checkpoint here)"
+        return f"{facts.title} · {task.split('-')[-1]}{missing}"
+
+    # Values
+
+    @property
+    def by_task(self) -> list[Any]:
+        """What `choose_task` sets."""
+        names = (*TITLES, "size", "frame_num", "sample_steps", "sample_shift", "prompt")
+        return [*(self.fields[name] for name in names), *(self.shown[name] for name in TITLES)]
+
+    def choose_task(self, task: str, prompt: str) -> list[Any]:
+        """The defaults of a task, and the inputs that it has."""
+        facts = TASKS[task]
+        example = any(prompt == other.prompt for other in TASKS.values())
+        return [
+            *(gr.update(visible=key in facts.inputs) for key in TITLES),
+            gr.update(choices=list(facts.sizes), value=facts.size, allow_custom_value=facts.free_size),
+            gr.update(value=facts.frame_num, interactive=not facts.still),
+            facts.sample_steps,
+            facts.shift(facts.size),
+            facts.prompt if example or not prompt else gr.skip(),
+            *(gr.update(visible=key in facts.inputs) for key in TITLES),
+        ]
+
+    def file_check(self, key: str) -> Any:
+        """What a field does with what is uploaded."""
+
+        def check(value: str | list[str] | None) -> tuple[Any, str]:
+            """Keeps what was uploaded, or says why it can't be used."""
+            try:
+                names = [self._keep(path, key) for path in _several(value)]
+            except InputError as error:
+                return None, wan(error_html(error.told()))
+            return gr.skip(), wan(_thumbs(names))
+
+        return check
+
+    def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a job, from what the controls hold. Raises InputError for what cannot be."""
+        facts = TASKS[values["task"]]
+        given = {key: value for key, value in values.items() if value not in (None, "", [])}
+        strengths = [text.strip() for text in str(given.pop("lora_strengths", "")).split(",")]
+        for key in FILES:
+            if key in given and (key == "lora" or key in facts.inputs):
+                names = [self._keep(path, key) for path in _several(given[key])]
+                given[key] = names if key == "lora" else ",".join(names)
+            else:
+                given.pop(key, None)
+        if "lora" in given:
+            strengths += ["1"] * (len(given["lora"]) - len(strengths))
+            given["lora"] = [f"{name}:{strength or 1}" for name, strength in zip(given["lora"], strengths)]
+            for text in given["lora"]:
+                parse_lora(text)
+        for key in ("base_seed", *_WHOLE):
+            if key in given:
+                given[key] = _whole(given[key], key)
+        if given.get("vram_limit", AUTO) != AUTO:
+            try:
+                given["vram_limit"] = float(given["vram_limit"])
+            except ValueError:
+                raise InputError(
+                    "give a number of GiB, such as 8", "vram_limit", given["vram_limit"]
+                ) from None
+        return given
+
+    def filled(self, settings: Mapping[str, Any], same_seed: bool) -> list[Any]:
+        """What all controls hold, what is shown of files, and a line that tells of it."""
+        facts = TASKS[settings["task"]]
+        values: list[Any] = []
+        missing = []
+        files: dict[str, list[str]] = {}
+        for key in FILES:
+            texts = settings.get(key) or []
+            texts = [parse_lora(text)[0] for text in texts] if key == "lora" else str(texts or "").split(",")
+            files[key] = [text for text in texts if text and self._service.rules.may_read(text)]
+            missing += [text for text in texts if text and text not in files[key]]
+        for key in self.fields:
+            if key in FILES:
+                there = files[key] if key in _SEVERAL else next(iter(files[key]), None)
+                values.append(gr.update(value=there or None, visible=key == "lora" or key in facts.inputs))
+            elif key == "lora_strengths":
+                values.append(", ".join(f"{parse_lora(text)[1]:g}" for text in settings.get("lora", ())))
+            elif key == "base_seed":
+                values.append(str(settings[key]) if same_seed else "")
+            elif key == "size":
+                values.append(
+                    gr.update(
+                        choices=list(facts.sizes), value=settings[key], allow_custom_value=facts.free_size
+                    )
+                )
+            elif key in ("vram_limit", "vram_fraction", "memory_mode"):
+                values.append(gr.skip())
+            else:
+                values.append(settings.get(key, False if key in _SWITCHES else ""))
+        thumbs = [gr.update(value=wan(_thumbs(files[key])), visible=True) for key in FILES]
+        told = f"Upload these again: {', '.join(missing)}" if missing else ""
+        return [*values, *thumbs, wan(error_html(told)) if told else wan("<p>Settings are taken over.</p>")]
+
+    def _keep(self, path: str, key: str) -> str:
+        """The name of an upload in the folder. Raises InputError for one that the field cannot be."""
+        if path not in self._kept:
+            with open(path, "rb") as file:
+                self._kept[path] = self._service.upload(file, Path(path).name, key)
+        return self._kept[path]
+
+
+def wan(html: str) -> str:
+    return f'<div class="wan">{html}</div>'
+
+
+def _choices(name: str) -> Any:
+    return Request.__dataclass_fields__[name].metadata["choices"]
+
+
+def _several(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _whole(value: Any, key: str) -> int:
+    try:
+        return int(str(value).strip())
+    except ValueError:
+        raise InputError("give a whole number", key, value) from None
+
+
+def _thumbs(names: list[str]) -> str:
+    """What is shown of uploads: pictures and videos; of others and of examples the name."""
+    shown = []
+    for name in names:
+        path = Path(name)
+        kept, suffix = path.parent.name == UPLOADS, path.suffix.lower()
+        if kept and suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
+            shown.append(f'<img src="/{UPLOADS}/{escape(path.name)}" alt="what was uploaded">')
+        elif kept and suffix in (".mp4", ".mov", ".webm"):
+            shown.append(
+                f'<video src="/{UPLOADS}/{escape(path.name)}" controls muted aria-label="what was uploaded"></video>'
+            )
+        else:
+            shown.append(f'<span class="quiet">{escape(path.name)}</span>')
+    return " ".join(shown)

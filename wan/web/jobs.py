@@ -1,0 +1,212 @@
+"""A job: a request, how it fares, and the file that keeps it; and settings from outside made into requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..memory.options import MemoryOptions
+from ..run.request import GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
+from ..tasks import EXAMPLES
+from ..utils.errors import InputError
+from ..utils.files import replacing
+from ..utils.flags import is_option
+from ..utils.video import VideoFile, open_image
+from ..weights.lora import lora_identity, parse_lora
+
+# Where a job may be, and what may be asked of it there.
+QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
+DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
+STATUSES = (QUEUED, RUNNING, PAUSING, PAUSED, DONE, FAILED, CANCELLED)
+
+_OWN = ("save_file", "device")  # the server's to decide
+_APART = (KEEPING, PROMPT_EXTENSION, GPUS)
+_REQUEST = {
+    item.name
+    for item in fields(Request)
+    if is_option(item) and item.metadata["group"] not in _APART and item.name not in _OWN
+}
+_MEMORY = {item.name: item for item in fields(MemoryOptions) if item.name != "offload_folder"}
+PICTURES = ("image", "first_frame", "last_frame")
+VIDEOS = ("src_video", "src_mask")
+MANY_PICTURES = "src_ref_images"
+UPLOADS = "uploads"  # folder, in the output folder
+
+
+@dataclass
+class Job:
+    """A request on its way.
+
+    Attributes:
+        id: names it; ids sort by time.
+        request: as Request.to_json gives it.
+        status: one of STATUSES.
+        place: jobs run in the order of their places.
+        created, started, ended: seconds since 1970; `started` is the last time that it did.
+        result: path of the finished file.
+        error: why it failed, in a line.
+        notes: warnings of the run.
+    """
+
+    id: str
+    request: dict[str, Any]
+    status: str = QUEUED
+    place: float = 0.0
+    created: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    result: str | None = None
+    error: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Keeps it as a file, whole or not at all."""
+        with replacing(folder / f"{self.id}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1), "utf-8")
+
+
+def read_job(path: Path) -> Job:
+    """A job from its file. Raises ValueError, TypeError or OSError for one that is damaged."""
+    return Job(**json.loads(path.read_text("utf-8")))
+
+
+def new_id() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def request_from(values: Mapping[str, Any]) -> Request:
+    """The request that Request.to_json gave."""
+    return Request(**dict(values) | {"memory": MemoryOptions(**values["memory"])})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What settings from outside may ask for.
+
+    Attributes:
+        folder: all results, uploads and files of jobs are in it.
+        checkpoints: folders or hub names that may be used.
+        device: where everything computes; None for the accelerator that is there.
+        offload_folder: where converted weights are kept; None for nowhere.
+    """
+
+    folder: Path
+    checkpoints: tuple[str, ...] = ()
+    device: str | None = None
+    offload_folder: str | None = None
+
+    @property
+    def readable(self) -> tuple[Path, Path]:
+        """The folders whose files a job may name."""
+        return self.folder / UPLOADS, EXAMPLES
+
+    def may_read(self, name: str) -> bool:
+        """Whether a job may name a file, and it is there."""
+        try:
+            return os.path.isfile(self._file(name, "image"))
+        except InputError:
+            return False
+
+    def request(self, settings: Mapping[str, Any], name: str = "plan", planning: bool = False) -> Request:
+        """The request that settings describe: fields of a Request and of its memory options, by their names.
+
+        Args:
+            settings: see above; what is None is not given.
+            name: of the result.
+            planning: whether it is only to be planned, which needs no checkpoint.
+
+        Raises InputError for what cannot work or is not to be decided from outside.
+        """
+        unknown = [key for key in settings if key not in _REQUEST and key not in _MEMORY]
+        if unknown:
+            raise InputError("no such setting, or not one that a job decides", tuple(unknown))
+        given = {key: value for key, value in settings.items() if value is not None}
+        values = {key: value for key, value in given.items() if key in _REQUEST}
+        memory = {key: value for key, value in given.items() if key in _MEMORY}
+        self._place_files(values)
+        if planning:
+            values["ckpt_dir"] = "any/checkpoint"
+        elif values.get("ckpt_dir") is not None and values["ckpt_dir"] not in self.checkpoints:
+            raise InputError("not one that this server was started with", "ckpt_dir", values["ckpt_dir"])
+        try:
+            values["memory"] = self._memory(memory)
+            values["planned"] = tuple(option for option in PLANNED if option not in memory)
+            request = Request(
+                **values,
+                device=self.device,
+                preview=str(self.folder / ".wan" / "previews"),
+            )
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"something is of the wrong kind ({error})") from error
+        suffix = "png" if request.facts.still else "mp4"
+        return replace(request, save_file=str(self.folder / f"{name}.{suffix}"))
+
+    def _memory(self, values: dict[str, Any]) -> MemoryOptions:
+        hints = typing.get_type_hints(MemoryOptions)
+        for key, value in values.items():
+            kind = hints[key]
+            accepted = typing.get_args(kind) or (kind,)
+            fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+            if not fitting or (isinstance(value, bool) and bool not in accepted):
+                raise InputError("of the wrong kind", key, value)
+        return MemoryOptions(**values, offload_folder=self.offload_folder)
+
+    def _place_files(self, values: dict[str, Any]) -> None:
+        """Makes paths of the names of files, none of which is outside."""
+        for key in (*PICTURES, *VIDEOS):
+            if values.get(key) is not None:
+                values[key] = self._file(values[key], key)
+        if values.get(MANY_PICTURES):
+            names = str(values[MANY_PICTURES]).split(",")
+            values[MANY_PICTURES] = ",".join(self._file(name, MANY_PICTURES) for name in names)
+        if values.get("lora"):
+            if not isinstance(values["lora"], (list, tuple)):
+                raise InputError("give a list of FILE or FILE:STRENGTH", "lora")
+            pairs = [parse_lora(str(text)) for text in values["lora"]]
+            values["lora"] = tuple(f"{self._file(file, 'lora')}:{strength}" for file, strength in pairs)
+
+    def _file(self, name: Any, key: str) -> str:
+        if not isinstance(name, str) or "\0" in name:
+            raise InputError("give the name of a file", key)
+        found = os.path.realpath(self.folder / name)
+        if not any(Path(found).is_relative_to(os.path.realpath(root)) for root in self.readable):
+            raise InputError("is outside of the uploads; upload it first", key, name)
+        return found
+
+
+def check_file(path: str | Path, key: str) -> None:
+    """Raises InputError, naming the field, for a file that it cannot be."""
+    if key in (*PICTURES, MANY_PICTURES):
+        open_image(path, key)
+    elif key in VIDEOS:
+        VideoFile(path, key)
+    else:
+        lora_identity([(path, 1.0)])
+
+
+def check_files(request: Request) -> None:
+    """Raises InputError for input files that cannot be read."""
+    for key in (*PICTURES, *VIDEOS):
+        if getattr(request, key) is not None:
+            check_file(getattr(request, key), key)
+    for path in request.references or ():
+        check_file(path, MANY_PICTURES)
+    for path, _ in request.loras:
+        check_file(path, "lora")
+
+
+def settings_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a request, as Request.to_json gives it, a job's settings say."""
+    kept = {key: request[key] for key in sorted(_REQUEST) if request.get(key) not in (None, [], ())}
+    planned = request.get("planned", ())
+    defaults = vars(MemoryOptions())
+    memory = request.get("memory", {})
+    chosen = {key: memory[key] for key in _MEMORY if key in memory and key not in planned}
+    return kept | {key: value for key, value in chosen.items() if value != defaults[key]}

@@ -1,0 +1,387 @@
+"""The jobs: kept in files, run one at a time in their order by a process of their own.
+
+That process is told to pause, which it does after the step with its state on the disk; it is ended for a cancel, at
+once, whatever it is doing. Whatever ends this process ends that one too, in the same careful way, and the next queue
+over the same folder goes on with what was running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..run.outputs import check_outputs
+from ..run.request import Request
+from ..utils.errors import InputError
+from ..utils.files import sweep
+from .child import Child, Message
+from .jobs import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    PAUSED,
+    PAUSING,
+    QUEUED,
+    RUNNING,
+    Job,
+    Rules,
+    check_files,
+    new_id,
+    read_job,
+)
+from .memory import Series
+
+WORKER = f"{__package__}.worker"
+IDLE_SECONDS = 300  # without work, before loaded models are given up
+ENDED_KEPT = 200  # jobs that are over, whose files stay
+_OVER = (DONE, FAILED, CANCELLED)
+
+
+class WrongStatus(Exception):
+    """What is asked of a job does not fit its status."""
+
+
+@dataclass
+class Progress:
+    """How far the running job is.
+
+    Attributes:
+        stages: seconds of each stage that is done, by name.
+        stage: under way.
+        done, total, seconds_left: of its steps; of `doing`, which is the stage or other work such as loading.
+        end: when the run will be done, seconds since 1970.
+        preview: (path, step) of the last one.
+        plan: how memory is used, in a line; None if nothing was planned.
+        series: of memory.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    stage: str | None = None
+    doing: str | None = None
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    end: float | None = None
+    preview: tuple[str, int] | None = None
+    plan: str | None = None
+    series: Series = field(default_factory=Series)
+
+    def take(self, message: Message) -> None:
+        """Takes an event."""
+        kind = message["event"]
+        if kind == "StageStarted":
+            self.stage = self.doing = message["name"]
+            self.done = self.total = 0
+            self.seconds_left = None
+        elif kind == "Step":
+            self.doing, self.done, self.total = message["stage"], message["done"], message["total"]
+            self.seconds_left = message["seconds_left"]
+        elif kind == "StageDone":
+            self.stages[message["name"]] = message["seconds"]
+            self.stage = None
+        elif kind == "Expected":
+            self.end = message["end"]
+        elif kind == "Previewed":
+            self.preview = message["path"], message["step"]
+        elif kind == "Planned":
+            self.plan = message["line"]
+            self.series.plan, self.series.room = message["stages"], message["room"]
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("stages", "stage", "doing", "done", "total", "seconds_left", "end", "plan")
+        values = {name: getattr(self, name) for name in names}
+        last = self.series.points[-1][2] if self.series.points else {}
+        return values | {"preview_step": self.preview and self.preview[1], "memory": dict(last)}
+
+
+class Queue:
+    """The jobs of a folder. Any thread may call.
+
+    Attributes:
+        progress: of each job that has run since the start, by id.
+        device: what the worker says of its device; None until it does.
+
+    Args:
+        rules: for settings; `rules.folder` is the jobs'.
+
+    Raises InputError: another server uses the folder.
+    """
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self.device: dict[str, Any] | None = None
+        self.progress: dict[str, Progress] = {}
+        self._folder = rules.folder / ".wan" / "jobs"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._jobs: dict[str, Job] = {}
+        self._owner = FileLock(rules.folder / ".wan" / "server.lock")
+        try:
+            self._owner.acquire(timeout=0)
+        except Timeout:
+            raise InputError("another server uses it, give each its own", "out", rules.folder) from None
+        self._child: Child | None = None
+        self._idle: threading.Timer | None = None
+        self._closed = False
+        self._load()
+        with self._lock:
+            self._start_child()
+            self._advance()
+
+    # What is there
+
+    def jobs(self) -> list[Job]:
+        """All jobs: the running one, then those that wait, in order, then the others, newest first."""
+        with self._lock:
+            waiting = sorted((job for job in self._jobs.values() if job.status not in _OVER), key=_order)
+            over = sorted((job for job in self._jobs.values() if job.status in _OVER), key=_recency)
+            return waiting + over
+
+    def get(self, name: str) -> Job:
+        """A job. Raises KeyError."""
+        with self._lock:
+            return self._jobs[name]
+
+    # What is asked
+
+    def add(self, settings: dict[str, Any]) -> Job:
+        """A new job at the end. Raises InputError for settings that cannot work."""
+        name = new_id()
+        request = self.rules.request(settings, name)
+        check_files(request)
+        check_outputs(request)
+        return self.add_request(name, request)
+
+    def add_request(self, name: str, request: Request) -> Job:
+        """A new job of a checked request."""
+        with self._lock:
+            values = json.loads(json.dumps(request.to_json()))  # as the file gives it
+            job = Job(name, values, place=self._last_place() + 1, created=time.time())
+            self._jobs[name] = job
+            self._keep(job)
+            self._advance()
+            return job
+
+    def cancel(self, name: str) -> Job:
+        """Ends a job for good, at once; nothing of it stays but its entry."""
+        with self._lock:
+            job = self._expect(name, QUEUED, RUNNING, PAUSING, PAUSED)
+            ran = job.status in (RUNNING, PAUSING)
+            self._set(job, CANCELLED, ended=time.time())
+            if ran:
+                child, self._child = self._child, None
+                child.kill()  # what it leaves is removed when it has ended
+                self._advance()
+            else:
+                self._remove_files(job)
+            return job
+
+    def pause(self, name: str) -> Job:
+        """Stops a job after its step, to go on when it is resumed."""
+        with self._lock:
+            job = self._expect(name, QUEUED, RUNNING)
+            if job.status == QUEUED:
+                self._set(job, PAUSED)
+            else:
+                self._set(job, PAUSING)
+                self._child.send({"pause": name})
+            return job
+
+    def resume(self, name: str) -> Job:
+        """Lets a paused job go on in its place, or a failed one, from its state if it left one."""
+        with self._lock:
+            job = self._expect(name, PAUSED, FAILED)
+            self._set(job, QUEUED, error=None, ended=None)
+            self._advance()
+            return job
+
+    def move(self, name: str, by: int) -> Job:
+        """Moves a waiting job so many places on, back if negative."""
+        with self._lock:
+            job = self._expect(name, QUEUED, PAUSED)
+            line = [job for job in self.jobs() if job.status in (QUEUED, PAUSED)]
+            here = line.index(job)
+            there = max(0, min(len(line) - 1, here + by))
+            places = [job.place for job in line]
+            line.insert(there, line.pop(here))
+            for place, moved in zip(places, line):
+                if moved.place != place:
+                    moved.place = place
+                    self._keep(moved)
+            return job
+
+    def remove(self, name: str) -> None:
+        """Forgets a job that is over; a result stays."""
+        with self._lock:
+            self._expect(name, *_OVER)
+            self._forget(name)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Ends the work, after its step and with its state on the disk; another queue goes on with it.
+
+        Args:
+            seconds: how long to wait for that; None for as long as it takes.
+        """
+        with self._lock:
+            self._closed = True
+            child = self._child
+            if self._idle:
+                self._idle.cancel()
+        if child:
+            child.finish(seconds)
+        self._owner.release()
+
+    # How it goes on
+
+    def _load(self) -> None:
+        sweep(self._folder)
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                job = read_job(path)
+            except (ValueError, TypeError, OSError):
+                path.rename(path.with_suffix(".damaged"))
+                continue
+            self._jobs[job.id] = job
+            if job.status == RUNNING:
+                self._set(job, QUEUED)
+            elif job.status == PAUSING:
+                self._set(job, PAUSED)
+        for job in self.jobs():
+            if job.status == CANCELLED:  # it may have been running when everything ended
+                self._remove_files(job)
+
+    def _start_child(self) -> None:
+        lock = str(self.rules.folder / ".wan" / "worker.lock")
+        arguments = ["--lock", lock] + (["--device", self.rules.device] if self.rules.device else [])
+        child: Child
+
+        def heard(message: Message) -> None:
+            with self._lock:
+                if child is self._child:
+                    self._take(message)
+
+        def ended(code: int) -> None:
+            with self._lock:
+                for job in self._jobs.values():
+                    if job.status == CANCELLED:
+                        self._remove_files(job)
+                if child is self._child:
+                    self._child = None
+                    self._after(code)
+
+        child = Child(WORKER, arguments, heard, ended)
+        self._child = child
+
+    def _advance(self) -> None:
+        """Starts the next job if none runs."""
+        if self._closed or self._running():
+            return
+        line = [job for job in self.jobs() if job.status == QUEUED]
+        if self._idle:
+            self._idle.cancel()
+        if not line:
+            self._idle = threading.Timer(IDLE_SECONDS, self._give_up_models)
+            self._idle.daemon = True
+            self._idle.start()
+            return
+        if self._child is None:
+            self._start_child()
+        job = line[0]
+        self.progress[job.id] = Progress()
+        self._set(job, RUNNING, started=time.time(), notes=[])
+        self._child.send({"run": job.id, "request": job.request})
+
+    def _take(self, message: Message) -> None:
+        """What the worker says."""
+        if "ready" in message:
+            self.device = message["ready"]
+            return
+        job = self._jobs.get(message.get("ended") or message.get("job"))
+        if job is None or job.status == CANCELLED:
+            return
+        progress = self.progress[job.id]
+        if "event" in message:
+            progress.take(message)
+        elif "memory" in message:
+            progress.series.add(progress.stage or "load", message["memory"])
+        elif "note" in message:
+            job.notes = [*job.notes, message["note"]][-20:]
+        elif message["how"] == "done":
+            self._set(job, DONE, result=message["path"], ended=time.time())
+            self._remove_files(job)
+        elif message["how"] == "paused":
+            # It stops because that was asked, or because everything does: then it goes on at the next start.
+            self._set(job, PAUSED if job.status == PAUSING else QUEUED)
+        else:
+            self._set(job, FAILED, error=message["error"], ended=time.time())
+        self._advance()
+
+    def _after(self, code: int) -> None:
+        """The worker has ended, and nobody asked it to."""
+        for job in self._jobs.values():
+            if job.status in (RUNNING, PAUSING) and not self._closed:
+                reason = f"signal {-code}" if code < 0 else f"code {code}"
+                error = f"the process that ran it ended by itself ({reason}); is there enough RAM?"
+                self._set(job, FAILED, error=error, ended=time.time())
+        self._advance()
+
+    def _give_up_models(self) -> None:
+        with self._lock:
+            if self._child is None or self._running() or self._closed:
+                return
+            child, self._child = self._child, None
+        child.finish()
+
+    def _running(self) -> bool:
+        return any(job.status in (RUNNING, PAUSING) for job in self._jobs.values())
+
+    def _expect(self, name: str, *statuses: str) -> Job:
+        job = self.get(name)
+        if job.status not in statuses:
+            raise WrongStatus(f"{name} is {job.status}")
+        return job
+
+    def _set(self, job: Job, status: str, **values: Any) -> None:
+        job.status = status
+        for key, value in values.items():
+            setattr(job, key, value)
+        self._keep(job)
+
+    def _keep(self, job: Job) -> None:
+        job.write(self._folder)
+        over = [name for name in sorted(self._jobs) if self._jobs[name].status in _OVER]
+        for name in over[:-ENDED_KEPT]:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._remove_files(self._jobs.pop(name))
+        self.progress.pop(name, None)
+        (self._folder / f"{name}.json").unlink(missing_ok=True)
+
+    def _remove_files(self, job: Job) -> None:
+        """Removes what a job needs no more: its states and previews."""
+        states = glob.glob(f"{glob.escape(job.request['save_file'])}.*.state")
+        previews = self.rules.folder / ".wan" / "previews"
+        stem = Path(job.request["save_file"]).name
+        for path in (*map(Path, states), *previews.glob(f"{glob.escape(stem)}.*")):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _last_place(self) -> float:
+        return max((job.place for job in self._jobs.values()), default=0.0)
+
+
+def _order(job: Job) -> tuple[bool, float]:
+    return job.status not in (RUNNING, PAUSING), job.place
+
+
+def _recency(job: Job) -> float:
+    return -(job.ended or 0)
