@@ -24,6 +24,7 @@ LAYERS = [
     ["wan.passes"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
+    ["wan.toy"],
     ["wan"],  # names the pipelines
     ["wan.run"],
     ["wan.cli", "wan.__main__", "wan.web"],
@@ -39,6 +40,7 @@ NAMING = [
     "wan/modules/vace_model.py",
     "wan/tasks.py",
     "wan/tiny.py",
+    "wan/toy/",
 ]
 
 

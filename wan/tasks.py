@@ -31,7 +31,7 @@ class Task:
         all_inputs: whether it needs every one of them.
         area_only: whether a size stands for its area alone, the aspect being that of the input.
         still: whether it makes one picture instead of a video.
-        toy: whether its checkpoint is a toy that makes itself.
+        toy: "module:function" that makes its checkpoint, of a toy's name; empty for a task that is not one.
         frame_num, least_frames: frames by default and at least.
         sample_steps, sample_shift: solver steps and shift by default.
         shift_at: shifts by default at some sizes, where they are others.
@@ -49,7 +49,7 @@ class Task:
     area_only: bool = False
     free_size: bool = False
     still: bool = False
-    toy: bool = False
+    toy: str = ""
     frame_num: int = 81
     least_frames: int = 1
     sample_steps: int = 50
@@ -60,8 +60,7 @@ class Task:
     @property
     def pipeline_class(self) -> type:
         """The pipeline, imported."""
-        module, name = self.pipeline.split(":")
-        return getattr(importlib.import_module(f".{module}", __package__), name)
+        return _imported(self.pipeline)
 
     @property
     def dit_config(self) -> dict[str, Any]:
@@ -71,9 +70,19 @@ class Task:
         sizes = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
         return {name: self.config[name] for name in sizes} | dict(self.dit)
 
+    def toy_checkpoint(self, name: str) -> Path:
+        """The directory of a toy task's own checkpoint; name: the task's."""
+        return _imported(self.toy)(name)
+
     def shift(self, size: str) -> float:
         """The shift by default at a size."""
         return self.shift_at.get(size, self.sample_shift)
+
+
+def _imported(place: str) -> Any:
+    """What "module:name" in this package says."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
 _TEXT: dict[str, Any] = {
@@ -129,9 +138,8 @@ def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
 
 # Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
 def _task(name: str, facts: dict[str, Any]) -> Task:
-    toy = name.endswith("-tiny")
-    if toy:
-        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": True}
+    if name.endswith("-tiny"):
+        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
     sizes = SUPPORTED_SIZES[name]
     size = next(size for size in ("1280*720", "832*480", "128*96") if size in sizes)
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,11 +53,17 @@ def checkpoint(task: str) -> Path:
     Raises:
         InputError: unknown task, or a cache directory that cannot be written.
     """
-    directory = user_cache("wan-tiny") / f"v{VERSION}" / task
+    return cached(
+        user_cache("wan-tiny") / f"v{VERSION}" / task, lambda directory: write_checkpoint(directory, task)
+    )
+
+
+def cached(directory: Path, write: Callable[[Path], object]) -> Path:
+    """A checkpoint's directory in the user's cache, written if it is not there; raises InputError if it cannot be."""
     if not directory.is_dir():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(directory, task)
+            write(directory)
         except OSError as error:
             raise InputError(
                 f"{directory}: the toy checkpoint cannot be written ({error.strerror}), set XDG_CACHE_HOME"
@@ -83,23 +89,26 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     Raises:
         InputError: unknown task, or a directory that holds something.
     """
-    directory = Path(directory)
     if task not in TINY_CONFIGS:
         raise InputError(f"no toy task, choose from {', '.join(TINY_CONFIGS)}", "task", task)
+    config = TINY_CONFIGS[task]
+
+    def write(folder: Path) -> None:
+        write_dit(folder, config, dit_weights(config, seed), shards)
+        torch.save(vae_weights(config, seed), folder / config.vae_checkpoint)
+        write_encoders(folder, config, seed, train_tokenizer(config.t5_config["vocab_size"]))
+
+    return write_whole(Path(directory), write)
+
+
+def write_whole(directory: Path, write: Callable[[Path], None]) -> Path:
+    """A directory that appears when `write` has filled it; raises InputError if one is there that holds something."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists and is not an empty directory, choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    config = TINY_CONFIGS[task]
     unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        _write_dit(unfinished, config, seed, shards)
-        torch.save(vae_weights(config, seed), unfinished / config.vae_checkpoint)
-        torch.save(t5_weights(config, seed), unfinished / config.t5_checkpoint)
-        tokenizer = train_tokenizer(config.t5_config["vocab_size"])
-        _write_tokenizer(unfinished / config.t5_tokenizer, tokenizer)
-        if "clip_config" in config:
-            torch.save(clip_weights(config, seed), unfinished / config.clip_checkpoint)
-            _write_tokenizer(unfinished / config.clip_tokenizer, tokenizer)
+        write(unfinished)
         unfinished.chmod(0o755)
         with suppress(FileNotFoundError):
             directory.rmdir()  # Windows renames over nothing, POSIX over an empty directory
@@ -113,9 +122,18 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     return directory
 
 
-def _write_dit(directory: Path, config: EasyDict, seed: int, shards: int) -> None:
+def write_encoders(folder: Path, config: EasyDict, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The files of the text encoder and, where the config has one, of the image encoder."""
+    torch.save(t5_weights(config, seed), folder / config.t5_checkpoint)
+    _write_tokenizer(folder / config.t5_tokenizer, tokenizer)
+    if "clip_config" in config:
+        torch.save(clip_weights(config, seed), folder / config.clip_checkpoint)
+        _write_tokenizer(folder / config.clip_tokenizer, tokenizer)
+
+
+def write_dit(directory: Path, config: EasyDict, weights: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """The DiT's files: its config, and its tensors in as many shards."""
     (directory / "config.json").write_text(json.dumps(config.dit_config, indent=2) + "\n")
-    weights = dit_weights(config, seed)
     stem = "diffusion_pytorch_model"
     if shards == 1:
         save_file(weights, directory / f"{stem}.safetensors", metadata={"format": "pt"})
@@ -284,15 +302,15 @@ def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:
 # Tokenizer
 
 
-def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab_size: int, text: str = TRAINING_TEXT) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer with byte fallback: <pad> is 0, </s> is 1 and ends every text, <unk> is 2.
 
-    The pieces are the most frequent substrings of words in a few sentences, their scores the logarithms of their
+    The pieces are the most frequent substrings of the words in `text`, their scores the logarithms of their
     shares.
     """
     special = ["<pad>", "</s>", "<unk>"]
     byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
-    words = [f"▁{word}" for word in TRAINING_TEXT.split()]
+    words = [f"▁{word}" for word in text.split()]
     counts = Counter(
         word[start:end]
         for word in words

@@ -36,7 +36,7 @@ DIT = {
 CLIP = {"num_hidden_layers": 2, "intermediate_size": 128}
 
 
-def _tiny(
+def tiny_config(
     base: EasyDict,
     task: str,
     dit: dict[str, Any],
@@ -58,17 +58,17 @@ def _tiny(
 
 
 def _image(task: str, also_negative: str = "") -> EasyDict:
-    config = _tiny(i2v_14B, task, {"model_type": task, "in_dim": 36}, t5={"num_layers": 6}, clip=CLIP)
+    config = tiny_config(i2v_14B, task, {"model_type": task, "in_dim": 36}, t5={"num_layers": 6}, clip=CLIP)
     config.sample_neg_prompt = also_negative + config.sample_neg_prompt
     return config
 
 
 TINY_CONFIGS = {
-    "t2v-tiny": _tiny(t2v_1_3B, "t2v", {}),
-    "t2i-tiny": _tiny(t2v_1_3B, "t2i", {}),
+    "t2v-tiny": tiny_config(t2v_1_3B, "t2v", {}),
+    "t2i-tiny": tiny_config(t2v_1_3B, "t2i", {}),
     "i2v-tiny": _image("i2v"),
     "flf2v-tiny": _image("flf2v", also_negative="镜头切换，"),  # as for the 14B model
-    "vace-tiny": _tiny(
+    "vace-tiny": tiny_config(
         t2v_1_3B,
         "vace",
         {

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .. import tiny
 from ..memory.plan import Plan
 from ..memory.residency import release_memory
 from ..sampling import OnStep, Solver
@@ -241,7 +240,7 @@ class Runner:
             if not task.toy:
                 require_accelerator(device, request.device)
             check_able(request.attention, request.compile, device, task.config.param_dtype)
-            checkpoint = find_checkpoint(name, task.config) if name else tiny.checkpoint(request.task)
+            checkpoint = find_checkpoint(name, task.config) if name else task.toy_checkpoint(request.task)
             configure_allocator(device)
             hold_to_free(device)
             self._pipeline = task.pipeline_class(

@@ -1,0 +1,120 @@
+"""The toys' training: through what pipelines run, and on from where it was interrupted."""
+
+import pytest
+import torch
+
+from wan.configs.toy import TOY_CONFIGS
+from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceWanModel
+from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
+from wan.modules.vae_forward import decode, encode
+from wan.toy import checkpoints, steps, vae_training
+from wan.toy.dit_training import flow, start, train_dit
+from wan.toy.vae_training import decoded, encoded, new_vae, standardise
+
+
+@pytest.mark.parametrize("name", ["t2v-toy", "i2v-toy", "vace-toy"])
+def test_dit_is_trained_through_what_the_pipelines_run(name):
+    config, kind = TOY_CONFIGS[name], VaceWanModel if name == "vace-toy" else WanModel
+    model = kind(**{key: value for key, value in config.dit_config.items() if not key.startswith("_")})
+    model.load_state_dict(checkpoints.untrained(config))
+    torch.manual_seed(0)
+    x, context, t = torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 64), torch.tensor([300.0, 800.0])
+    batched, listed = {}, {}
+    if name == "i2v-toy":
+        batched["y"] = torch.randn(2, 20, 2, 4, 6)
+        listed = {"y": list(batched["y"]), "clip_fea": torch.randn(2, 257, 1280)}
+    if name == "vace-toy":
+        batched["vace_context"] = torch.randn(2, 96, 2, 4, 6)
+        listed["vace_context"] = list(batched["vace_context"])
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(context, (0, 0, 0, config.text_len - 5))
+        ours = flow(model, x, t, padded, **batched)
+        theirs = torch.stack(model(list(x), t=t, context=list(context), seq_len=12, **listed))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    assert theirs.std() > 0.1
+
+
+def test_vae_is_trained_through_what_the_pipelines_run():
+    torch.manual_seed(0)
+    vae, scale = VAE(8), [torch.zeros(16), torch.ones(16)]
+    video, latents = torch.rand(1, 3, 9, 16, 24) * 2 - 1, torch.randn(1, 16, 3, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(encoded(vae, video)[0], encode(vae, video[0], scale), rtol=0, atol=1e-5)
+        ours = decoded(vae, latents)[0].clamp(-1, 1)
+    torch.testing.assert_close(ours, decode(vae, latents[0], scale), rtol=0, atol=2e-5)
+
+
+def test_latents_get_the_published_statistics_and_videos_stay():
+    torch.manual_seed(0)
+    vae, video = new_vae(8), torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = decoded(vae, encoded(vae, video))
+        standardise(vae, encoded(vae, video))
+        latents = encoded(vae, video)
+        after = decoded(vae, latents)
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.tensor(LATENT_MEAN), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.tensor(LATENT_STD), rtol=1e-3, atol=0)
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-3)
+
+
+def test_encoder_that_learns_from_stills_codes_every_fourth_frame(tmp_path):
+    vae, video = new_vae(8), torch.rand(1, 3, 9, 24, 24) * 2 - 1
+    vae_training.train_vae(vae, 2, 1, 1, 1e-2, 0, lambda *told: None, tmp_path / "kept.pt")
+    coded = vae_training.encoded_by_frames(vae.requires_grad_(False), video)[0]
+    assert coded.shape == (16, 3, 3, 3)
+    scale = [torch.zeros(16), torch.ones(16)]
+    torch.testing.assert_close(coded, encode(vae, video[0], scale), rtol=0, atol=1e-5)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("part", ["dit", "vae"])
+def test_interrupted_training_goes_on_to_the_same_weights(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "KEEP_EVERY", 2)
+
+    def batch(step):
+        drawn = torch.Generator().manual_seed(step)
+        return {
+            "latents": torch.randn(2, 16, 1, 2, 2, generator=drawn),
+            "context": torch.randn(2, 3, 64, generator=drawn),
+        }
+
+    def trained(kept, count, stop_at=None):
+        torch.manual_seed(0)
+        if part == "vae":
+            model = new_vae(8)
+            crops = vae_training.crops
+
+            def drawn(rng, *sizes):
+                if len(steps_taken) == stop_at:
+                    raise Stopped
+                steps_taken.append(1)
+                return crops(rng, 1, 1, 24, 24)
+
+            monkeypatch.setattr(vae_training, "crops", drawn)
+            steps_taken = []
+            vae_training.train_vae(model, count, 1, 1, 1e-3, 0, lambda *told: None, kept)
+            monkeypatch.setattr(vae_training, "crops", crops)
+        else:
+            model = WanModel(dim=24, ffn_dim=16, freq_dim=8, num_heads=2, num_layers=1, text_dim=64)
+            start(model, 0)
+
+            def draw(step):
+                if step == stop_at:
+                    raise Stopped
+                return batch(step)
+
+            train_dit(model, draw, count, 1e-2, 0, lambda *told: None, kept)
+        return model.state_dict()
+
+    whole = trained(tmp_path / "whole.pt", 5)
+    with pytest.raises(Stopped):
+        trained(tmp_path / "kept.pt", 5, stop_at=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(steps, "KEEP_EVERY", 2)
+    resumed = trained(tmp_path / "kept.pt", 5)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert (tmp_path / "kept.pt").is_file()

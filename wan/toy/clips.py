@@ -1,0 +1,158 @@
+"""Synthetic clips: one plain shape on a plain ground, moving as its caption says.
+
+All is drawn by code, seeded: videos with captions for text, and with the shape's own pixels for masks and tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+WIDTH, HEIGHT, FRAMES = 80, 48, 17
+
+# In [0, 255].
+COLOURS = {
+    "red": (225, 35, 35),
+    "yellow": (240, 215, 30),
+    "green": (35, 170, 55),
+    "turquoise": (40, 200, 205),
+    "blue": (40, 70, 225),
+    "pink": (225, 60, 200),
+}
+GROUNDS = {"white": (238, 238, 238), "grey": (150, 150, 150), "black": (28, 28, 28)}
+SHAPES = ("ball", "square", "triangle")
+# What a caption may say of a motion; {go} is a shape's own verb.
+MOTIONS = {
+    "right": ("{go} to the right", "moves to the right"),
+    "left": ("{go} to the left", "moves to the left"),
+    "up": ("rises", "moves up"),
+    "down": ("falls", "moves down"),
+    "bounces": ("bounces",),
+    "grows": ("grows",),
+    "shrinks": ("shrinks",),
+}
+VERBS = {"ball": "rolls", "square": "slides", "triangle": "slides"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip shows.
+
+    Attributes:
+        shape, colour, ground, motion: of SHAPES, COLOURS, GROUNDS, MOTIONS.
+        x, y: of the centre in the first frame, in pixels.
+        radius: in the first frame, in pixels; a square's and a triangle's are of about the same area.
+        reach: how far it gets, in pixels: of the centre, or of the radius where it grows or shrinks.
+    """
+
+    shape: str
+    colour: str
+    ground: str
+    motion: str
+    x: float
+    y: float
+    radius: float
+    reach: float
+
+    def at(self, time: float) -> tuple[float, float, float]:
+        """Centre and radius at a time in [0, 1]."""
+        x, y, radius, way = self.x, self.y, self.radius, self.reach * time
+        if self.motion == "right":
+            return x + way, y, radius
+        if self.motion == "left":
+            return x - way, y, radius
+        if self.motion == "up":
+            return x, y - way, radius
+        if self.motion == "down":
+            return x, y + way, radius
+        if self.motion == "bounces":
+            return x, y - self.reach * abs(math.sin(2 * math.pi * time)), radius
+        return x, y, radius + (way if self.motion == "grows" else -way)
+
+    def coverage(self, frames: int = FRAMES, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+        """The share of each pixel that the shape covers, [frames, height, width] in [0, 1]."""
+        across, down = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
+        drawn: np.ndarray = np.empty((frames, height, width), np.float32)
+        for frame in range(frames):
+            x, y, radius = self.at(frame / (FRAMES - 1))
+            drawn[frame] = np.clip(0.5 - DISTANCES[self.shape](across - x, down - y, radius), 0, 1)
+        return drawn
+
+    def video(self, frames: int = FRAMES) -> np.ndarray:
+        """[3, frames, height, width] float32 in [-1, 1]."""
+        share = self.coverage(frames)[None]
+        shape, ground = (
+            np.array(colour, np.float32)[:, None, None, None] / 127.5 - 1
+            for colour in (COLOURS[self.colour], GROUNDS[self.ground])
+        )
+        return ground + (shape - ground) * share
+
+    def caption(self, rng: np.random.Generator | None = None, still: bool = False) -> str:
+        """In the first wording with the ground, or in one of all, in which the ground may go unsaid.
+
+        still: leave the motion out.
+        """
+        wordings = MOTIONS[self.motion]
+        wording = wordings[0 if rng is None else rng.integers(len(wordings))]
+        parts = [f"a {self.colour} {self.shape}"]
+        if not still:
+            parts.append(wording.format(go=VERBS[self.shape]))
+        if rng is None or rng.random() < 0.5:
+            parts.append(f"on a {self.ground} ground")
+        return " ".join(parts)
+
+
+def _ball(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return np.hypot(x, y) - radius
+
+
+def _square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+
+
+def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Equilateral, its tip above, its centre of mass at the middle."""
+    return np.maximum(y, math.sqrt(0.75) * np.abs(x) - 0.5 * y) - 0.75 * radius
+
+
+# Signed, in pixels, negative inside.
+DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "ball": _ball,
+    "square": _square,
+    "triangle": _triangle,
+}
+
+
+def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
+    """A clip by chance, of which at most a tip leaves the picture; `fixed` names attributes that are given."""
+    names = {"shape": SHAPES, "colour": COLOURS, "ground": GROUNDS, "motion": MOTIONS}
+    drawn = {name: str(rng.choice(list(choices))) for name, choices in names.items()} | fixed
+    motion = drawn["motion"]
+    x, y, radius = rng.uniform(24, WIDTH - 24), rng.uniform(18, HEIGHT - 18), rng.uniform(7, 9)
+    if motion in ("right", "left"):
+        x, reach = rng.uniform(13, 25), rng.uniform(34, 42)
+        x = WIDTH - x if motion == "left" else x
+    elif motion in ("up", "down"):
+        y, reach = rng.uniform(11, 15), rng.uniform(19, 22)
+        y = HEIGHT - y if motion == "up" else y
+    elif motion == "bounces":
+        y, reach = rng.uniform(34, 37), rng.uniform(17, 21)
+    else:
+        small, reach = rng.uniform(4, 5.5), rng.uniform(7, 9)
+        radius = small if motion == "grows" else small + reach
+    return Clip(**drawn, x=float(x), y=float(y), radius=float(radius), reach=float(reach))
+
+
+def words() -> list[str]:
+    """All words of captions."""
+    said = [
+        wording.format(go=verb)
+        for wordings in MOTIONS.values()
+        for wording in wordings
+        for verb in (*VERBS.values(), "moves")
+    ]
+    listed = [*COLOURS, *GROUNDS, *SHAPES, *" ".join(said).split(), "a", "it", "on", "ground"]
+    return sorted(set(listed))

@@ -1,0 +1,159 @@
+"""Trains the toys: `python -m wan.toy.train --out FOLDER`.
+
+Stages whose file is there already are not run again, and one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..configs.toy import TOY_CONFIGS
+from ..modules.model import WanModel
+from ..modules.vace_model import VaceWanModel
+from ..modules.vae import VAE
+from . import checkpoints, vae_training
+from .clips import random_clip
+from .dit_training import start, train_dit
+from .lessons import ImageLessons, TextLessons, Texts, VaceLessons
+
+SEED = 0
+Made = TypeVar("Made")
+CLIPS = 1500
+# The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
+# before as well, then learns what lies between.
+VAE_STAGES: dict[str, dict[str, Any]] = {
+    "vae-stills": {"frames": 1, "batch": 8, "count": 2500, "rate": 3e-3},
+    "vae-decoder": {"frames": 9, "batch": 3, "count": 3000, "rate": 2e-3, "decoder_only": True},
+}
+IMAGE_BRANCH = ("img_emb", "k_img", "v_img")
+
+
+class Training:
+    """Its stages, each of which leaves a file in `folder` and its losses beside it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def teller(self, stage: str) -> Callable[..., None]:
+        """Notes what a stage tells: [step, losses...]."""
+
+        def tell(*numbers: float) -> None:
+            line = [round(number, 5) for number in numbers]
+            print(stage, *line, flush=True)
+            path = self.folder / f"{stage}-losses.json"
+            known = json.loads(path.read_text()) if path.is_file() else []
+            path.write_text(json.dumps([other for other in known if other[0] < line[0]] + [line]) + "\n")
+
+        return tell
+
+    def kept(self, name: str, make: Callable[[], Made]) -> Made:
+        """What a stage makes, or made before."""
+        path = self.folder / f"{name}.pt"
+        if not path.is_file():
+            torch.manual_seed(SEED)
+            torch.save(make(), path)
+        return torch.load(path, weights_only=False)
+
+    def vae(self, stages: Sequence[str]) -> VAE:
+        """After some stages of VAE_STAGES, its latents having the statistics that pipelines take them to have."""
+        torch.manual_seed(SEED)
+        vae = vae_training.new_vae(TOY_CONFIGS["t2v-toy"].vae_dim)
+        for stage in stages:
+            vae.load_state_dict(self.kept(stage, partial(self._taught_vae, vae, stage)))
+        rng = np.random.default_rng([SEED, 9])
+        sample = torch.from_numpy(np.stack([random_clip(rng).video() for _ in range(24)]))
+        with torch.no_grad():
+            vae_training.standardise(vae, vae_training.encoded_by_frames(vae, sample))
+        return vae.requires_grad_(False)
+
+    def _taught_vae(self, vae: VAE, stage: str) -> dict[str, torch.Tensor]:
+        kept = self.folder / f"{stage}-unfinished.pt"
+        vae_training.train_vae(vae, seed=SEED, tell=self.teller(stage), kept=kept, **VAE_STAGES[stage])
+        return vae.state_dict()
+
+    def run(self, only: str | None = None) -> None:
+        """All of it, or what needs no more than the encoder: "decoder", or "dits"."""
+        stills, decoder = VAE_STAGES
+        vae = self.vae([stills])
+        if only != "dits":
+            checkpoints.save_weights(self.folder, "vae", self.vae([stills, decoder]).state_dict())
+        if only != "decoder":
+            self.dits(vae)
+
+    def dits(self, vae: VAE) -> None:
+        """That for text, and from it those with sources, which learn from a third of its clips."""
+        checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
+        text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), CLIPS, SEED))
+        t2v = self.dit("t2v", text, 10_000, 2e-3)
+        image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
+        self.dit("image", image, 3000, 1e-3, t2v)
+        vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
+        self.dit("vace", vace, 4000, 1e-3, t2v)
+
+    def dit(
+        self,
+        name: str,
+        lessons: TextLessons | ImageLessons | VaceLessons,
+        steps: int,
+        rate: float,
+        before: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Trains a DiT, from the text model's weights if given; of a VACE model, what that one lacks."""
+        task = {"image": "i2v-toy"}.get(name, f"{name}-toy")
+        sizes = {key: value for key, value in TOY_CONFIGS[task].dit_config.items() if key[0] != "_"}
+        model = (VaceWanModel if name == "vace" else WanModel)(**sizes)
+        start(model, SEED)
+        if before:
+            adopt(model, before)
+        own = ("vace_",) if name == "vace" else ("",)
+
+        def trained(parameter: str) -> bool:
+            return parameter.startswith(own) and not any(part in parameter for part in IMAGE_BRANCH)
+
+        def make() -> dict[str, torch.Tensor]:
+            kept = self.folder / f"{name}-unfinished.pt"
+            train_dit(model, lessons.draw, steps, rate, SEED, self.teller(name), kept, trained)
+            return {key: tensor for key, tensor in model.state_dict().items() if trained(key)}
+
+        weights = self.kept(name, make)
+        checkpoints.save_weights(self.folder, name, weights)
+        return weights
+
+
+def adopt(model: WanModel, text_model: dict[str, torch.Tensor]) -> None:
+    """Starts a model from the text model's weights: new inputs are silent, and VACE blocks copies of their blocks."""
+    weights = model.state_dict()
+    for name, tensor in text_model.items():
+        if weights[name].shape != tensor.shape:  # the patch embedding of more channels
+            wider = torch.zeros_like(weights[name])
+            wider[:, : tensor.size(1)] = tensor
+            tensor = wider
+        weights[name] = tensor.clone()
+    for number, layer in enumerate(getattr(model, "vace_layers", ())):
+        for name, tensor in text_model.items():
+            if name.startswith(f"blocks.{layer}."):
+                weights[name.replace(f"blocks.{layer}.", f"vace_blocks.{number}.")] = tensor.clone()
+    model.load_state_dict(weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is trained")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("decoder", "dits"), help="one of two that can run side by side")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    Training(given.out).run(given.only)
+
+
+if __name__ == "__main__":
+    main()
