@@ -193,7 +193,8 @@ class WanPipeline:
         apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter(), share=share)
         visit_by_halves(vae, self.device)
         if self._ranks and self._ranks.leads:
-            layer_methods(vae, "ranks", **lead_vae(self._ranks))
+            layers: dict[str, Any] = dict(lead_vae(self._ranks))
+            layer_methods(vae, "ranks", **layers)
         return vae
 
     def load(self, encoders: bool = True, prompts: Sequence[str] | None = None) -> None:
