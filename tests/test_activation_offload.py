@@ -69,7 +69,7 @@ def test_two_samples():
 def test_what_grows_with_the_length_is_a_few_heads():
     """Device bytes beside weights, over lengths: 2 (keys, values) times 2 (buffers) of one head, and the latents."""
     model, peaks = make_model("t2v", torch.bfloat16), []
-    lengths = (2000, 12_000)
+    lengths = (1000, 5000)
     with VirtualGPU(meta=True) as gpu, torch.no_grad():
         model.to(gpu.device)
         apply_activation_offload(model, gpu.device, 64, 1)
