@@ -31,15 +31,16 @@ from .streaming import Streamer
 
 
 @contextlib.contextmanager
-def conditions_ahead(
+def streamed_ahead(
     model: nn.Module,
     device: torch.device,
     times: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     clip_fea: torch.Tensor | None,
     dtype: torch.dtype,
+    make_streamer: Callable[[Sequence[nn.Module], torch.device], Streamer] = Streamer,
 ) -> Iterator[list[nn.Module]]:
-    """Computes the conditions of all passes; inside, the model finds them by what it is called with.
+    """Computes the conditions of all passes; inside, the model can be called with them, and its layer groups stream.
 
     Meanwhile one embedding layer is on the device, or what the cross attentions of two blocks call on the context.
 
@@ -50,37 +51,21 @@ def conditions_ahead(
         prompts: every prompt that it will be called with, [L, text_dim] each.
         clip_fea: image features that all of them go with, or None.
         dtype: its compute type.
+        make_streamer: makes what brings the groups to the device.
 
     Yields:
-        What to stream in place of the model's `layer_groups`.
+        What streams in place of the model's `layer_groups`.
     """
     with torch.no_grad():
         ahead = _Ahead(model, device, times, prompts, clip_fea, dtype)
     undo = layer_methods(model, "conditions_ahead", forward=lambda forward: partial(forward, embed=ahead))
     try:
-        yield [ahead.group(group) for group in layer_groups(model)]
-    finally:
-        undo()
-
-
-@contextlib.contextmanager
-def streamed_ahead(
-    model: nn.Module,
-    device: torch.device,
-    times: Sequence[torch.Tensor],
-    prompts: Sequence[torch.Tensor],
-    clip_fea: torch.Tensor | None,
-    dtype: torch.dtype,
-    make_streamer: Callable[[Sequence[nn.Module], torch.device], Streamer] = Streamer,
-) -> Iterator[list[nn.Module]]:
-    """Inside, the model can be called on the device: what is constant is computed, its layer groups come in turn.
-
-    Arguments and what it yields: see `conditions_ahead`.
-    """
-    with conditions_ahead(model, device, times, prompts, clip_fea, dtype) as groups:
+        groups = [ahead.group(group) for group in layer_groups(model)]
         not_moved = [*layer_groups(model), *model.embedding_layers()]
         with Component([model], device, not_moved, make_streamer(groups, device)).on_device():
             yield groups
+    finally:
+        undo()
 
 
 class _Ahead:
