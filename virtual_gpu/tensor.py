@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,9 @@ class Allocation:
         if block is not None:
             self.gpu._give_back(block)
 
-    def __del__(self) -> None:
-        self.gpu._release(self)
+    def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not exiting():  # Python takes modules apart before the last objects
+            self.gpu._release(self)
 
 
 class VirtualTensor(torch.Tensor):

@@ -105,7 +105,7 @@ class Training:
         weights[PATCHES] = weights[PATCHES][:, : vae.z_dim]
         checkpoints.save_weights(self.folder, "t2v", weights)
         vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
-        checkpoints.save_weights(self.folder, "vace", self.dit("vace", "vace-toy", vace, 4000, 1e-3, weights))
+        checkpoints.save_weights(self.folder, "vace", self.dit("vace", "vace-toy", vace, 3000, 1e-3, weights))
 
     def dit(
         self,

@@ -70,6 +70,15 @@ def _recorded(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: 
     return walk.ledger
 
 
+@functools.lru_cache(maxsize=64)
+def made_by_a_block(model: nn.Module, shape: Shape, itemsize: int) -> tuple[int, ...]:
+    """Bytes of the tensors that a block makes of a sample, by its layer groups: keys and values, the rest of self
+    attention, cross attention, FFN."""
+    walk = _Walk(model, shape, Way(stream=0.0), itemsize)
+    so_far = [walk.ledger.made for _ in walk._run(first=False)]
+    return tuple(after - before for before, after in zip([0, *so_far], so_far))
+
+
 class _Walk(Conditions):
     def __init__(self, model: nn.Module, shape: Shape, way: Way, itemsize: int):
         super().__init__(Ledger(), model, shape.pictures, itemsize)

@@ -95,6 +95,20 @@ class Ledger:
         """What is there."""
         return list(self._held)
 
+    @property
+    def made(self) -> int:
+        """Bytes of all tensors that ever were."""
+        made = 0
+        for number, size in self._requests:
+            if number >= 0:
+                made += size
+            elif number == PLAYED:
+                made += self._played[size][0].made
+            elif number == REPEATED:
+                requests, growth = self._repeated[size]
+                made += len(growth) * sum(again for _, again in requests)
+        return made
+
     def restart(self) -> None:
         """From here on `peak` counts."""
         self.peak = self.live

@@ -1,6 +1,7 @@
 """How long the stages take, from the rates of a machine: the larger of computing and copying, layer group by group.
 
-What is small beside products, attention and convolutions is left out. Every weight is read once from memory that is
+Beside products, attention and convolutions, every tensor that is made is written to the device's memory and read from
+it. Every weight is read once from memory that is
 not page-locked, whether it stays or streams; from then on streamed ones come at the rate of page-locked memory. Pieces
 of a sequence cost what their layers' weights cost to be read from the device's memory once more.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ...modules.forward import cross_attentions, layer_groups
+from ...modules.forward import layer_groups
 from ...modules.tokens import spans
 from ...modules.vae_forward import decoded_frames, encoded_frames
 from ...modules.vae_operations import (
@@ -30,8 +31,11 @@ from ..rates import Rates
 from ..streaming import spread
 from ..tile_geometry import STRIDE, needed_intervals, split
 from . import text
-from .forward import Shape, Way, tokens_of
+from .forward import Shape, Way, made_by_a_block, tokens_of
+from .ledger import Ledger
+from .vae import decode_stage, encode_stage
 
+KINDS = ("keys", "self_attn", "cross_attn", "ffn")  # of a block's layer groups, in order
 COMING = 28  # bytes per token and channel that a block with activations in RAM brings, in 16 bits
 Group = tuple[str, int]  # kind of a layer group, its bytes
 
@@ -83,6 +87,7 @@ def _group_seconds(
     """Seconds that layer groups compute in a step, and that each takes to be copied once."""
     length, dim = tokens_of(model, shape), model.dim
     kept = model.text_len * dim * itemsize * 2 * shape.passes
+    made = dict(zip(KINDS, made_by_a_block(model, shape, itemsize)))
     computing, copying = {}, {}
     for kind, size in set(zip(*_groups(model)[:2])):
         products, attention, copied = 2 * length * size / itemsize, 0.0, size
@@ -91,7 +96,7 @@ def _group_seconds(
             copied = size // 2 + kept  # keys and values of the context in place of what makes them
         elif kind == "self_attn":
             attention = 4 * length**2 * dim
-        reading = (chunks - 1) * size / rates.memory
+        reading = ((chunks - 1) * size + 2 * made.get(kind, 0)) / rates.memory
         computing[kind, size] = shape.passes * (
             products / rates.products + attention / rates.attention + reading
         )
@@ -102,17 +107,16 @@ def _group_seconds(
 @functools.lru_cache(maxsize=4)
 def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
     """The kind of each layer group and its bytes, and those of the whole model."""
-    crossing = set(cross_attentions(model))
-    queries = {block.self_attn.q for block in (*model.blocks, *getattr(model, "vace_blocks", ()))}
-
-    def kind(group: nn.Module) -> str:
-        if group in crossing:
-            return "cross_attn"
-        return "self_attn" if queries & set(group.children()) else ""  # the part of it that attends
-
+    kinds: dict[nn.Module, str] = {}
+    for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
+        attention = block.self_attn
+        kinds |= dict(zip([attention.k, attention.q, block.cross_attn, block.ffn], KINDS))
     groups = layer_groups(model)
     sizes = [sum(p.nbytes for p in group.parameters()) for group in groups]
-    return [kind(group) for group in groups], sizes, sum(p.nbytes for p in model.parameters())
+    of_groups = [
+        next((kinds[one] for one in (group, *group.children()) if one in kinds), "") for group in groups
+    ]
+    return of_groups, sizes, sum(p.nbytes for p in model.parameters())
 
 
 @functools.lru_cache(maxsize=64)
@@ -132,21 +136,34 @@ def group_bytes(model: nn.Module) -> list[int]:
 
 def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
     """The arguments are those of predict.vae.decode_bytes."""
-    passes, frames = decoder_passes(model), encoded_frames(frames)
-    size = height // STRIDE, width // STRIDE
-    work = sum(_work(one, frames, *_whole(one, size)) for one in (passes.whole, passes.small))
-    work += _work(passes.large, frames, *_tiled(passes.large, size, (height, width), 1, tile))
-    return work / rates.convolutions
+    passes, few = decoder_passes(model), encoded_frames(frames)
+    size, pixels = (height // STRIDE, width // STRIDE), (height, width)
+    before = sum(_work(one, few, *_whole(one, size)) for one in (passes.whole, passes.small))
+    large, tiled = (
+        _work(passes.large, few, *_tiled(passes.large, size, pixels, 1, side)) for side in (0, tile)
+    )
+    ledger = Ledger()
+    decode_stage(ledger, model, frames, height, width, 0, arrives=False)
+    return _vae_seconds(before + large, before + tiled, ledger, rates)
 
 
 def encode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
     """The arguments are those of predict.vae.encode_bytes."""
-    passes, frames = encoder_passes(model), encoded_frames(frames)
-    size = height // STRIDE, width // STRIDE
-    work = sum(_work(one, frames, *_whole(one, size)) for one in (passes.whole, passes.small))
-    lengths = _tiled(passes.large, (height, width), (height, width), STRIDE, tile)
-    work += _work(passes.large, decoded_frames(frames), *lengths)
-    return work / rates.convolutions
+    passes, few = encoder_passes(model), encoded_frames(frames)
+    size, pixels = (height // STRIDE, width // STRIDE), (height, width)
+    after = sum(_work(one, few, *_whole(one, size)) for one in (passes.whole, passes.small))
+    large, tiled = (
+        _work(passes.large, decoded_frames(few), *_tiled(passes.large, pixels, pixels, STRIDE, side))
+        for side in (0, tile)
+    )
+    ledger = Ledger()
+    encode_stage(ledger, model, frames, height, width, 0, arrives=False)
+    return _vae_seconds(large + after, tiled + after, ledger, rates)
+
+
+def _vae_seconds(whole: float, tiled: float, ledger: Ledger, rates: Rates) -> float:
+    """Operations in whole frames and in tiles, and the requests of whole frames: tiles make more in proportion."""
+    return tiled / rates.convolutions + tiled / whole * 2 * ledger.made / rates.memory
 
 
 def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:

@@ -1,0 +1,50 @@
+"""The table of plans by card in the README: `python -m benchmarks.plans`. Times are modelled, nothing runs."""
+
+from __future__ import annotations
+
+import math
+
+from wan.memory.plan import GIB, Plan, time_text
+from wan.memory.rates import usual
+from wan.memory.vae_tiling import CONTEXT
+from wan.run import Request
+from wan.run.planning import planner_of
+
+CARDS = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # GiB
+WORK = (
+    ("t2v-1.3B", "832*480"),
+    ("t2v-14B", "832*480"),
+    ("t2v-14B", "1280*720"),
+    ("i2v-14B", "1280*720"),
+)
+RAM = 40 * GIB  # that activations may take
+
+
+def main() -> None:
+    titles = [f"{task} {size.replace('*', 'x')}" for task, size in WORK]
+    print(_row("card, GiB", titles), _row("---", ["---"] * len(WORK)), sep="\n")
+    requests = [Request(task=task, size=size, ckpt_dir="Wan-AI/any") for task, size in WORK]
+    for card in CARDS:
+        cells = []
+        for request in requests:
+            planner = planner_of(request, usual(card * GIB), ram=RAM)
+            plan, whole = (planner.plan(room) for room in (card * GIB - CONTEXT, math.inf))
+            cells.append(f"{_chosen(plan)}; {time_text(plan.seconds)} ({plan.seconds / whole.seconds:.3f})")
+        print(_row(str(card), cells), flush=True)
+    least = (planner_of(request, usual(0), ram=RAM).least() + CONTEXT for request in requests)
+    print(_row("least", [f"{nbytes / GIB:.2f}" for nbytes in least]))
+
+
+def _chosen(plan: Plan) -> str:
+    options = plan.options
+    stays = "all" if options.dit_stream is None else f"{options.dit_stream:.1f}"
+    cuts = [f"chunks of {options.dit_chunk}"] * bool(options.dit_chunk)
+    return ", ".join([stays, *cuts, *["activations in RAM"] * options.activation_offload])
+
+
+def _row(first: str, cells: list[str]) -> str:
+    return f"| {' | '.join([first, *cells])} |"
+
+
+if __name__ == "__main__":
+    main()
