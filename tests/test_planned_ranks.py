@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -101,3 +102,28 @@ def test_random_cases():
             faults.append((task, case.size, frames, given, flags, size, expandable, found))
             print(faults[-1], flush=True)
     assert not faults
+
+
+def test_planned_by_the_command_line(capsys):
+    """Before any rank is started; the more ranks, the less a card needs."""
+    line = [
+        "--task",
+        "t2v-14B",
+        "--size",
+        "832*480",
+        "--frame_num",
+        "17",
+        "--plan",
+        "--dit_fsdp",
+        "--t5_fsdp",
+    ]
+    line += ["--vram_limit", "16", "--ulysses_size"]
+    assert cli.main([*line, "4"]) == 0
+    assert "fits" in capsys.readouterr().out
+    assert cli.main([*line, "1"]) == 1
+    case = request_of("t2v-14B", size="832*480", frame_num=17, planned=PLANNED, **SHARED)
+    for size in (2, 8):
+        chosen = plan(replace(case, ulysses_size=size), vram=48 * GIB, ram=64 * GIB)
+        assert chosen.options.dit_stream is None and not chosen.options.t5_stream
+    least = [planner_of(case, usual(GIB), ranks=size).least() for size in (2, 4, 8)]
+    assert least == sorted(least, reverse=True) and least[0] > 1.5 * least[2]

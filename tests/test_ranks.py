@@ -242,7 +242,7 @@ def test_other_machines(what, tmp_path):
         save_file(weights, path, {"format": "pt"})
     (case,) = named([{"task": "t2v-tiny", "ckpt_dir": "weights"}], tmp_path / "made")
     codes, said = wait(start(2, [case], tmp_path, tree=lambda rank: trees[rank]), tmp_path)
-    assert codes == [2, 1] and f"rank 1 has {what}" in said[0].splitlines()[-1], (codes, said)
+    assert codes == [2, 1] and f"rank 1 has {what} than rank 0" in said[0].splitlines()[-1], (codes, said)
     assert "Traceback" not in said[0] and not said[1] and not os.listdir(tmp_path / "made")
 
 

@@ -213,9 +213,12 @@ class Ranks:
         self.tell(name, *args)
         try:
             yield
-        finally:
-            if not self._broken:
+        except BaseException:
+            with contextlib.suppress(RankLost, InputError):  # of those that end as well
                 self.tell(_DONE)
+            raise
+        if not self._broken:
+            self.tell(_DONE)
 
     def serve(self, handlers: Mapping[str, Callable[..., Any]]) -> None:
         """On the others: does what the lead tells, until its session is over."""

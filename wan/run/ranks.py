@@ -83,12 +83,12 @@ def check_sizes(request: Request, ranks: Ranks | None) -> None:
 
 def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:
     """Raises InputError, on all ranks, unless each found the same files with the same contents."""
-    for rank, other in enumerate(ranks.gather(found)):
-        names = [name for name in found.keys() | other.keys() if found.get(name) != other.get(name)]
+    first, *others = ranks.gather(found)
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
         if names:
-            raise InputError(
-                f"rank {rank} has another {min(names)}: give all the same checkpoint", "ckpt_dir"
-            )
+            problem = f"rank {rank} has another {min(names)} than rank 0: give all the same checkpoint"
+            raise InputError(problem, "ckpt_dir")
 
 
 def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, float]:

@@ -18,6 +18,7 @@ class Shards:
 
     Attributes:
         parts: bytes of each parameter's part, by groups; those of all ranks are alike, the last ones filled up.
+        nbytes: of all parts.
 
     Args:
         groups: of parameters, in the order of their visits.
@@ -29,6 +30,7 @@ class Shards:
         groups = [list(group) for group in groups]
         self._whole = [[rows * row for rows, row in group] for group in groups]
         self.parts: list[Sizes] = [[-(-rows // ranks) * row for rows, row in group] for group in groups]
+        self.nbytes = sum(map(sum, self.parts))
 
     def cut(self, ledger: Ledger) -> None:
         """The groups come one by one, and leave their parts there."""

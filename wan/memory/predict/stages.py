@@ -33,7 +33,8 @@ class Stage(NamedTuple):
 
 # What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
-# Of what is reserved. Layer groups of many sizes that come and go leave gaps, more or less by the tokens of a rank.
+# Of what is reserved beside the parts of shared weights. Layer groups of many sizes that come and go leave gaps, more or
+# less by the tokens of a rank.
 GAPS = 0.1
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
@@ -141,8 +142,9 @@ class Predictor:
     # Requests
 
     def _spared(self, reserved: int) -> int:
-        gaps = GAPS if self._text_shards or self._dit_shards else 0
-        return int((1 + gaps) * reserved) + SPARE
+        shards = [one for one in (self._text_shards, self._dit_shards) if one]
+        gaps = GAPS * max(0, reserved - sum(one.nbytes for one in shards)) if shards else 0
+        return int(reserved + gaps) + SPARE
 
     def _alone(self, name: str, options: MemoryOptions) -> Ledger:
         ledger = Ledger()
@@ -221,7 +223,7 @@ class Predictor:
             else:
                 yield from (size for group in groups for size in group)
         elif name == "denoise" and self._dit_shards:
-            yield from (size for parts in self._dit_shards.parts for size in parts)
+            yield from itertools.chain(*self._dit_shards.parts)
             yield from not_shared(work.dit)
             yield from self._dit_shards.between
         elif name == "denoise" and options.dit_stream is None:
