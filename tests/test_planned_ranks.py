@@ -2,7 +2,6 @@
 
 import os
 import random
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -14,11 +13,13 @@ from test_random_plans import GIVEN, LAYERS, few_layers
 from benchmarks import memory, random_weights
 from benchmarks.memory import Run
 from virtual_gpu import VirtualGPU
+from wan import cli
 from wan.memory.options import MemoryOptions
 from wan.memory.plan import GIB
 from wan.memory.rates import usual
 from wan.run import Request
 from wan.run.planning import planner_of
+from wan.run.request import PLANNED
 from wan.tasks import TASKS
 
 FLAGS = ("dit_fsdp", "t5_fsdp")
@@ -106,24 +107,14 @@ def test_random_cases():
 
 def test_planned_by_the_command_line(capsys):
     """Before any rank is started; the more ranks, the less a card needs."""
-    line = [
-        "--task",
-        "t2v-14B",
-        "--size",
-        "832*480",
-        "--frame_num",
-        "17",
-        "--plan",
-        "--dit_fsdp",
-        "--t5_fsdp",
-    ]
-    line += ["--vram_limit", "16", "--ulysses_size"]
-    assert cli.main([*line, "4"]) == 0
+    line = ["--task", "t2i-14B", "--size", "832*480", "--plan", "--vram_limit", "16"]
+    assert cli.main([*line, "--dit_fsdp", "--t5_fsdp", "--ulysses_size", "4"]) == 0
     assert "fits" in capsys.readouterr().out
-    assert cli.main([*line, "1"]) == 1
     case = request_of("t2v-14B", size="832*480", frame_num=17, planned=PLANNED, **SHARED)
-    for size in (2, 8):
-        chosen = plan(replace(case, ulysses_size=size), vram=48 * GIB, ram=64 * GIB)
-        assert chosen.options.dit_stream is None and not chosen.options.t5_stream
-    least = [planner_of(case, usual(GIB), ranks=size).least() for size in (2, 4, 8)]
+    least = []
+    for size in (2, 4, 8):
+        planner = planner_of(case, usual(GIB), ranks=size)
+        lean = planner.of(planner.leanest_options())
+        assert lean.options.dit_stream is None and not lean.options.t5_stream
+        least.append(lean.peak_bytes)
     assert least == sorted(least, reverse=True) and least[0] > 1.5 * least[2]

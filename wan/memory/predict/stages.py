@@ -33,8 +33,8 @@ class Stage(NamedTuple):
 
 # What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
-# Of what is reserved beside the parts of shared weights. Layer groups of many sizes that come and go leave gaps, more or
-# less by the tokens of a rank.
+# Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
+# depend on the tokens of a rank.
 GAPS = 0.1
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
