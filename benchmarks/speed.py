@@ -38,9 +38,9 @@ from wan.memory.activation_offload import apply_activation_offload
 from wan.memory.chunking import apply_chunking
 from wan.memory.conditions import streamed_ahead
 from wan.memory.options import LOW_VRAM
-from wan.memory.residency import Component, release_memory
+from wan.memory.residency import Component
 from wan.modules.model import WanModel
-from wan.utils.accelerator import is_out_of_memory
+from wan.utils.accelerator import is_out_of_memory, release_memory
 from wan.utils.errors import InputError
 
 GIB = 2**30

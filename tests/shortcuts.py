@@ -3,7 +3,7 @@
 import contextlib
 from unittest import mock
 
-from wan.memory import tile_geometry
+from wan.memory import tile_geometry, vae_tiling
 from wan.modules import forward
 
 FEW_CHUNKS = 4
@@ -39,4 +39,20 @@ def largest_tile():
         return [(longest(rows, height), longest(columns, width))]
 
     with mock.patch.object(tile_geometry, "grid", one):
+        yield
+
+
+@contextlib.contextmanager
+def one_tile_of_each_shape():
+    """Of the VAE's tiles, the first of each shape, between which memory is given back; without those that are smaller
+    than the largest by a quarter."""
+
+    def first(*args):
+        parts = {}
+        for part in tile_geometry.tiles(*args):
+            parts.setdefault(part.shape, part)
+        areas = {shape: sum(rows * columns for rows, columns in shape) for shape in parts}
+        return [part for shape, part in parts.items() if areas[shape] > 0.75 * max(areas.values())]
+
+    with mock.patch.object(vae_tiling, "tiles", first):
         yield

@@ -187,7 +187,7 @@ def test_report_has_what_programs_read():
     assert json.loads(json.dumps(told)) == told
     assert {"options", "stages", "peak_bytes", "fits", "ram_bytes"} <= set(told) and told["fits"]
     assert set(told["stages"]["denoise"]) == {"bytes", "reserved", "seconds"}
-    assert told["longest_frame_num"] >= 5 and told["least_bytes"] < 6 * GIB
+    assert told["longest_frame_num"] >= 5 and told["least_bytes"] is None
     assert chosen.peak_bytes == max(stage["reserved"] for stage in told["stages"].values())
 
 

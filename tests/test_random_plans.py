@@ -1,7 +1,7 @@
 """Random runs on the virtual GPU against what was predicted for them.
 
 Full models have three layers each, which the others repeat, and their own widths; toys are whole. Videos are short. Of
-the VAE's tiles the largest one runs. WAN_RANDOM_PLANS is the number of cases.
+the VAE's tiles one of each shape runs. WAN_RANDOM_PLANS is the number of cases.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, settings, strategies
-from shortcuts import largest_tile
+from shortcuts import one_tile_of_each_shape
 
 import wan.run.planning
 from benchmarks import memory
@@ -121,7 +121,7 @@ def faults_of_a_case(one_of, between):
         plan = planner.plan(floor * between(1, 4))
         assert plan.fits
         run = Run(task, case.pixels, frames, plan.options, None if facts.toy else LAYERS)
-        with largest_tile(), out_of_memory_told() as smaller_tiles:
+        with one_tile_of_each_shape(), out_of_memory_told() as smaller_tiles:
             report = count(run, plan.peak_bytes, expandable_segments=expandable)
     told = task, case.size, frames, plan.options, "expandable" if expandable else "fixed"
     faults = [] if report.out_of_memory is None else [(report.out_of_memory, *told)]

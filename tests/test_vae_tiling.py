@@ -20,7 +20,13 @@ from benchmarks.vae import as_diffusers, randomized, theirs
 from virtual_gpu import VirtualGPU
 from wan.memory import tile_geometry, vae_tiling
 from wan.memory.methods import layer_methods
-from wan.memory.predict.vae import decode_bytes, decode_peak_bytes, encode_bytes, encode_peak_bytes
+from wan.memory.predict.vae import (
+    decode_bytes,
+    decode_peak_bytes,
+    encode_bytes,
+    encode_peak_bytes,
+    surely_reserved,
+)
 from wan.memory.vae_tiling import apply_tiling, check_tile
 from wan.modules import vae_forward, vae_operations
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
@@ -347,7 +353,7 @@ def test_auto_takes_the_fewest_tiles_that_fit(direction, capacity, largest_tile_
     weights = predicted(direction, *shape, 64, dim=96) - needed(64)
 
     def fits(tile):
-        return vae_tiling.SEGMENTS + vae_tiling.RESERVED * needed(tile) <= device - weights
+        return surely_reserved(needed(tile)) <= device - weights
 
     assert fits(tile)
     if tile:

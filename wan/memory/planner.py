@@ -234,8 +234,11 @@ class _Fitting:
         ):
             return False
         options = replace(self._setting, **way)
-        needs = predictor.live, predictor.reserved  # which takes longer to find
-        return all(need(name, options) <= room for need in needs for name in self._stages)
+        if any(
+            predictor.live(name, options) > room for name in self._stages
+        ):  # found sooner than what is reserved
+            return False
+        return all(predictor.fits(name, options, room) for name in self._stages)
 
 
 def _cheapest_first(

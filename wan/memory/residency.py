@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..utils.accelerator import release_memory
 from .methods import Undo, layer_methods
 
 
@@ -143,9 +144,3 @@ def visit_when_called(module: nn.Module, device: torch.device | str) -> Undo:
     """
     visit = Component([module], device, release=False)
     return layer_methods(module, "visit_when_called", forward=visit.around)
-
-
-def release_memory(device: torch.device | str) -> None:
-    """Returns the allocator's unused memory to the device, so that other users of it find it."""
-    if torch.device(device).type != "cpu":
-        torch.get_device_module(device).empty_cache()

@@ -19,13 +19,14 @@ from torch import nn
 
 from ..modules.forward import embedding_layers, layer_groups, storage_dtype
 from ..modules.vae_operations import decoder_passes, encoder_passes
+from ..utils.accelerator import release_memory
 from ..utils.errors import InputError
 from .activation_offload import apply_activation_offload
 from .chunking import apply_chunking
 from .known import check_known
 from .methods import Undo, layer_methods
 from .options import MemoryOptions
-from .residency import Component, release_memory, visit_by_halves, visit_when_called
+from .residency import Component, visit_by_halves, visit_when_called
 from .streaming import Streamer
 from .vae_tiling import apply_tiling
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..modules.vae_operations import Operation
 
 Interval = tuple[int, int]  # [low, high)
+TileShape = tuple[tuple[int, int], ...]
 
 STRIDE = 8  # pixels that one latent cell covers
 
@@ -28,6 +29,11 @@ class Tile(NamedTuple):
     source: tuple
     target: tuple
     crops: list
+
+    @property
+    def shape(self) -> TileShape:
+        """(rows, columns) of each operation's input and of the last one's output, which say what memory it takes."""
+        return tuple((rows.stop - rows.start, columns.stop - columns.start) for rows, columns in self.crops)
 
 
 def tiles(

@@ -28,16 +28,14 @@ from torch import nn
 from ..modules import vae_forward
 from ..modules.vae_forward import FrameWriter, frames_of, run_pass
 from ..modules.vae_operations import Operation
-from ..utils.accelerator import is_out_of_memory
+from ..utils.accelerator import is_out_of_memory, release_memory
 from ..utils.errors import InputError
 from .methods import Undo, layer_methods
-from .predict.vae import decode_bytes, encode_bytes
+from .predict.vae import decode_bytes, encode_bytes, surely_reserved
 from .tile_geometry import pixel_size, tiles
 
 SMALLEST_TILE, TILE_STEP = 64, 16  # pixels
 CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all tensors
-# The allocator takes at most so much of the device for live tensors: a share of them, and room in segments partly used.
-RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 OnFrame = Callable[[int, int], None]  # is told after each frame of a tile: so many of so many done
 Index = tuple[Any, ...]
@@ -216,6 +214,9 @@ def by_tiles(
             shared = share if len(parts) > 1 else None
             mine = [part for n, part in enumerate(parts) if shared is None or shared.mine(n)]
             for number, part in enumerate(mine):
+                release_memory(
+                    weight.device
+                )  # what else was there, in other sizes, is in the way of this one
                 frames = frames_of(source[part.source], weight)
                 if on_frame:
                     frames = _told(frames, on_frame, number * source.size(1), len(mine) * source.size(1))
@@ -228,7 +229,7 @@ def by_tiles(
         gc.collect()  # outside the except clause, which keeps the failed pass alive
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
-        torch.get_device_module(weight.device).empty_cache()
+        release_memory(weight.device)
     if shared:
         shared.complete(target, [part.target for part in parts])
 
@@ -254,7 +255,7 @@ def fitting_tile(
     """
     largest = (max(shape[1:]) - 1) // TILE_STEP * TILE_STEP
     for tile in (0, *range(largest, SMALLEST_TILE - 1, -TILE_STEP)):
-        if SEGMENTS + RESERVED * bytes_needed(model, *shape, tile) <= capacity:
+        if surely_reserved(bytes_needed(model, *shape, tile)) <= capacity:
             return tile
     return SMALLEST_TILE
 

@@ -18,6 +18,7 @@ from ..configs.encoders import UMT5_XXL, VIT_H_14
 from ..memory.plan import GIB, Plan, options_text, time_text
 from ..memory.planner import Planner
 from ..memory.predict.forward import Shape
+from ..memory.predict.stages import Predictor
 from ..memory.predict.work import Work, meta_model
 from ..memory.rates import Rates, rates_of, usual
 from ..memory.vae_tiling import CONTEXT
@@ -235,7 +236,7 @@ def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, 
         room = steady = request.vram_fraction * max(0.0, limit - CONTEXT)
     chosen = planner.plan(room, steady)
     beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
-    beside["least_bytes"] = int(planner.least() + CONTEXT)
+    beside["least_bytes"] = None if chosen.fits else int(planner.least() + CONTEXT)
     more = planner.plan(room + GIB)
     beside["seconds_with_one_gib_more"] = more.seconds if more.fits else None
     beside["longest_frame_num"] = longest(request, planner, room) if chosen.fits else None
@@ -250,21 +251,22 @@ def longest(request: Request, planner: Planner, room: float) -> int:
         return planner.work.frames  # the source's
     options = planner.leanest_options()
 
-    def fits(number: int, exactly: bool) -> bool:
-        there = replace(planner, work=work_of(replace(request, frame_num=4 * number + 1)))
-        if exactly:
-            return there.of(options, room).fits
-        return all(there.predictor.live(name, options) <= room for name in there.predictor.names)
+    def fits(number: int, surely: bool) -> bool:
+        work = work_of(replace(request, frame_num=4 * number + 1))
+        predictor = Predictor(work, planner.rates, planner.expandable)
+        if surely:
+            return all(predictor.surely_fits(name, options, room) for name in predictor.names)
+        return all(predictor.live(name, options) <= room for name in predictor.names)
 
     (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
     low, high = (request.frame_num - 1) // 4, (most - 1) // 4
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(middle, exactly=False):
+        if fits(middle, surely=False):
             low = middle
         else:
             high = middle - 1
-    while low and not fits(low, exactly=True):  # live bytes were compared, reserved are more
+    while low and not fits(low, surely=True):  # live bytes were compared, reserved are more
         low = low * 31 // 32
     return 4 * low + 1
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from ..memory.plan import Plan
-from ..memory.residency import release_memory
 from ..sampling import OnStep, Solver
 from ..speed import check_able
 from ..utils.accelerator import (
@@ -23,6 +22,7 @@ from ..utils.accelerator import (
     hold_to,
     hold_to_free,
     is_out_of_memory,
+    release_memory,
     require_accelerator,
 )
 from ..utils.errors import InputError

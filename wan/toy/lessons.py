@@ -106,6 +106,24 @@ class ImageLessons:
         }
 
 
+class BothLessons:
+    """Two of text alone, for which nothing is known of the video, to one with frames given.
+
+    What a model learns of motion where the first frame is given it keeps where it has to begin with noise.
+    """
+
+    def __init__(self, text: TextLessons, image: ImageLessons):
+        self.text, self.image = text, image
+
+    def draw(self, step: int) -> Batch:
+        if step % 3 == 0:
+            return self.image.draw(step // 3)
+        batch = self.text.draw(step)
+        latents = batch["latents"]
+        channels = self.image.given[0].size(1)
+        return batch | {"y": torch.zeros(len(latents), channels, *latents.shape[2:])}
+
+
 def reference(shape: str, colour: str) -> np.ndarray:
     """A picture of a shape on white, [3, 1, H, W]."""
     clip = Clip(shape, colour, "white", "right", WIDTH / 2, HEIGHT / 2, 13, 0)

@@ -22,7 +22,7 @@ from ..modules.vae import VAE
 from . import checkpoints, vae_training
 from .clips import random_clip
 from .dit_training import start, train_dit
-from .lessons import ImageLessons, TextLessons, Texts, VaceLessons
+from .lessons import BothLessons, ImageLessons, TextLessons, Texts, VaceLessons
 
 SEED = 0
 Made = TypeVar("Made")
@@ -33,6 +33,7 @@ VAE_STAGES: dict[str, dict[str, Any]] = {
     "vae-stills": {"frames": 1, "batch": 8, "count": 2500, "rate": 3e-3},
     "vae-decoder": {"frames": 9, "batch": 3, "count": 3000, "rate": 2e-3, "decoder_only": True},
 }
+PATCHES = "patch_embedding.weight"
 IMAGE_BRANCH = ("img_emb", "k_img", "v_img")
 
 
@@ -90,25 +91,33 @@ class Training:
             self.dits(vae)
 
     def dits(self, vae: VAE) -> None:
-        """That for text, and from it those with sources, which learn from a third of its clips."""
+        """One for text and images, which learns text, then images, then both; and VACE's blocks beside it.
+
+        Lessons with sources are of a third of the clips.
+        """
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
         text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), CLIPS, SEED))
-        t2v = self.dit("t2v", text, 10_000, 2e-3)
         image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
-        self.dit("image", image, 3000, 1e-3, t2v)
+        weights = self.dit("text", "t2v-toy", text, 10_000, 2e-3)
+        weights = self.dit("image", "i2v-toy", image, 3000, 1e-3, weights)
+        weights = self.dit("both", "i2v-toy", BothLessons(text, image), 7000, 1.5e-3, weights, SEED + 10**6)
+        checkpoints.save_weights(self.folder, "image", {PATCHES: weights[PATCHES]})
+        weights[PATCHES] = weights[PATCHES][:, : vae.z_dim]
+        checkpoints.save_weights(self.folder, "t2v", weights)
         vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
-        self.dit("vace", vace, 4000, 1e-3, t2v)
+        checkpoints.save_weights(self.folder, "vace", self.dit("vace", "vace-toy", vace, 4000, 1e-3, weights))
 
     def dit(
         self,
         name: str,
-        lessons: TextLessons | ImageLessons | VaceLessons,
+        task: str,
+        lessons: TextLessons | ImageLessons | BothLessons | VaceLessons,
         steps: int,
         rate: float,
-        before: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Trains a DiT, from the text model's weights if given; of a VACE model, what that one lacks."""
-        task = {"image": "i2v-toy"}.get(name, f"{name}-toy")
+        before: checkpoints.Weights | None = None,
+        seed: int = SEED,
+    ) -> checkpoints.Weights:
+        """Trains a task's DiT, from another's weights if given; of a VACE model, what that one lacks."""
         sizes = {key: value for key, value in TOY_CONFIGS[task].dit_config.items() if key[0] != "_"}
         model = (VaceWanModel if name == "vace" else WanModel)(**sizes)
         start(model, SEED)
@@ -121,25 +130,23 @@ class Training:
 
         def make() -> dict[str, torch.Tensor]:
             kept = self.folder / f"{name}-unfinished.pt"
-            train_dit(model, lessons.draw, steps, rate, SEED, self.teller(name), kept, trained)
+            train_dit(model, lessons.draw, steps, rate, seed, self.teller(name), kept, trained)
             return {key: tensor for key, tensor in model.state_dict().items() if trained(key)}
 
-        weights = self.kept(name, make)
-        checkpoints.save_weights(self.folder, name, weights)
-        return weights
+        return self.kept(name, make)
 
 
-def adopt(model: WanModel, text_model: dict[str, torch.Tensor]) -> None:
-    """Starts a model from the text model's weights: new inputs are silent, and VACE blocks copies of their blocks."""
+def adopt(model: WanModel, other: checkpoints.Weights) -> None:
+    """Starts a model from another's weights: new inputs are silent, and VACE blocks copies of their blocks."""
     weights = model.state_dict()
-    for name, tensor in text_model.items():
+    for name, tensor in other.items():
         if weights[name].shape != tensor.shape:  # the patch embedding of more channels
             wider = torch.zeros_like(weights[name])
             wider[:, : tensor.size(1)] = tensor
             tensor = wider
         weights[name] = tensor.clone()
     for number, layer in enumerate(getattr(model, "vace_layers", ())):
-        for name, tensor in text_model.items():
+        for name, tensor in other.items():
             if name.startswith(f"blocks.{layer}."):
                 weights[name.replace(f"blocks.{layer}.", f"vace_blocks.{number}.")] = tensor.clone()
     model.load_state_dict(weights)

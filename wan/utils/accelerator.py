@@ -197,6 +197,12 @@ def hold_to(device: torch.device | str, nbytes: float) -> None:
         limit(min(1.0, nbytes / total), device)
 
 
+def release_memory(device: torch.device | str) -> None:
+    """Returns the allocator's unused memory to the device, so that other users of it find it."""
+    if torch.device(device).type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device, not the host, lacks memory."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -157,13 +157,13 @@ class _Walk(Conditions):
         ledger, (frames, rows, columns) = self.ledger, self.grid
         _, _, height, width = self.shape.latent
         step, stream, part, patch = self.model.patch_size[0], None, None, None
-        self.place.stream()
         for frame in range(min(frames, FEW)):
             sizes = [count * step * height * width * self.itemsize for count in channels]
             alone = [ledger.take(size) for size in sizes] if self.narrow or in_ram else []
             part = ledger.become(sum(sizes), *alone, part)
             patch = ledger.become(rows * columns * self.dim * self.itemsize, patch)
             if frame == 0:
+                self.place.stream()
                 stream = self.place.whole(4 * self.length * self.dim)
         ledger.drop(part, patch)
         return stream

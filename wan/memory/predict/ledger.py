@@ -27,6 +27,7 @@ def rounded(nbytes: float, unit: int = ROUNDING) -> int:
 Request = tuple[int, int]  # (number of a tensor, its bytes; 0 when it is dropped)
 RELEASE = -1  # in place of a number: what is not in use is given back
 PLAYED = -2  # or: requests of another ledger, whose place in `_played` follows
+REPEATED = -3  # or: the same requests some times more, whose place in `_repeated` follows
 
 
 class Ledger:
@@ -42,6 +43,7 @@ class Ledger:
         self._numbers = 0
         self._held: dict[int, int] = {}  # bytes of the tensors that are there
         self._played: list[tuple[Ledger, int]] = []  # and the number of its first tensor
+        self._repeated: list[tuple[list[Request], range]] = []  # and what numbers grow by, each time
 
     def take(self, nbytes: float) -> int:
         """A new tensor; returns the number by which it is dropped."""
@@ -108,9 +110,8 @@ class Ledger:
         before.
         """
         since, grown = self._requests[mark[0] :], self._numbers - mark[1]
-        for n in range(1, times + 1):
-            more = n * grown
-            self._requests += [(number + more, size) for number, size in since]
+        self._requests.append((REPEATED, len(self._repeated)))
+        self._repeated.append((since, range(grown, (times + 1) * grown, grown)))
         self._numbers += times * grown
         self._held = {number + times * grown: size for number, size in self._held.items()}
         return times * grown
@@ -144,13 +145,13 @@ class Device:
 
     def serve(self, ledger: Ledger) -> None:
         """Serves what has not been served yet of the one ledger that it serves."""
-        self._serve(ledger, 0, self._served)
+        self._serve(ledger, ledger._requests[self._served :], 0)
         self._served = len(ledger._requests)
 
-    def _serve(self, part: Ledger, first: int, start: int = 0) -> None:
+    def _serve(self, part: Ledger, requests: Iterable[Request], first: int) -> None:
         """Serves requests of a part whose tensors' numbers grow by `first`."""
         small, large, blocks = self._small, self._large, self._blocks
-        for number, size in part._requests[start:] if start else part._requests:
+        for number, size in requests:
             if size and number >= 0:
                 pool = small if size <= SMALL else large
                 before = pool.taken
@@ -164,9 +165,13 @@ class Device:
             elif number == RELEASE:
                 small.release()
                 large.release()
-            else:
+            elif number == PLAYED:
                 inner, offset = part._played[size]
-                self._serve(inner, first + offset)
+                self._serve(inner, inner._requests, first + offset)
+            else:
+                repeated, growth = part._repeated[size]
+                for more in growth:
+                    self._serve(part, repeated, first + more)
 
 
 class _Pool:

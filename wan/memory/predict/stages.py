@@ -18,7 +18,7 @@ from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Ledger
 from .ram import Ram, ram_needed
 from .seconds import decode_seconds, denoise_seconds, encode_seconds, image_seconds, text_seconds
 from .shards import Shards, cut, shards_of
-from .vae import decode_stage, encode_stage, weight_sizes
+from .vae import decode_stage, encode_stage, surely_reserved, weight_sizes
 from .weights import streamer_buffers
 from .work import Work
 
@@ -36,6 +36,7 @@ SPARE = LARGE_PAGE + 2 * SMALL_PAGE
 # Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
 # depend on the tokens of a rank.
 GAPS = 0.1
+_OF_VAE = ("encode", "decode")
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
 # The options that decide what a stage needs, beside where the VAE is.
@@ -89,15 +90,27 @@ class Predictor:
         """Most bytes in tensors, found sooner."""
         key = _key(name, options)
         if key not in self._live:
-            self._live[key] = self._alone(name, options).peak
+            self._live[key] = self._alone(name, options, 1).peak
         return self._live[key]
+
+    def surely_fits(self, name: str, options: MemoryOptions, room: float) -> bool:
+        """Whether a stage alone fits; of the VAE only whether it does with room to spare, which is found sooner."""
+        live = self.live(name, options)
+        if name in _OF_VAE:
+            return surely_reserved(live) <= room
+        return live <= room and self.reserved(name, options) <= room
+
+    def fits(self, name: str, options: MemoryOptions, room: float) -> bool:
+        """Whether a stage alone fits."""
+        if self.surely_fits(name, options, room):
+            return True
+        if name in _OF_VAE and self._reserved_by(name, replace(options, vae_tile=0), 0) > room:
+            return False  # without any tiles
+        return self.reserved(name, options) <= room
 
     def reserved(self, name: str, options: MemoryOptions) -> int:
         """Most bytes that the allocator takes for a stage alone, the others' results in a row."""
-        key = _key(name, options)
-        if key not in self._reserved:
-            self._reserved[key] = self._spared(self._alone(name, options).reserved(self.expandable))
-        return self._reserved[key]
+        return self._reserved_by(name, options, 1)
 
     def dit_bytes(self, stream: float | None, buffers: int) -> int:
         """Of that, the DiT's weights, if so many GiB of them stay; found at once."""
@@ -146,19 +159,27 @@ class Predictor:
         gaps = GAPS * max(0, reserved - sum(one.nbytes for one in shards)) if shards else 0
         return int(reserved + gaps) + SPARE
 
-    def _alone(self, name: str, options: MemoryOptions) -> Ledger:
+    def _reserved_by(self, name: str, options: MemoryOptions, most_tiles: int) -> int:
+        key = (most_tiles, *_key(name, options))
+        if key not in self._reserved:
+            reserved = self._alone(name, options, most_tiles).reserved(self.expandable)
+            self._reserved[key] = self._spared(reserved)
+        return self._reserved[key]
+
+    def _alone(self, name: str, options: MemoryOptions, most_tiles: int) -> Ledger:
         ledger = Ledger()
         self._home(ledger, options)
         ledger.arrive(self._before(name, options))
-        ledger.play(self._part(name, options))
+        ledger.play(self._part(name, options, most_tiles))
         return ledger
 
-    def _part(self, name: str, options: MemoryOptions) -> Ledger:
-        """What a stage asks for itself; what it leaves there stays."""
-        key = _key(name, options)
+    def _part(self, name: str, options: MemoryOptions, most_tiles: int | None = None) -> Ledger:
+        """What a stage asks for itself; what it leaves there stays. For `most_tiles` see decode_stage."""
+        few = (most_tiles,) if name in _OF_VAE else ()
+        key = (*_key(name, options), *few)
         if key not in self._parts:
             self._parts[key] = Ledger()
-            getattr(self, f"_{name}")(self._parts[key], options)
+            getattr(self, f"_{name}")(self._parts[key], options, *few)
         return self._parts[key]
 
     def _home(self, ledger: Ledger, options: MemoryOptions) -> None:
@@ -244,14 +265,15 @@ class Predictor:
             ledger, work.image, work.pictures, work.image_itemsize, *_streamed(options), stays=stays
         )
 
-    def _encode(self, ledger: Ledger, options: MemoryOptions) -> None:
+    def _encode(self, ledger: Ledger, options: MemoryOptions, most_tiles: int | None = None) -> None:
         work, shape = self.work, self.work.shape
+        sizes = work.height, work.width, _tile(options), options.vae_cpu
         frame = 4 * math.prod(shape.latent[2:])  # of one channel
 
         def encoded(frames: Iterable[int]) -> list[int]:
             before = set(ledger.held)
             for n in frames:
-                encode_stage(ledger, work.vae, n, work.height, work.width, _tile(options), options.vae_cpu)
+                encode_stage(ledger, work.vae, n, *sizes, most_tiles)
             return [tensor for tensor in ledger.held if tensor not in before]
 
         if not shape.source:  # the latents join a mask
@@ -278,9 +300,10 @@ class Predictor:
             ledger.play(cut(self._dit_shards))
         denoise_stage(ledger, work.dit, work.shape, way, work.dtype, stays)
 
-    def _decode(self, ledger: Ledger, options: MemoryOptions) -> None:
+    def _decode(self, ledger: Ledger, options: MemoryOptions, most_tiles: int | None = None) -> None:
         work = self.work
-        decode_stage(ledger, work.vae, work.frames, work.height, work.width, _tile(options), options.vae_cpu)
+        sizes = work.frames, work.height, work.width, _tile(options)
+        decode_stage(ledger, work.vae, *sizes, options.vae_cpu, most_tiles)
 
     # Seconds
 

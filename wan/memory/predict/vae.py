@@ -1,8 +1,8 @@
 """The device memory that the VAE takes: modules/vae_forward.py's passes, request by request.
 
 Each operation writes down what its class in modules/vae_operations.py makes and drops. Of a video the first frames are
-walked, after which every causal operation remembers as much as it ever will; of the tiles the one with the largest
-margins.
+walked, after which every causal operation remembers as much as it ever will; of the tiles, one of each of the largest
+shapes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ from ...modules.vae_operations import (
     InPlace,
     Norm,
     Operation,
+    Passes,
     Residual,
     Resize,
     attention_rows,
     decoder_passes,
     encoder_passes,
 )
-from ..tile_geometry import STRIDE, needed_intervals, output_length, split
+from ..tile_geometry import STRIDE, TileShape, output_length, tiles
 from .ledger import Ledger
 
 BYTES = 4  # of an fp32 number
 FILLED = 5  # latent frames after which every operation remembers as much as it ever will
-SETTLED = 24  # and after which the gaps between tensors, and so what the allocator reserves, change no more
 PERIOD = 4  # frames of a video for each latent one
+NEAR = 0.75  # of the largest tile's area, from which on a tile may take as much memory
+# The allocator takes at most so much of the device for live tensors: a share of them, and room in segments partly used.
+RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
+
+
+def surely_reserved(live: float) -> float:
+    """Bytes of the device that the allocator takes at most for so many in the VAE's tensors."""
+    return SEGMENTS + RESERVED * live
 
 
 def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
@@ -82,36 +90,39 @@ def decode_stage(
     width: int,
     tile: int,
     arrives: bool,
+    most_tiles: int | None = None,
 ) -> None:
     """Decodes a latent video; nothing stays.
 
     Args:
         model, frames, height, width, tile: as `decode_peak_bytes`'.
         arrives: whether the decoder comes for it, and leaves; else it is there.
+        most_tiles: of the largest shapes of tiles, at most so many; None for all.
     """
     weights = ledger.arrive(_decoder(model)) if arrives else []
-    sides, frames = (height, width), min(encoded_frames(frames), SETTLED)
+    shapes = _tile_shapes(decoder_passes, model, height, width, tile)
+    latent = (height // STRIDE, width // STRIDE)
+    few = encoded_frames(frames)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-    ledger.play(_decoding(model, "whole", frames, sides, tile))
-    ledger.play(_decoding(model, "small", frames, sides, tile))
+    ledger.play(_decoding(model, "whole", few, (latent,)))
+    ledger.play(_decoding(model, "small", few, (latent,)))
     ledger.drop(*statistics)
-    ledger.play(_decoding(model, "large", frames, sides, tile))
+    _play_tiles(ledger, [_decoding(model, "large", few, shape) for shape in shapes[:most_tiles]])
     ledger.drop(*weights)
     ledger.release()
 
 
 @functools.lru_cache(maxsize=256)
-def _decoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+def _decoding(model: nn.Module, which: str, frames: int, shape: TileShape) -> Ledger:
     """A pass over so many latent frames, for others to play."""
     operations = getattr(decoder_passes(model), which)
-    height, width = sides
-    size = (height // STRIDE, width // STRIDE)
-    lengths = _longest(operations, size, sides, 1, tile) if which == "large" else _whole(operations, size)
-    walk = _Walk(Ledger(), operations, *lengths)
+    walk = _Walk(Ledger(), operations, shape)
+
+    def denormalized(numel: int) -> int:
+        return walk.become(numel, walk.new(numel))
+
     if which == "whole":
-        walk.run(
-            frames, model.z_dim, arriving=lambda numel: walk.become(numel, walk.new(numel))
-        )  # denormalized
+        walk.run(frames, model.z_dim, arriving=denormalized)
     else:
         walk.run(frames, operations[0].in_channels)
     return walk.ledger
@@ -125,41 +136,61 @@ def encode_stage(
     width: int,
     tile: int,
     arrives: bool,
+    most_tiles: int | None = None,
 ) -> None:
     """Encodes a video; its latents stay.
 
     The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
     """
     weights = ledger.arrive(_encoder(model)) if arrives else []
-    sides, latent_frames = (height, width), encoded_frames(frames)
-    few = min(latent_frames, SETTLED)
-    ledger.play(_encoding(model, "large", few, sides, tile))
-    ledger.play(_encoding(model, "small", few, sides, tile))
-    ledger.take(BYTES * model.z_dim * latent_frames * (height // STRIDE) * (width // STRIDE))
+    shapes = _tile_shapes(encoder_passes, model, height, width, tile)
+    latent, few = (height // STRIDE, width // STRIDE), encoded_frames(frames)
+    _play_tiles(ledger, [_encoding(model, "large", few, shape) for shape in shapes[:most_tiles]])
+    ledger.play(_encoding(model, "small", few, (latent,)))
+    ledger.take(BYTES * model.z_dim * few * math.prod(latent))
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-    ledger.play(_encoding(model, "whole", few, sides, tile))
+    ledger.play(_encoding(model, "whole", few, (latent,)))
     ledger.drop(*statistics, *weights)
     ledger.release()
 
 
 @functools.lru_cache(maxsize=256)
-def _encoding(model: nn.Module, which: str, frames: int, sides: tuple[int, int], tile: int) -> Ledger:
+def _encoding(model: nn.Module, which: str, frames: int, shape: TileShape) -> Ledger:
     """As `_decoding`, to so many latent frames."""
     operations = getattr(encoder_passes(model), which)
-    height, width = sides
-    size = (height // STRIDE, width // STRIDE)
+    walk = _Walk(Ledger(), operations, shape)
     if which == "large":
-        walk = _Walk(Ledger(), operations, *_longest(operations, sides, sides, STRIDE, tile))
         walk.run(decoded_frames(frames), operations[0].in_channels, period=PERIOD)
         return walk.ledger
-    latent = model.z_dim * math.prod(size)
-    walk = _Walk(Ledger(), operations, *_whole(operations, size))
+    latent = model.z_dim * math.prod(shape[-1])
 
     def write(moments: int) -> None:
         walk.drop(walk.become(latent, walk.new(latent)))
 
     walk.run(frames, operations[0].in_channels, sink=write if which == "whole" else None)
     return walk.ledger
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_shapes(
+    passes: Callable[[nn.Module], Passes], model: nn.Module, height: int, width: int, tile: int
+) -> list[TileShape]:
+    """Of the tiles of a large pass, the shapes of those that are nearly as large as the largest, which is the first."""
+    latent, pixels = (height // STRIDE, width // STRIDE), (height, width)
+    before, after = (latent, pixels) if passes is decoder_passes else (pixels, latent)
+    areas = {
+        part.shape: sum(rows * columns for rows, columns in part.shape)
+        for part in tiles(passes(model).large, before, after, tile)
+    }
+    least = NEAR * max(areas.values())
+    return sorted((shape for shape in areas if areas[shape] >= least), key=lambda shape: -areas[shape])
+
+
+def _play_tiles(ledger: Ledger, tiles: Sequence[Ledger]) -> None:
+    """As vae_tiling.by_tiles, each of whose tiles finds given back what others left."""
+    for one in tiles:
+        ledger.release()
+        ledger.play(one)
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
@@ -177,41 +208,17 @@ def _decoder(model: nn.Module) -> list[int]:
     return [p.nbytes for module in (model.conv2, model.decoder) for p in module.parameters()]
 
 
-def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[int]]:
-    return [[length] * (len(operations) + 1) for length in size]
-
-
-def _longest(
-    operations: Sequence[Operation], input_size: Sequence[int], pixels: Sequence[int], unit: int, tile: int
-) -> list[list[int]]:
-    """Rows and columns of each operation's input and of the last one's output, the most of all tiles.
-
-    Args:
-        pixels: (height, width) of the video.
-        unit: pixels that one of the output covers.
-    """
-    longest = []
-    for length, input_length in zip(pixels, input_size):
-        needed = (
-            needed_intervals(operations, low // unit, high // unit, input_length)
-            for low, high in split(length, tile)
-        )
-        longest.append([max(high - low for low, high in position) for position in zip(*needed)])
-    return longest
-
-
 class _Walk:
     """A pass over a video, as `run_pass`. Frames are numbers of tensors, each with a count of who holds it.
 
     Args:
         operations: list of Operation.
-        rows, columns: of the input of each operation, one list each.
+        shape: (rows, columns) of each operation's input; of the first alone where all are of one size.
     """
 
-    def __init__(
-        self, ledger: Ledger, operations: Sequence[Operation], rows: Sequence[int], columns: Sequence[int]
-    ):
-        self.ledger, self.operations, self.rows, self.columns = ledger, operations, rows, columns
+    def __init__(self, ledger: Ledger, operations: Sequence[Operation], shape: TileShape):
+        self.ledger, self.operations = ledger, operations
+        self.shape = shape * len(operations) if len(shape) == 1 else shape
         self.past: dict[Operation, list[int]] = {}
         self._holders: dict[int, int] = {}
 
@@ -231,7 +238,7 @@ class _Walk:
             arriving: makes such a frame; default: it is copied to the device.
             sink: what becomes of each one at the end, beside its way to the CPU.
         """
-        numel = channels * self.rows[0] * self.columns[0]
+        numel = channels * math.prod(self.shape[0])
         walked = 1 + (FILLED - 1) * period  # from then on all is remembered that ever will be
         before, mark = None, None
         for n in range(min(frames, walked)):
@@ -258,7 +265,7 @@ class _Walk:
         self.hold(frame)
         for i in range(start, len(self.operations)):
             operation = self.operations[i]
-            frames = _called(operation, self, frame, channels, self.rows[i], self.columns[i])
+            frames = _called(operation, self, frame, channels, *self.shape[i])
             channels = operation.out_channels or channels
             if len(frames) != 1:
                 for single in frames:
