@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 from ranks_alone import alone
-from shortcuts import largest_tile
+from shortcuts import one_tile_of_each_shape
 from test_random_plans import GIVEN, LAYERS, few_layers
 
 from benchmarks import memory, random_weights
@@ -44,7 +44,7 @@ def counted(case, size, expandable):
         VirtualGPU(None, True, expandable_segments=expandable) as gpu,
         random_weights.weights_from(random_weights.untouched),
         alone(size, gpu.device) as ranks,
-        largest_tile(),
+        one_tile_of_each_shape(),
         mock.patch.object(memory, "_skip_calls", lambda *_: None),
         mock.patch.object(type(run.facts), "pipeline_class", property(lambda _: made)),
     ):
