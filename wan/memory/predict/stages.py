@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
 # Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
 # depend on the tokens of a rank.
-GAPS = 0.1
+GAPS = 0.125
 _OF_VAE = ("encode", "decode")
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
