@@ -9,7 +9,6 @@ With WAN_VIRTUAL a process has a virtual GPU of so many bytes, 0 for no limit; c
 import contextlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -61,6 +60,8 @@ def prepare_fault(fault):
                 if what == "hang":
                     time.sleep(600)
                 if what == "disk":  # it takes no file of this size any more
+                    import resource
+
                     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
                 if what == "input":
                     raise InputError("no such thing")
