@@ -2,8 +2,11 @@
 
 CASES is a file of JSON: a list of objects, fields of a Request, its memory options under "memory", and "dtype" for
 another compute type. FAULT is "RANK:NUMBER:WHAT": what befalls a rank when it is to compute flows for that time.
+
+With WAN_VIRTUAL a process has a virtual GPU of so many bytes, 0 for no limit; cases are for that, and planned.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from virtual_gpu import VirtualGPU
 from wan.cli import _complain
-from wan.distributed import ranks as wan_ranks
+from wan.distributed.together import SharedPasses
 from wan.memory.options import MemoryOptions
 from wan.run import Runner
 from wan.run.interrupts import Interrupts
 from wan.run.ranks import over_ranks
-from wan.run.request import Request
+from wan.run.request import PLANNED, Request
 from wan.run.state import resumed_request
 from wan.utils.errors import InputError
 
@@ -29,6 +33,8 @@ from wan.utils.errors import InputError
 def request_of(case):
     case = dict(case)
     dtype, memory = case.pop("dtype", "float32"), case.pop("memory", {})
+    if "WAN_VIRTUAL" in os.environ:
+        case |= {"device": "vgpu"} | ({} if "resume" in case else {"planned": PLANNED})
     if "resume" in case:
         request = resumed_request(case.pop("resume"), case, memory)
     else:
@@ -41,9 +47,10 @@ def prepare_fault(fault):
     rank, number, what = fault.split(":")
     if os.environ["RANK"] != rank:
         return
-    serve, calls = wan_ranks.Ranks.serve, 0
+    shared_passes, calls = SharedPasses._share, 0
 
-    def faulty(self, handlers):
+    @contextlib.contextmanager
+    def faulty(self, *args):
         def flows(*args):
             nonlocal calls
             calls += 1
@@ -52,14 +59,20 @@ def prepare_fault(fault):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if what == "hang":
                     time.sleep(600)
-                raise {"input": InputError("no such thing"), "memory": torch.OutOfMemoryError("none left")}[
-                    what
-                ]
-            return handlers["flows"](*args)
+                if what == "disk":  # it takes no file of this size any more
+                    import resource
 
-        return serve(self, handlers | {"flows": flows} if "flows" in handlers else handlers)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+                if what == "input":
+                    raise InputError("no such thing")
+                if what == "memory":
+                    raise torch.OutOfMemoryError("none left")
+            return share(*args)
 
-    wan_ranks.Ranks.serve = faulty
+        with shared_passes(self, *args) as share:
+            yield flows
+
+    SharedPasses._share = faulty
 
 
 def check_share(runner, size):
@@ -84,6 +97,8 @@ def main(cases, fault=None):
         return pipeline_for(self, request)
 
     Runner._pipeline_for = of_type
+    virtual = os.environ.get("WAN_VIRTUAL")
+    gpu = contextlib.nullcontext() if virtual is None else VirtualGPU(int(virtual) or None)
 
     def lead(ranks):
         with Interrupts() as interrupts:
@@ -95,11 +110,12 @@ def main(cases, fault=None):
         return 0
 
     try:
-        return over_ranks(
-            [os.environ.get("WAN_OTHER", "")],
-            lead,
-            lambda ranks: ranks.serve({"run": Runner(ranks=ranks).follow}),
-        )
+        with gpu:
+            return over_ranks(
+                [os.environ.get("WAN_OTHER", "")],
+                lead,
+                lambda ranks: Runner(ranks=ranks).follow(ranks),
+            )
     except InputError as error:
         return _complain(error, 2)
     except OSError as error:

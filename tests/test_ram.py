@@ -15,7 +15,7 @@ from wan import tiny
 from wan.memory import activation_offload, vae_tiling
 from wan.memory.activation_offload import apply_activation_offload
 from wan.memory.options import LOW_VRAM, MemoryOptions
-from wan.memory.predict.ram import ram_needed
+from wan.memory.predict.ram import Ram, ram_needed
 from wan.modules import vae_forward
 from wan.run import Request, ram
 from wan.run.ram import check_ram
@@ -101,3 +101,14 @@ def test_types_as_files_have_them(tmp_path):
     assert stored_types(tmp_path / "a.safetensors") == {"a": torch.bfloat16, "b": torch.float32}
     (tmp_path / "b.safetensors").write_bytes(b"\xff" * 40)
     assert stored_types(tmp_path / "b.safetensors") == {}
+
+
+@pytest.mark.parametrize(("guidance", "teams"), [(5.0, 2), (1.0, 1)])
+def test_ranks_of_a_machine(monkeypatch, caplog, guidance, teams):
+    """Each has its own weights, context and video; of the activations its tokens'."""
+    need = Ram(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB)
+    monkeypatch.setattr(ram, "ram_needed", lambda *args, **options: need)
+    ranks = SimpleNamespace(size=4, local_size=2, teams=lambda branches: [0, 2][:branches])
+    with caplog.at_level(logging.INFO):
+        check_ram(Request("t2v-tiny", frame_num=9, sample_guide_scale=guidance), pipeline_of(), ranks)
+    assert f"(weights 2.0, activations {teams}.0, context 6.0, video 8.0)" in caplog.text

@@ -7,6 +7,7 @@ import ast
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,18 +15,24 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks_program import request_of
+from safetensors.torch import load_file, save_file
 
 import wan
+from wan import tiny
 from wan.distributed import started_as_one_of_several
 from wan.run import Runner
 from wan.run.ranks import check_sizes
 from wan.run.request import Request
+from wan.run.settings import read_plan
+from wan.run.state import read_state
 from wan.utils.errors import InputError
+from wan.utils.video import VideoFile
 
-PROGRAM = Path(__file__).with_name("ranks_program.py")
+TREE = Path(__file__).parents[1]
 MOST = int(os.environ.get("WAN_RANKS", "2"))
 wide = pytest.mark.skipif(MOST < 3, reason="WAN_RANKS=4 tries more processes and all options")
 
@@ -42,8 +49,8 @@ FEW = [
 ]
 
 
-def start(size, cases, folder, *fault, environment=lambda rank: {}):
-    """The processes of so many ranks, on one machine; what they say is in files of the folder."""
+def start(size, cases, folder, *fault, environment=lambda rank: {}, tree=lambda rank: TREE):
+    """The processes of so many ranks, each with the code and in the folder `tree`; what they say is in files."""
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,9 +61,9 @@ def start(size, cases, folder, *fault, environment=lambda rank: {}):
         env = os.environ | {name: str(value) for name, value in names.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= environment(rank)
-        command = [str(PROGRAM), str(folder / "cases.json"), *fault]
+        command = [sys.executable, "tests/ranks_program.py", str(folder / "cases.json"), *fault]
         with open(folder / f"rank{rank}.txt", "w") as said:
-            processes.append(subprocess.Popen([sys.executable, *command], env=env, stdout=said, stderr=said))
+            processes.append(subprocess.Popen(command, env=env, cwd=tree(rank), stdout=said, stderr=said))
     return processes
 
 
@@ -215,6 +222,51 @@ def test_other_arguments(tmp_path):
 
 
 @wide
+@pytest.mark.parametrize(
+    "what", ["another version of this program", "another diffusion_pytorch_model.safetensors"]
+)
+def test_other_machines(what, tmp_path):
+    """On one of them the code, or the weights, at the same place are others."""
+    trees = [tmp_path / f"machine{rank}" for rank in range(2)]
+    for tree in trees:
+        for name in ("wan", "virtual_gpu", "tests/ranks_program.py"):
+            (copy_file if name.endswith(".py") else shutil.copytree)(TREE / name, tree / name)
+        shutil.copytree(tiny.checkpoint("t2v-tiny"), tree / "weights")
+    if "version" in what:
+        with open(trees[1] / "wan" / "sampling.py", "a") as file:
+            file.write("\n")
+    else:
+        path = trees[1] / "weights" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        weights["head.head.bias"] += 1
+        save_file(weights, path, {"format": "pt"})
+    (case,) = named([{"task": "t2v-tiny", "ckpt_dir": "weights"}], tmp_path / "made")
+    codes, said = wait(start(2, [case], tmp_path, tree=lambda rank: trees[rank]), tmp_path)
+    assert codes == [2, 1] and f"rank 1 has {what} than rank 0" in said[0].splitlines()[-1], (codes, said)
+    assert "Traceback" not in said[0] and not said[1] and not os.listdir(tmp_path / "made")
+
+
+def copy_file(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+
+
+@wide
+def test_full_disk_of_the_first_rank(tmp_path):
+    """From the third pass on it takes nothing: all end, and the state that it took before makes the same file."""
+    settings = {"task": "t2v-tiny", "sample_steps": 4, "save_every": 0}
+    (case,) = named([settings], tmp_path / "ranks")
+    codes, said = wait(start(2, [case], tmp_path, "0:3:disk"), tmp_path)
+    assert codes == [1, 1] and not said[1], (codes, said)
+    assert "Traceback" not in said[0] and "is the disk full?" in said[0].splitlines()[-1], said
+    (state,) = (tmp_path / "ranks").glob("[!.]*.state")
+    assert read_state(state).solver["_step_index"] == 2
+    codes, said = wait(start(2, [{"resume": str(state)}], tmp_path), tmp_path)
+    assert codes == [0, 0], said
+    assert [Path(case["save_file"]).read_bytes()] == by_one([settings], tmp_path / "one")
+
+
+@wide
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
 def test_resume_with_another_number(before, after, tmp_path):
     """Ctrl-C to all, as torchrun passes it on; the same file as without."""
@@ -236,7 +288,7 @@ def test_resume_with_another_number(before, after, tmp_path):
 
 @wide
 def test_vace_by_its_own_processes(tmp_path):
-    from wan import WanVace, WanVaceMP, tiny
+    from wan import WanVace, WanVaceMP
     from wan.configs import WAN_CONFIGS
 
     built = WAN_CONFIGS["vace-tiny"], tiny.checkpoint("vace-tiny")
@@ -257,3 +309,47 @@ def test_vace_by_its_own_processes(tmp_path):
         )
     finally:
         several.close()
+
+
+def machines(memory):
+    """Each process on a machine of its own, which has a virtual GPU of so many bytes, 0 for no limit."""
+    names = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return lambda rank: names | {"WAN_VIRTUAL": str(memory[rank])}
+
+
+def frames_of(case):
+    return np.stack(list(VideoFile(case["save_file"]).frames())).astype(int)
+
+
+@wide
+def test_machines_with_a_gpu_each(tmp_path):
+    """What is planned is what the smaller GPU can do."""
+    (case,) = named([{"task": "vace-tiny"}], tmp_path / "ranks")
+    (one,) = named([{"task": "vace-tiny"}], tmp_path / "one")
+    by_one([{"task": "vace-tiny"}], tmp_path / "one")
+    for memory, streamed in ([0, 0], False), ([0, 2**27], True):
+        codes, said = wait(start(2, [case], tmp_path, environment=machines(memory)), tmp_path)
+        assert codes == [0, 0], said
+        assert np.abs(frames_of(case) - frames_of(one)).mean() < (0.1 if streamed else 1e-9)
+        assert read_plan(case["save_file"])["t5_stream"] == streamed
+        Path(case["save_file"]).unlink()
+
+
+@wide
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_on_a_rank(rank, tmp_path):
+    """All end; what goes on from the last step plans for less and makes the same picture."""
+    settings = {"task": "t2v-tiny", "sample_steps": 4}
+    (whole,) = named([settings], tmp_path / "whole")
+    by_one([settings], tmp_path / "whole")
+    (case,) = named([settings], tmp_path / "ranks")
+    environment = machines([2**28] * 2)
+    codes, said = wait(start(2, [case], tmp_path, f"{rank}:3:memory", environment=environment), tmp_path)
+    assert codes == [1, 1] and not said[1], (codes, said)
+    assert "none left" in said[0].splitlines()[-1] and "--vram_fraction 0.5" in said[0], said
+    (state,) = (tmp_path / "ranks").glob("[!.]*.state")
+    assert read_state(state).solver["_step_index"] == 2
+    codes, said = wait(start(2, [{"resume": str(state)}], tmp_path, environment=environment), tmp_path)
+    assert codes == [0, 0], said
+    assert read_plan(case["save_file"])["t5_stream"]
+    assert np.abs(frames_of(case) - frames_of(whole)).mean() < 0.1

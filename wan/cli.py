@@ -77,7 +77,7 @@ def _follow(ranks: Ranks) -> None:
     """Does this process's share of what the first rank runs, until that is done."""
     from .run import Runner
 
-    ranks.serve({"run": Runner(ranks=ranks).follow})
+    Runner(ranks=ranks).follow(ranks)
 
 
 def build_parser() -> argparse.ArgumentParser:

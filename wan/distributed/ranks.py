@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..utils.accelerator import choose_device
+from ..utils.accelerator import choose_device, is_out_of_memory
 from ..utils.errors import InputError
 
 MEETING = timedelta(minutes=10)  # until all ranks are there, and all give their part of a layer group
@@ -25,7 +25,15 @@ _ENDED = "wan/ended"  # in the store: why the first of the ranks ended that fail
 
 
 class RankLost(ConnectionError):
-    """Another rank has failed or is gone; this one cannot go on."""
+    """Another rank has failed or is gone; this one cannot go on.
+
+    Attributes:
+        out_of_memory: whether it was for lack of memory on its device.
+    """
+
+    def __init__(self, message: str, out_of_memory: bool = False):
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
 
 
 class Team:
@@ -156,6 +164,15 @@ class Ranks:
         self.device = device
         return device
 
+    def connect(self) -> None:
+        """Opens all connections between devices, so that what they take there is taken."""
+        one = self.wired(torch.zeros(1, device=self.device))
+        with self.answering():
+            dist.broadcast(one, src=0)
+        for branches in self._groups:
+            team = self.team(branches)
+            team.exchange([one] * team.size, [(1,)] * team.size)
+
     def team(self, branches: int) -> Team:
         """The ranks that this one shares a pass with, where there are so many passes to be shared: 1 or 2."""
         teams = self._groups.get(branches, self._groups[1])
@@ -196,9 +213,12 @@ class Ranks:
         self.tell(name, *args)
         try:
             yield
-        finally:
-            if not self._broken:
+        except BaseException:
+            with contextlib.suppress(RankLost, InputError):  # of those that end as well
                 self.tell(_DONE)
+            raise
+        if not self._broken:
+            self.tell(_DONE)
 
     def serve(self, handlers: Mapping[str, Callable[..., Any]]) -> None:
         """On the others: does what the lead tells, until its session is over."""
@@ -227,8 +247,11 @@ class Ranks:
 
     def spread(self, tensor: torch.Tensor, source: int) -> None:
         """Fills a contiguous tensor, on all ranks, with that of the rank `source`."""
+        wired = self.wired(tensor)
         with self.answering():
-            dist.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=self._everyone)
+            dist.broadcast(wired.view(-1).view(torch.uint8), src=source, group=self._everyone)
+        if wired is not tensor:
+            tensor.copy_(wired)
         self.sent += tensor.nbytes if self.rank == source else 0
 
     def bring(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
@@ -272,7 +295,7 @@ class Ranks:
                 raise RankLost(f"a rank was lost ({_sentence(error)})") from error
             if reason["bad_input"]:
                 raise InputError(reason["message"]) from error
-            raise RankLost(reason["message"]) from error
+            raise RankLost(reason["message"], reason["out_of_memory"]) from error
 
     def reason(self) -> dict[str, Any] | None:
         """Why another rank ended, if it could say so."""
@@ -287,6 +310,7 @@ class Ranks:
         told = " ".join(str(error).split()) or type(error).__name__
         bad_input = isinstance(error, InputError)
         message = {"rank": self.rank, "bad_input": bad_input, "message": f"rank {self.rank}: {told}"}
+        message["out_of_memory"] = is_out_of_memory(error)
         with contextlib.suppress(RuntimeError):
             if not self._store.check([_ENDED]):
                 self._store.set(_ENDED, json.dumps(message))

@@ -5,6 +5,8 @@ and gets back what has been attended to (Jacobs et al., DeepSpeed Ulysses, 2023)
 cut where chunks are, and heads are apart in any case, so each number is computed as by one process; merging partial
 sums of the softmax, as ring attention does, would round otherwise.
 
+A rank without tokens computes none of them, layer by layer, for it may have a part of the layers' weights.
+
 By rounds: in each, a rank sends one piece of its tokens, or nothing when it has sent all of them, so that no more than
 a piece is held twice. Where the tensors live otherwise, on the device or in RAM, is another place's matter.
 """
@@ -78,16 +80,17 @@ class OverRanks(Place):
 
     def spans(self, length: int, chunk: int) -> list[slice]:
         parts = parts_of(length, self._team.size)
-        self._cuts[length] = [spans(length, chunk, part) for part in parts]
+        self._cuts[length] = [spans(length, chunk, part) or [part] for part in parts]
         return self._cuts[length][self._team.rank]
 
     def stream(self, name: str, length: int, width: int) -> Tokens:
         part = self._part(length)
-        return _Part(self._inner.stream(name, part.stop - part.start, width), part, length)
+        return _Part(self._inner.stream(name, _length(part), width), part, length, self._team.device)
 
     def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tokens:
         part = self._part(length)
-        return _Part(self._inner.heads(name, part.stop - part.start, shape, dtype), part, length)
+        inner = self._inner.heads(name, _length(part), shape, dtype)
+        return _Part(inner, part, length, self._team.device)
 
     def attended(
         self, attention: Attention, queries: Iterable[Piece], keys: Tokens, values: Tokens
@@ -141,7 +144,7 @@ class _Heads:
             shapes = [(1, _length(span), self.count, self._width) for span in spans_]
             arrived = self._team.exchange([piece[:, :, share] for share in self._seen], shapes)
             del piece
-            yield [(span, part) for span, part in zip(spans_, arrived) if span]
+            yield [(span, part) for span, part in zip(spans_, arrived) if span and _length(span)]
         for _ in mine:  # what reads them releases the last one when it is asked for another
             pass
 
@@ -151,7 +154,9 @@ class _Heads:
         for spans_ in _rounds(cuts):
             own = spans_[self._team.rank]
             asked = counts[self._team.rank]
-            parts = [next(pieces)[1][:, :, :asked] if span else self._nothing(asked) for span in spans_]
+            parts = [
+                next(pieces)[1][:, :, :asked] if _length(span) else self._nothing(asked) for span in spans_
+            ]
             shapes = [(1, _length(own), count, self._width) for count in counts]
             arrived = self._team.exchange(parts, shapes)
             del parts
@@ -168,12 +173,16 @@ class _Heads:
 class _Part(Tokens):
     """The tokens of this rank under their numbers among all; what is written of others is left out."""
 
-    def __init__(self, inner: Tokens, part: slice, length: int):
+    def __init__(self, inner: Tokens, part: slice, length: int, device: torch.device):
         super().__init__(length, inner.shape, inner.dtype)
-        self._inner, self._part = inner, part
+        self._inner, self._part, self._device = inner, part, device
 
     def read(self, spans: Iterable[slice]) -> Iterator[Piece]:
         start = self._part.start
+        if not _length(self._part):
+            none = torch.empty(1, 0, *self.shape, dtype=self.dtype, device=self._device)
+            yield from ((span, none) for span in spans)
+            return
         for span, piece in self._inner.read(slice(span.start - start, span.stop - start) for span in spans):
             yield slice(span.start + start, span.stop + start), piece
             del piece
@@ -185,7 +194,8 @@ class _Part(Tokens):
             self._inner.write(slice(start - self._part.start, stop - self._part.start), own)
 
     def add(self, span: slice, value: torch.Tensor) -> None:
-        self._inner.add(slice(span.start - self._part.start, span.stop - self._part.start), value)
+        if _length(span):
+            self._inner.add(slice(span.start - self._part.start, span.stop - self._part.start), value)
 
 
 def _rounds(cuts: Sequence[Sequence[slice]]) -> Iterator[list[slice | None]]:

@@ -1,8 +1,8 @@
 """Weights shared out over ranks: each keeps a part of every layer group, and all give theirs when the group computes.
 
 FSDP2 (Zhao et al., PyTorch FSDP, 2023) cuts and gathers; when, is decided here, in the order of the groups' visits: the
-next group is gathered while one computes, and what it made room for is freed behind it. So a rank holds its part and
-two whole groups, however often a group's modules are called during its visit.
+next group is gathered while one computes, which is freed before that takes its place. So a rank holds its part and
+two whole groups, however often a group's modules are called during its visit; wan/memory/predict/shards.py counts it.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ class ShardedGroups:
     def detach(self) -> None:
         """Undoes it: each rank holds its part alone."""
         self._undo.close()
-        if self._coming:
-            self._coming.wait()
-        for group in self._groups:
-            group.reshard()
+        for waiting in (None, self._coming):  # the one that computed makes room before another is whole
+            if waiting:
+                waiting.wait()
+            for group in self._groups:
+                group.reshard()
         self._current = self._coming = None
 
     def _visit(self, n: int, *_: Any) -> None:
         group = self._groups[n]
         if group is self._current:
             return
-        following = self._groups[(n + 1) % len(self._groups)]
+        if self._current:
+            self._current.reshard()
         if self._coming:
             self._coming.wait()
-        if self._current not in (None, following):
-            self._current.reshard()
         self._current = group
         group.unshard()
-        self._coming = following.unshard(async_op=True)
+        self._coming = self._groups[(n + 1) % len(self._groups)].unshard(async_op=True)
 
 
 class _Group(nn.Module):

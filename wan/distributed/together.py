@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..memory.vae_tiling import Index
+from ..passes import Flows
 from .ranks import Ranks
 from .sequence import apply_ranks
 
-Flows = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 Opened = Callable[..., contextlib.AbstractContextManager[Flows]]
 
 

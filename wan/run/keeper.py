@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ..memory.options import MemoryOptions
 from ..sampling import Solver
 from ..utils.errors import InputError
 from ..utils.files import other_folders
@@ -75,9 +74,9 @@ class Keeper:
         if asked:
             self.interrupts.check()
 
-    def go_on(self, memory: MemoryOptions) -> None:
-        """The run goes on from the last step, under other memory options."""
-        request = replace(self.state.request, memory=memory)
+    def go_on(self, **changes: Any) -> None:
+        """The run goes on from the last step, with these changes of its request."""
+        request = replace(self.state.request, **changes)
         reached = {} if self.state.finished else self._reached
         self.state = replace(self.state, request=request, **reached)
 

@@ -57,24 +57,41 @@ def plan(request: Request, vram: float | None = None, ram: float | None = None) 
     return planner_of(request, usual(limit), ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
 
 
-def planner_of(request: Request, rates: Rates, ram: float | None = None, expandable: bool = True) -> Planner:
-    """The Planner of a request."""
+def planner_of(
+    request: Request,
+    rates: Rates,
+    ram: float | None = None,
+    expandable: bool = True,
+    ranks: int | None = None,
+) -> Planner:
+    """The Planner of a request; of so many ranks, or as many as it asks for."""
     planned = request.planned or PLANNED
     kept = {name: value for name, value in vars(request.memory).items() if name not in planned}
     kept |= needed_options(request.attention, request.compile)
+    kept |= {"dit_stream": None} if request.dit_fsdp else {}
+    kept |= {"t5_stream": False, "t5_cpu": False} if request.t5_fsdp else {}
     check_mode(request.memory_mode, kept)
     ram = psutil.virtual_memory().available / 2 if ram is None else ram
-    return Planner(work_of(request), rates, kept, request.memory_mode, ram, expandable)
+    return Planner(work_of(request, ranks), rates, kept, request.memory_mode, ram, expandable)
 
 
 def planner_for(
-    request: Request, device: torch.device, ram: float | None = None
+    request: Request, device: torch.device, ram: float | None = None, ranks: int | None = None
 ) -> tuple[Planner, float, float]:
-    """The Planner of a request on a device, the bytes its allocator may take there, and those of them that cuts are
-    chosen for.
+    """The Planner of a request on a device, of which there are so many ranks; the bytes its allocator may take there,
+    and those of them that cuts are chosen for.
 
     Raises InputError for a limit that is more than the device has.
     """
+    room, steady = room_on(request, device)
+    total = torch.get_device_module(device).mem_get_info(device)[1]
+    rates = rates_of(device, RATES_FILE.expanduser()) if device.type == "cuda" else usual(total)
+    planner = planner_of(request, rates, ram, expandable=_expandable(device), ranks=ranks)
+    return planner, room, steady
+
+
+def room_on(request: Request, device: torch.device) -> tuple[float, float]:
+    """As planner_for's."""
     initialise(device)
     backend, cuda = torch.get_device_module(device), device.type == "cuda"
     free, total = backend.mem_get_info(device)
@@ -86,9 +103,7 @@ def planner_for(
             raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
         steady = limit - context_bytes(device)
         room = min(room, steady)
-    rates = rates_of(device, RATES_FILE.expanduser()) if cuda else usual(total)
-    planner = planner_of(request, rates, ram, expandable=_expandable(device))
-    return planner, request.vram_fraction * room, request.vram_fraction * steady
+    return request.vram_fraction * room, request.vram_fraction * steady
 
 
 def context_bytes(device: torch.device) -> int:
@@ -119,8 +134,9 @@ def device_of(request: Request) -> torch.device:
     return device
 
 
-def work_of(request: Request) -> Work:
-    """What a request is to the planner."""
+def work_of(request: Request, ranks: int | None = None) -> Work:
+    """What a request is to the planner; tokens and tiles as one rank of one has them, which is the most."""
+    ranks = ranks or request.ulysses_size * request.ring_size
     config = request.facts.config
     pictures = _pictures(request) if "clip_checkpoint" in config else []
     (frames, height, width), stride = video_shape(request), config.vae_stride
@@ -156,6 +172,9 @@ def work_of(request: Request) -> Work:
         vae_dim=config.get("vae_dim", 96),
         encoded=encoded,
         sources=source_channels(request),
+        ranks=ranks,
+        text_ranks=ranks if request.t5_fsdp else 1,
+        dit_ranks=ranks if request.dit_fsdp else 1,
     )
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..memory.predict.ram import ram_needed
+from ..memory.predict.ram import Ram, ram_needed
 from ..modules.model import weights_path
 from ..utils.errors import InputError
 from ..weights.reading import stored_types
 from .planning import source_channels, video_shape
 from .request import Request
 
+if TYPE_CHECKING:
+    from ..distributed.ranks import Ranks
+
 GIB = 2**30
 
 log = logging.getLogger(__name__)
 
 
-def check_ram(request: Request, pipeline: Any) -> None:
-    """Logs what a run needs and what is available, as a warning if that is less.
+def check_ram(request: Request, pipeline: Any, ranks: Ranks | None = None) -> None:
+    """Logs what a run needs and what is available, as a warning if that is less; of ranks, those of this machine.
 
     Nothing is said where the DiT is loaded already, or computes on the CPU, where all is in RAM.
 
@@ -40,6 +44,8 @@ def check_ram(request: Request, pipeline: Any) -> None:
         prompts=1 if request.sample_guide_scale == 1 else 2,
         source_channels=source_channels(request),
     )
+    if ranks:
+        need = _of_ranks(need, request, ranks)
     memory, swap = psutil.virtual_memory(), psutil.swap_memory().total
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(need).items())
     line = f"needs {need.peak / GIB:.1f} GiB of RAM ({parts}), there are {memory.total / GIB:.1f}"
@@ -48,3 +54,11 @@ def check_ram(request: Request, pipeline: Any) -> None:
         raise InputError(f"{line}; give {spare}", "frame_num", request.frame_num)
     level = logging.WARNING if need.peak > memory.available else logging.INFO
     log.log(level, f"The run {line}, {memory.available / GIB:.1f} of them free")
+
+
+def _of_ranks(need: Ram, request: Request, ranks: Ranks) -> Ram:
+    """What all ranks of this machine need: each all of it, but for the tokens of a pass, which they share."""
+    from .ranks import sharing
+
+    each = replace(need, activations=need.activations // sharing(request, ranks))
+    return Ram(**{name: ranks.local_size * size for name, size in vars(each).items()})

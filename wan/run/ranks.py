@@ -13,14 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ..distributed.ranks import Ranks
+from ..memory.plan import Plan
+from ..utils.accelerator import is_out_of_memory
 from ..utils.errors import InputError
 from .interrupts import SIGNALS
 from .request import Request
 
 LOST = 1  # exit code of a process that follows
+LESS = 0.9  # of what a plan took, for the next one
+LEAST_FRACTION = 0.5  # that --vram_fraction takes
+
+log = logging.getLogger(__name__)
 
 
 def over_ranks(
@@ -76,12 +83,36 @@ def check_sizes(request: Request, ranks: Ranks | None) -> None:
 
 def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:
     """Raises InputError, on all ranks, unless each found the same files with the same contents."""
-    for rank, other in enumerate(ranks.gather(found)):
-        names = [name for name in found.keys() | other.keys() if found.get(name) != other.get(name)]
+    first, *others = ranks.gather(found)
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
         if names:
-            raise InputError(
-                f"rank {rank} has another {min(names)}: give all the same checkpoint", "ckpt_dir"
-            )
+            problem = f"rank {rank} has another {min(names)} than rank 0: give all the same checkpoint"
+            raise InputError(problem, "ckpt_dir")
+
+
+def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, float]:
+    """What of a request is another one when it goes on after memory ran out on a rank; nothing after other errors."""
+    if plan is None or not (is_out_of_memory(error) or getattr(error, "out_of_memory", False)):
+        return {}
+    part = min(1.0, LESS * plan.peak_bytes / plan.room)
+    fraction = max(LEAST_FRACTION, round(request.vram_fraction * part, 3))
+    if fraction >= request.vram_fraction:
+        return {}
+    log.warning(
+        f"Memory ran out; what goes on from the last step is planned with --vram_fraction {fraction:g}"
+    )
+    return {"vram_fraction": fraction}
+
+
+def activation_ram(request: Request, ranks: Ranks) -> float:
+    """Bytes of RAM for the activations of a pass, of which each rank of a machine has its share."""
+    return psutil.virtual_memory().available / 2 * min(1.0, sharing(request, ranks) / ranks.local_size)
+
+
+def sharing(request: Request, ranks: Ranks) -> int:
+    """How many ranks share the tokens of a pass."""
+    return ranks.size // len(ranks.teams(1 if request.sample_guide_scale == 1 else 2))
 
 
 def _check_alike(ranks: Ranks, arguments: Sequence[str] | None) -> None:

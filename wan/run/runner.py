@@ -37,7 +37,7 @@ from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite, not_finite
 from .outputs import check_outputs, save_result
-from .planning import context_bytes, planner_for
+from .planning import context_bytes, planner_for, room_on
 from .preview import Preview, fit_colours
 from .ram import check_ram
 from .request import Request
@@ -113,8 +113,9 @@ class Runner:
             pipeline = self._pipeline_for(request)
             self._check_weights(request, pipeline)
             if not state.finished:
-                check_ram(state.request, pipeline)
-            keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers=plan is not None)
+                check_ram(state.request, pipeline, self._ranks)
+            remembers = plan is not None or self._ranks is not None
+            keeper = Keeper(_identified(state, pipeline), self._interrupts, remembers)
             self._forecast = Forecast(request, pipeline)
             with keeper.told():
                 while True:
@@ -122,13 +123,19 @@ class Runner:
                         video = _made(pipeline, keeper, self._tell)
                         break
                     except Exception as error:
+                        if (
+                            self._ranks
+                        ):  # they have lost step: they end, and what goes on has less to plan with
+                            keeper.go_on(**self._less_room(request, plan, error))
+                            keeper.save()
+                            raise
                         plan = self._leaner(request, plan, error)
                         if plan is None:
                             raise
                     # Outside of the except clause, which keeps what failed alive.
                     del pipeline
                     request = replace(request, memory=plan.options)
-                    keeper.go_on(plan.options)
+                    keeper.go_on(memory=plan.options)
                     self._forget(choose_device(request.device))
                     pipeline = self._pipeline_for(request)
                 path = _save(video, keeper.state.request, pipeline, plan is not None)
@@ -136,8 +143,11 @@ class Runner:
         self._tell(Finished(path))
         return path
 
-    def follow(self, request: Request) -> None:
-        """Does this rank's share of what the first one runs."""
+    def follow(self, ranks: Ranks) -> None:
+        """Does this rank's share of all that the first one runs, until that has no more."""
+        ranks.serve({"run": self._followed, "room": self._least_room})
+
+    def _followed(self, request: Request) -> None:
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             pipeline = self._pipeline_for(request)
             self._check_weights(request, pipeline)
@@ -162,13 +172,17 @@ class Runner:
             raise InputError("limits an accelerator, there is none", "vram_limit", request.vram_limit)
         if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
             return request, None
-        if not request.planned or request.dit_fsdp or request.t5_fsdp:  # parts of weights are not planned for
+        if not request.planned:
             if limited:
                 hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
             return request, None
         configure_allocator(device)
         hold_to_free(device)
-        planner, room, steady = planner_for(request, device)
+        ranks = self._ranks.size if self._ranks else None
+        planner, room, steady = planner_for(request, device, self._activation_ram(request), ranks)
+        if self._ranks:
+            with self._ranks.step("room", request):
+                room, steady = self._least_room(request)
         plan = planner.plan(room, steady)
         if not plan.fits:
             if limited:
@@ -187,7 +201,7 @@ class Runner:
 
     def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
         """The next plan when memory ran out all the same; None if it was something else, or there is none."""
-        if plan is None or self._ranks or not is_out_of_memory(error):
+        if plan is None or not is_out_of_memory(error):
             return None
         planner, *_ = planner_for(request, choose_device(request.device))
         leaner = planner.leaner(plan)
@@ -195,6 +209,30 @@ class Runner:
             log.warning(f"Memory ran out; going on from the last step with: {leaner.line()}")
             self._listener(_told(leaner))
         return leaner
+
+    def _least_room(self, request: Request) -> tuple[float, float]:
+        """On all ranks: what planner_for has for the plan where that is least, what the ranks' connections take not
+        among it."""
+        assert self._ranks
+        device = self._device(request)
+        configure_allocator(device)
+        hold_to_free(device)
+        self._ranks.connect()
+        rooms, steadies = zip(*self._ranks.gather(room_on(request, device)))
+        return min(rooms), min(steadies)
+
+    def _activation_ram(self, request: Request) -> float | None:
+        if not self._ranks:
+            return None
+        from .ranks import activation_ram
+
+        return activation_ram(request, self._ranks)
+
+    @staticmethod
+    def _less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, Any]:
+        from .ranks import less_room
+
+        return less_room(request, plan, error)
 
     def _forget(self, device: torch.device) -> None:
         """Drops the loaded models, and gives their memory back."""
@@ -205,6 +243,8 @@ class Runner:
     def encode_ahead(self, request: Request) -> None:
         """Encodes the prompt of a request that is to be run later: the text encoder need not come again for it."""
         if request.use_prompt_extend or request.decode_latents or request.resume:
+            return
+        if self._ranks and request.t5_fsdp:  # they encode together, in a run
             return
         request, _ = self._planned(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():

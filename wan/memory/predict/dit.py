@@ -13,6 +13,7 @@ from ...modules.forward import cross_attentions
 from .conditions import IMAGE_TOKENS, Conditions
 from .forward import Shape, Way, forward_pass
 from .ledger import Ledger
+from .shards import Gathered, shards_of
 from .solver import Solver
 from .weights import Sizes, attach
 
@@ -37,22 +38,33 @@ def denoise_stage(
     x = ledger.take(latent)
     solver = Solver(ledger, shape.solver, latent, itemsize < 4, shape.latent[1] if way.offload else None)
     samples = shape.passes if way.together else 1
+    gathered: Gathered | None = None
     for step in range(min(shape.steps, STEPS)):
         part = forward_pass(model, shape, way, itemsize, samples)
-        flows = [flow for _ in range(shape.passes // samples) for flow in ledger.play(part)]
+        flows = []
+        for _ in range(shape.passes // samples):
+            if gathered:
+                gathered.drop()
+            flows += ledger.play(part)
+            if way.ranks > 1:
+                gathered = Gathered(ledger, shards_of(model, way.ranks))
         if len(flows) > 1:
             away = ledger.become(latent, ledger.take(latent))
             flows = [ledger.become(latent, away, *flows)]
         (flow,) = flows
         x = solver.step(flow, x, last=step == shape.steps - 1)
     if not stays or way.stream is not None:
+        if gathered:
+            gathered.leave()
         ledger.drop(*weights)
         ledger.release()
     solver.drop()
 
 
 def weights_of(model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> Ledger:
-    """All of them, or what is not streamed and the streamer's buffers."""
+    """All of them, or what is not streamed and the streamer's buffers, or what is not shared out."""
+    if way.ranks > 1:
+        return _arriving(model)
     return _weights(model, way.stream, way.buffers, shape.passes, shape.pictures, dtype.itemsize)
 
 
@@ -100,6 +112,19 @@ def _weights(
     ledger.arrive(_apart(model))
     attach(ledger, _streamed(model, tuple(of_context)), buffers, int(stays * 2**30))
     return ledger
+
+
+@functools.lru_cache(maxsize=8)
+def _arriving(model: nn.Module) -> Ledger:
+    ledger = Ledger()
+    ledger.arrive(not_shared(model))
+    return ledger
+
+
+def not_shared(model: nn.Module) -> Sizes:
+    """Of a DiT whose layer groups' weights are shared out over ranks: what each rank brings whole."""
+    shared = {id(p) for group in model.layer_groups() for p in group.parameters()}
+    return [p.nbytes for p in model.parameters() if id(p) not in shared]
 
 
 @functools.lru_cache(maxsize=64)

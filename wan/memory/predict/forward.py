@@ -7,6 +7,7 @@ and the last, ask for what was asked for before them.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from ..activation_offload import ATTENTION_BYTES, SLOTS
 from .conditions import IMAGE_TOKENS, Conditions
 from .image import layer_norm
 from .ledger import Ledger
+from .shards import Gathered, shards_of
 
 FEW = 3  # blocks, frames, groups of heads, rows
 SPANS = 4  # chunks, the last one among them
+EXCHANGED = 3  # pieces of tokens; ranks that have their tokens on the device save more
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Way:
     chunk: int = 0
     offload: bool = False
     together: bool = False
+    ranks: int = 1  # that share the weights out
+    exchanges: bool = False  # whether ranks trade heads for tokens
 
 
 def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
@@ -98,33 +103,45 @@ class _Walk(Conditions):
         if self.image:
             row = self.model.img_emb.proj[0].normalized_shape[0] * self.itemsize
             features = self.ledger.take(samples * self.pictures * IMAGE_TOKENS * row)
+        weights = Gathered(self.ledger, shards_of(self.model, self.way.ranks)) if self.way.ranks > 1 else None
         with self.place:
-            finished([self._flow(samples > 1) for _ in range(samples)], samples > 1)
+            finished([self._flow(samples > 1, weights) for _ in range(samples)], samples > 1)
+        if weights:
+            weights.drop()
         self.ledger.drop(features)
 
-    def _flow(self, together: bool) -> Generator[None, None, int]:
+    def _flow(self, together: bool, weights: Gathered | None) -> Generator[None, None, int]:
         ledger, blocks = self.ledger, range(min(FEW, len(self.model.blocks)))
+        numbers = itertools.count()
+
+        def visit() -> None:
+            if weights:
+                weights.visit(next(numbers))
+
         conditions = self._conditions()
         tokens = self._embed_patches([self.shape.latent[0], *[self.shape.joined] * bool(self.shape.joined)])
         freqs = ledger.take(self.model.freqs.nbytes)
         if not self.source:
             for n in blocks:
-                yield from self._run(first=n == 0)
+                yield from self._run(n == 0, visit)
         else:
             hints = self._embed_patches([self.shape.source], in_ram=True)
-            for span in self.spans:
+            for n, span in enumerate(self.spans):
                 row = span * self.dim * self.itemsize
-                ledger.drop(ledger.take(row) if self.narrow else None)
+                cast = ledger.take(row) if self.narrow else None
+                if n == 0:
+                    visit()
+                ledger.drop(cast)
                 self._before(row)
             yield
             for n in blocks:
                 hinted = n in self.model.vace_layers
                 if hinted:
-                    yield from self._run(first=n == 0)
-                yield from self._run(first=n == 0)
+                    yield from self._run(n == 0, visit)
+                yield from self._run(n == 0, visit)
                 if hinted:
-                    for span in self.spans:
-                        self._hint(span * self.dim * self.itemsize)
+                    for number, span in enumerate(self.spans):
+                        self._hint(span * self.dim * self.itemsize, visit if number == 0 else None)
                     yield
             ledger.drop(hints)
         out = self._predict()
@@ -186,17 +203,20 @@ class _Walk(Conditions):
 
     # A block
 
-    def _run(self, first: bool) -> Iterator[None]:
+    def _run(self, first: bool, visit: Callable[[], None]) -> Iterator[None]:
+        """visit: the next layer group is called."""
         ledger, dim = self.ledger, self.dim
         modulation = ledger.take(24 * dim)
-        yield from self._self_attention(first)
+        yield from self._self_attention(first, visit)
         yield
-        self._cross_attention()
+        self._cross_attention(visit)
         yield
-        for span in self.spans:
+        for n, span in enumerate(self.spans):
             hidden = layer_norm(ledger, span, dim)
             ledger.drop(ledger.take(4 * dim))
             cast = ledger.take(span * dim * self.itemsize) if self.narrow else None
+            if n == 0:
+                visit()
             inner = ledger.take(span * self.ffn * self.itemsize)
             inner = ledger.become(span * self.ffn * self.itemsize, inner)
             out = ledger.become(span * dim * self.itemsize, inner, cast)
@@ -204,11 +224,13 @@ class _Walk(Conditions):
         yield
         ledger.drop(modulation)
 
-    def _self_attention(self, first: bool) -> Iterator[None]:
+    def _self_attention(self, first: bool, visit: Callable[[], None]) -> Iterator[None]:
         ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
         keys = values = None
         for n, span in enumerate(self.spans):
             hidden = self._modulated(span, first)
+            if n == 0:
+                visit()
             value = ledger.take(span * dim * itemsize)
             if n == 0:
                 values = self.place.whole(self.length * dim * itemsize)
@@ -219,9 +241,15 @@ class _Walk(Conditions):
                 keys = self.place.whole(self.length * dim * itemsize)
             ledger.drop(normed)
         yield
+        called = False
 
         def query(span: int) -> int:
-            linear = self._linear(span, self._modulated(span, first))
+            nonlocal called
+            hidden = self._modulated(span, first)
+            if not called:
+                visit()
+            called = True
+            linear = self._linear(span, hidden)
             normed = self.rms_norm(span, linear)
             self._rope(span)
             return ledger.become(span * dim * itemsize, normed) if self.narrow else normed
@@ -232,8 +260,9 @@ class _Walk(Conditions):
             ledger.drop(out)
         ledger.drop(keys, values)
 
-    def _cross_attention(self) -> None:
+    def _cross_attention(self, visit: Callable[[], None]) -> None:
         ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
+        visit()
         contents = [] if self.way.stream is not None else self.context(1)
         for span in self.spans:
             row = span * dim * itemsize
@@ -292,9 +321,11 @@ class _Walk(Conditions):
         cast = ledger.take(row) if self.narrow else None
         ledger.drop(ledger.become(row, linear, cast))
 
-    def _hint(self, row: int) -> None:
+    def _hint(self, row: int, visit: Callable[[], None] | None) -> None:
         ledger = self.ledger
         cast = ledger.take(row) if self.narrow else None
+        if visit:
+            visit()
         linear = ledger.become(row, cast)
         ledger.drop(ledger.become(row, linear))
 
@@ -329,12 +360,20 @@ class _OnDevice:
 class _InRam(_OnDevice):
     """memory/activation_offload.py."""
 
+    exchanged: Sequence[int] = ()
+
     def __exit__(self, *exception: object) -> None:
-        self.walk.ledger.drop(*self.slots)
+        self.walk.ledger.drop(*self.slots, *self.exchanged)
         self.slots: list[int] = []
 
     def __enter__(self) -> None:
         self.slots = []
+        walk = self.walk
+        if (
+            walk.way.exchanges
+        ):  # beside a piece of tokens what goes to the others, and what comes; one more joined
+            piece = walk.spans[0] * walk.dim * walk.itemsize
+            self.exchanged = [walk.ledger.take(piece) for _ in range(EXCHANGED)]
 
     def stream(self) -> None:
         walk = self.walk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple
 from ..options import MemoryOptions
 from ..rates import Rates
 from . import image, text
-from .dit import denoise_stage, weights_of
+from .dit import denoise_stage, not_shared, weights_of
 from .forward import Way
 from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Ledger
 from .ram import Ram, ram_needed
 from .seconds import decode_seconds, denoise_seconds, encode_seconds, image_seconds, text_seconds
+from .shards import Shards, cut, shards_of
 from .vae import decode_stage, encode_stage, surely_reserved, weight_sizes
 from .weights import streamer_buffers
 from .work import Work
@@ -31,6 +33,9 @@ class Stage(NamedTuple):
 
 # What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
+# Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
+# depend on the tokens of a rank.
+GAPS = 0.125
 _OF_VAE = ("encode", "decode")
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
@@ -72,13 +77,13 @@ class Predictor:
         self._home(ledger, options)
         for name in self.names:
             times = ledger.take(8 * self.work.shape.steps) if name == "denoise" else None
-            device.serve(ledger)
-            ledger.restart()
-            device.restart()
             ledger.play(self._part(name, options))
             device.serve(ledger)
             ledger.drop(times)
-            found[name] = Stage(ledger.peak, device.most + SPARE, self.seconds(name, options))
+            found[name] = Stage(ledger.peak, self._spared(device.most), self.seconds(name, options))
+            device.serve(ledger)
+            ledger.restart()
+            device.restart()
         return found
 
     def live(self, name: str, options: MemoryOptions) -> int:
@@ -110,7 +115,7 @@ class Predictor:
     def dit_bytes(self, stream: float | None, buffers: int) -> int:
         """Of that, the DiT's weights, if so many GiB of them stay; found at once."""
         work = self.work
-        return weights_of(work.dit, work.shape, Way(stream, buffers), work.dtype).live
+        return weights_of(work.dit, work.shape, Way(stream, buffers, ranks=work.dit_ranks), work.dtype).live
 
     def seconds(self, name: str, options: MemoryOptions) -> float:
         """Modelled seconds."""
@@ -149,10 +154,16 @@ class Predictor:
 
     # Requests
 
+    def _spared(self, reserved: int) -> int:
+        shards = [one for one in (self._text_shards, self._dit_shards) if one]
+        gaps = GAPS * max(0, reserved - sum(one.nbytes for one in shards)) if shards else 0
+        return int(reserved + gaps) + SPARE
+
     def _reserved_by(self, name: str, options: MemoryOptions, most_tiles: int) -> int:
         key = (most_tiles, *_key(name, options))
         if key not in self._reserved:
-            self._reserved[key] = self._alone(name, options, most_tiles).reserved(self.expandable) + SPARE
+            reserved = self._alone(name, options, most_tiles).reserved(self.expandable)
+            self._reserved[key] = self._spared(reserved)
         return self._reserved[key]
 
     def _alone(self, name: str, options: MemoryOptions, most_tiles: int) -> Ledger:
@@ -172,10 +183,28 @@ class Predictor:
         return self._parts[key]
 
     def _home(self, ledger: Ledger, options: MemoryOptions) -> None:
-        """The VAE where it is at home; mean and deviation of the latents' channels, and its inverse."""
+        """The VAE where it is at home; mean and deviation of the latents' channels, and its inverse. Before it comes
+        this rank's part of the text encoder, behind it that of the DiT, where ranks share them out; if models stay, the
+        DiT's comes when it is called."""
+        work = self.work
+        if self._text_shards:
+            ledger.play(cut(self._text_shards))
         if not options.vae_cpu:
-            ledger.arrive([4 * self.work.vae.z_dim] * 3)
-            ledger.arrive(itertools.chain(*weight_sizes(self.work.vae)))
+            ledger.arrive([4 * work.vae.z_dim] * 3)
+            ledger.arrive(itertools.chain(*weight_sizes(work.vae)))
+        if self._dit_shards and options.offload_model:
+            ledger.play(cut(self._dit_shards))
+
+    @functools.cached_property
+    def _text_shards(self) -> Shards | None:
+        work = self.work
+        rows = text.weight_rows(work.text, work.text_itemsize)
+        return Shards(rows, work.text_ranks) if work.text_ranks > 1 else None
+
+    @property
+    def _dit_shards(self) -> Shards | None:
+        work = self.work
+        return shards_of(work.dit, work.dit_ranks) if work.dit_ranks > 1 else None
 
     def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
         """What other stages left when a stage starts."""
@@ -201,7 +230,9 @@ class Predictor:
         if name == "text" and not options.t5_cpu:
             table, groups, norm = text.weight_sizes(work.text, work.text_itemsize)
             yield from norm
-            if options.t5_stream:
+            if self._text_shards:
+                yield from self._text_shards.between
+            elif options.t5_stream:
                 yield from streamer_buffers(groups, options.stream_buffers)
             else:
                 yield from [table, *(size for group in groups for size in group)]
@@ -212,6 +243,10 @@ class Predictor:
                 yield from streamer_buffers(groups, options.stream_buffers)
             else:
                 yield from (size for group in groups for size in group)
+        elif name == "denoise" and self._dit_shards:
+            yield from itertools.chain(*self._dit_shards.parts)
+            yield from not_shared(work.dit)
+            yield from self._dit_shards.between
         elif name == "denoise" and options.dit_stream is None:
             yield from (p.nbytes for p in work.dit.parameters())
 
@@ -221,7 +256,8 @@ class Predictor:
             ledger.arrive([work.text_tokens * work.text["d_model"] * work.text_itemsize] * prompts)
             return
         sizes = work.text_tokens, work.text_itemsize, prompts
-        text.text_stage(ledger, work.text, *sizes, *_streamed(options), stays=not options.offload_model)
+        stays, shards = not options.offload_model, self._text_shards
+        text.text_stage(ledger, work.text, *sizes, *_streamed(options), stays=stays, shards=shards)
 
     def _image(self, ledger: Ledger, options: MemoryOptions) -> None:
         work, stays = self.work, not options.offload_model
@@ -259,7 +295,10 @@ class Predictor:
 
     def _denoise(self, ledger: Ledger, options: MemoryOptions) -> None:
         work, stays = self.work, not options.offload_model
-        denoise_stage(ledger, work.dit, work.shape, way_of(options), work.dtype, stays)
+        way = replace(way_of(options), ranks=work.dit_ranks, exchanges=work.ranks > 1)
+        if self._dit_shards and stays:
+            ledger.play(cut(self._dit_shards))
+        denoise_stage(ledger, work.dit, work.shape, way, work.dtype, stays)
 
     def _decode(self, ledger: Ledger, options: MemoryOptions, most_tiles: int | None = None) -> None:
         work = self.work

@@ -34,6 +34,8 @@ class Work:
         vae_dim: its width.
         encoded: frames of each video that the VAE encodes.
         stored: for the name of a parameter of the DiT the type that its file has it in.
+        ranks: that share the tokens of a pass.
+        text_ranks, dit_ranks: that share the text encoder's weights out, and the DiT's.
         sources: channels of sources, all frames of which are in RAM at once, fp32.
     """
 
@@ -55,6 +57,9 @@ class Work:
     encoded: Sequence[int] = ()
     stored: Callable[[str], torch.dtype | None] = _published
     sources: int = 0
+    ranks: int = 1
+    text_ranks: int = 1
+    dit_ranks: int = 1
 
 
 def meta_model(make: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
