@@ -80,7 +80,7 @@ def made_by_a_block(model: nn.Module, shape: Shape, itemsize: int) -> tuple[int,
     """Bytes of the tensors that a block makes of a sample, by its layer groups: keys and values, the rest of self
     attention, cross attention, FFN."""
     walk = _Walk(model, shape, Way(stream=0.0), itemsize)
-    so_far = [walk.ledger.made for _ in walk._run(first=False)]
+    so_far = [walk.ledger.made for _ in walk._run(first=False, visit=lambda: None)]
     return tuple(after - before for before, after in zip([0, *so_far], so_far))
 
 
