@@ -102,7 +102,7 @@ def faults_of_a_case(one_of, between):
     """
     task, given_options, expandable = one_of([*TASKS]), dict(one_of(GIVEN)), one_of([True, True, False])
     facts = TASKS[task]
-    frames = 1 if facts.still else one_of([facts.least_frames, 5, 5, 5, 9, 9, 13, 17])
+    frames = 1 if facts.still else one_of([facts.least_frames, 5, 5, 5, 5, 5, 9, 9, 13, 17])
     mode = given_options.pop("memory_mode", "hybrid")
     with few_layers(task):
         case = Request(
