@@ -69,9 +69,10 @@ class TextLessons:
         self.clips = [random_clip(rng) for _ in range(count)]
         self.latents = latents_of(vae, [clip.video() for clip in self.clips])
 
-    def draw(self, step: int, batch: int = BATCH) -> Batch:
+    def draw(self, step: int, batch: int = BATCH, among: Sequence[int] | None = None) -> Batch:
+        """among: the numbers of the clips to choose from; None for all."""
         rng = np.random.default_rng([self.seed, 1, step])
-        chosen = rng.integers(len(self.clips), size=batch)
+        chosen = rng.choice(len(self.clips) if among is None else among, size=batch)
         still = step % 6 == 5
         captions = [_heard(self.clips[i].caption(rng, still), rng) for i in chosen]
         frames = 1 if still else None
@@ -107,18 +108,20 @@ class ImageLessons:
 
 
 class BothLessons:
-    """Two of text alone, for which nothing is known of the video, to one with frames given.
+    """Two of text alone, for which nothing is known of the video, to one with frames given; of those two one is of
+    what moves to a side, which is learned last.
 
     What a model learns of motion where the first frame is given it keeps where it has to begin with noise.
     """
 
     def __init__(self, text: TextLessons, image: ImageLessons):
         self.text, self.image = text, image
+        self.sideways = [n for n, clip in enumerate(text.clips) if clip.motion in ("left", "right")]
 
     def draw(self, step: int) -> Batch:
         if step % 3 == 0:
             return self.image.draw(step // 3)
-        batch = self.text.draw(step)
+        batch = self.text.draw(step, among=self.sideways if step % 3 == 1 else None)
         latents = batch["latents"]
         channels = self.image.given[0].size(1)
         return batch | {"y": torch.zeros(len(latents), channels, *latents.shape[2:])}

@@ -100,7 +100,7 @@ class Training:
         image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
         weights = self.dit("text", "t2v-toy", text, 10_000, 2e-3)
         weights = self.dit("image", "i2v-toy", image, 3000, 1e-3, weights)
-        weights = self.dit("both", "i2v-toy", BothLessons(text, image), 7000, 1.5e-3, weights, SEED + 10**6)
+        weights = self.dit("both", "i2v-toy", BothLessons(text, image), 14_000, 2e-3, weights, SEED + 10**6)
         checkpoints.save_weights(self.folder, "image", {PATCHES: weights[PATCHES]})
         weights[PATCHES] = weights[PATCHES][:, : vae.z_dim]
         checkpoints.save_weights(self.folder, "t2v", weights)

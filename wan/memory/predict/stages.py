@@ -31,7 +31,8 @@ class Stage(NamedTuple):
     seconds: float
 
 
-# What lies between tiles of several sizes, and small tensors that lie elsewhere than they are taken to.
+# Blocks, chunks and tiles that ask for what others did are left out of the requests, and where they were, other tensors
+# may lie elsewhere: a page more of large ones, two of small ones.
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
 # Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
 # depend on the tokens of a rank.
