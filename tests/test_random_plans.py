@@ -19,6 +19,7 @@ from benchmarks.memory import Run, count
 from benchmarks.random_weights import dit_config
 from wan.memory.options import MemoryOptions
 from wan.memory.plan import GIB
+from wan.memory.predict.ledger import SMALL_PAGE
 from wan.memory.predict.stages import SPARE
 from wan.memory.predict.work import meta_model
 from wan.memory.rates import usual
@@ -80,6 +81,11 @@ def few_layers(task):
                 delattr(config, name)
 
 
+def every_pass():
+    """No pass is skipped: where later ones find room depends on what earlier ones left."""
+    return mock.patch.object(memory, "_skip_calls", lambda model, calls: None)
+
+
 @contextlib.contextmanager
 def out_of_memory_told():
     """A list of what is told inside of memory that ran out: the VAE goes on with smaller tiles by itself."""
@@ -121,7 +127,7 @@ def faults_of_a_case(one_of, between):
         plan = planner.plan(floor * between(1, 4))
         assert plan.fits
         run = Run(task, case.pixels, frames, plan.options, None if facts.toy else LAYERS)
-        with one_tile_of_each_shape(), out_of_memory_told() as smaller_tiles:
+        with every_pass(), one_tile_of_each_shape(), out_of_memory_told() as smaller_tiles:
             report = count(run, plan.peak_bytes, expandable_segments=expandable)
     told = task, case.size, frames, plan.options, "expandable" if expandable else "fixed"
     faults = [] if report.out_of_memory is None else [(report.out_of_memory, *told)]
@@ -130,7 +136,7 @@ def faults_of_a_case(one_of, between):
         live, reserved = report.stages[name], report.reserved[name]
         if not live <= predicted.bytes <= 1.01 * live:
             faults.append((name, "live", predicted.bytes, live, *told))
-        if not reserved <= predicted.reserved <= 1.05 * reserved + SPARE:
+        if not reserved <= predicted.reserved <= max(1.05 * reserved, reserved + SMALL_PAGE) + SPARE:
             faults.append((name, "reserved", predicted.reserved, reserved, *told))
     return [" ".join(map(str, fault)) for fault in faults]
 
