@@ -214,9 +214,8 @@ def by_tiles(
             shared = share if len(parts) > 1 else None
             mine = [part for n, part in enumerate(parts) if shared is None or shared.mine(n)]
             for number, part in enumerate(mine):
-                release_memory(
-                    weight.device
-                )  # what else was there, in other sizes, is in the way of this one
+                # What other tiles left, in other sizes, is in the way of this one.
+                release_memory(weight.device)
                 frames = frames_of(source[part.source], weight)
                 if on_frame:
                     frames = _told(frames, on_frame, number * source.size(1), len(mine) * source.size(1))
