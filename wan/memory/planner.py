@@ -234,9 +234,8 @@ class _Fitting:
         ):
             return False
         options = replace(self._setting, **way)
-        if any(
-            predictor.live(name, options) > room for name in self._stages
-        ):  # found sooner than what is reserved
+        # Live bytes are found sooner than reserved ones.
+        if any(predictor.live(name, options) > room for name in self._stages):
             return False
         return all(predictor.fits(name, options, room) for name in self._stages)
 

@@ -123,9 +123,8 @@ class Runner:
                         video = _made(pipeline, keeper, self._tell)
                         break
                     except Exception as error:
-                        if (
-                            self._ranks
-                        ):  # they have lost step: they end, and what goes on has less to plan with
+                        if self._ranks:
+                            # They have lost step: they end, and what goes on has less to plan with.
                             keeper.go_on(**self._less_room(request, plan, error))
                             keeper.save()
                             raise
