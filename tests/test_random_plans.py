@@ -31,7 +31,7 @@ from wan.run.planning import planner_of
 from wan.run.request import PLANNED
 from wan.tasks import TASKS
 
-CASES = int(os.environ.get("WAN_RANDOM_PLANS", 60))
+CASES = int(os.environ.get("WAN_RANDOM_PLANS", 12))
 LAYERS = 3
 GIVEN = [
     *({} for _ in range(6)),

@@ -15,9 +15,8 @@ from .memory.options import MemoryOptions
 from .memory.residency import Component
 from .memory.streaming import Streamer
 from .modules.model import WanModel
+from .sampling import Flows
 
-# Of a latent [C, F, H, W] and a timestep [1]: the flow for each prompt that is asked for, [C, F, H, W] fp32.
-Flows = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 PROMPT, NEGATIVE_PROMPT = 0, 1
 
 

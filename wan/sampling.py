@@ -16,6 +16,8 @@ from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 SOLVERS = ("unipc", "dpm++", "euler")
 
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Of a latent [C, F, H, W] and a timestep [1]: the flow for each prompt that is asked for, [C, F, H, W] fp32.
+Flows = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 OnStep = Callable[[torch.Tensor, "Solver"], None]
 
 
@@ -33,7 +35,7 @@ def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
     return guided_together(lambda latent, t: [flow(latent, t), unconditional(latent, t)], scale)
 
 
-def guided_together(flows: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], scale: float) -> Flow:
+def guided_together(flows: Flows, scale: float) -> Flow:
     """As `guided`, of what gives the flow and the unconditional one in one call, or at a scale of 1 the flow alone."""
     if scale == 1:
         return lambda latent, t: flows(latent, t)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..memory.vae_tiling import Index
-from ..passes import Flows
+from ..sampling import Flows
 from .ranks import Ranks
 from .sequence import apply_ranks
 
