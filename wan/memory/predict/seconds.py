@@ -1,9 +1,9 @@
 """How long the stages take, from the rates of a machine: the larger of computing and copying, layer group by group.
 
 Beside products, attention and convolutions, every tensor that is made is written to the device's memory and read from
-it. Every weight is read once from memory that is
-not page-locked, whether it stays or streams; from then on streamed ones come at the rate of page-locked memory. Pieces
-of a sequence cost what their layers' weights cost to be read from the device's memory once more.
+it. Every weight is read once from memory that is not page-locked, whether it stays or streams; from then on streamed
+ones come at the rate of page-locked memory. Pieces of a sequence cost what their layers' weights cost to be read from
+the device's memory once more.
 """
 
 from __future__ import annotations
@@ -136,11 +136,11 @@ def group_bytes(model: nn.Module) -> list[int]:
 
 def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
     """The arguments are those of predict.vae.decode_bytes."""
-    passes, few = decoder_passes(model), encoded_frames(frames)
+    passes, latent_frames = decoder_passes(model), encoded_frames(frames)
     size, pixels = (height // STRIDE, width // STRIDE), (height, width)
-    before = sum(_work(one, few, *_whole(one, size)) for one in (passes.whole, passes.small))
+    before = sum(_work(one, latent_frames, *_whole(one, size)) for one in (passes.whole, passes.small))
     large, tiled = (
-        _work(passes.large, few, *_tiled(passes.large, size, pixels, 1, side)) for side in (0, tile)
+        _work(passes.large, latent_frames, *_tiled(passes.large, size, pixels, 1, side)) for side in (0, tile)
     )
     ledger = Ledger()
     decode_stage(ledger, model, frames, height, width, 0, arrives=False)
@@ -149,11 +149,13 @@ def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile:
 
 def encode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
     """The arguments are those of predict.vae.encode_bytes."""
-    passes, few = encoder_passes(model), encoded_frames(frames)
+    passes, latent_frames = encoder_passes(model), encoded_frames(frames)
     size, pixels = (height // STRIDE, width // STRIDE), (height, width)
-    after = sum(_work(one, few, *_whole(one, size)) for one in (passes.whole, passes.small))
+    after = sum(_work(one, latent_frames, *_whole(one, size)) for one in (passes.whole, passes.small))
     large, tiled = (
-        _work(passes.large, decoded_frames(few), *_tiled(passes.large, pixels, pixels, STRIDE, side))
+        _work(
+            passes.large, decoded_frames(latent_frames), *_tiled(passes.large, pixels, pixels, STRIDE, side)
+        )
         for side in (0, tile)
     )
     ledger = Ledger()

@@ -36,12 +36,12 @@ BYTES = 4  # of an fp32 number
 FILLED = 5  # latent frames after which every operation remembers as much as it ever will
 PERIOD = 4  # frames of a video for each latent one
 NEAR = 0.75  # of the largest tile's area, from which on a tile may take as much memory
-# The allocator takes at most so much of the device for live tensors: a share of them, and room in segments partly used.
+# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and partly used segments.
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 
 def surely_reserved(live: float) -> float:
-    """Bytes of the device that the allocator takes at most for so many in the VAE's tensors."""
+    """Bytes of the device that the allocator takes for so many in the VAE's tensors, with room to spare."""
     return SEGMENTS + RESERVED * live
 
 
@@ -102,12 +102,12 @@ def decode_stage(
     weights = ledger.arrive(_decoder(model)) if arrives else []
     shapes = _tile_shapes(decoder_passes, model, height, width, tile)
     latent = (height // STRIDE, width // STRIDE)
-    few = encoded_frames(frames)
+    latent_frames = encoded_frames(frames)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-    ledger.play(_decoding(model, "whole", few, (latent,)))
-    ledger.play(_decoding(model, "small", few, (latent,)))
+    ledger.play(_decoding(model, "whole", latent_frames, (latent,)))
+    ledger.play(_decoding(model, "small", latent_frames, (latent,)))
     ledger.drop(*statistics)
-    _play_tiles(ledger, [_decoding(model, "large", few, shape) for shape in shapes[:most_tiles]])
+    _play_tiles(ledger, [_decoding(model, "large", latent_frames, shape) for shape in shapes[:most_tiles]])
     ledger.drop(*weights)
     ledger.release()
 
@@ -144,12 +144,12 @@ def encode_stage(
     """
     weights = ledger.arrive(_encoder(model)) if arrives else []
     shapes = _tile_shapes(encoder_passes, model, height, width, tile)
-    latent, few = (height // STRIDE, width // STRIDE), encoded_frames(frames)
-    _play_tiles(ledger, [_encoding(model, "large", few, shape) for shape in shapes[:most_tiles]])
-    ledger.play(_encoding(model, "small", few, (latent,)))
-    ledger.take(BYTES * model.z_dim * few * math.prod(latent))
+    latent, latent_frames = (height // STRIDE, width // STRIDE), encoded_frames(frames)
+    _play_tiles(ledger, [_encoding(model, "large", latent_frames, shape) for shape in shapes[:most_tiles]])
+    ledger.play(_encoding(model, "small", latent_frames, (latent,)))
+    ledger.take(BYTES * model.z_dim * latent_frames * math.prod(latent))
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
-    ledger.play(_encoding(model, "whole", few, (latent,)))
+    ledger.play(_encoding(model, "whole", latent_frames, (latent,)))
     ledger.drop(*statistics, *weights)
     ledger.release()
 
