@@ -131,15 +131,15 @@ def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
     names = {"shape": SHAPES, "colour": COLOURS, "ground": GROUNDS, "motion": MOTIONS}
     drawn = {name: str(rng.choice(list(choices))) for name, choices in names.items()} | fixed
     motion = drawn["motion"]
-    x, y, radius = rng.uniform(24, WIDTH - 24), rng.uniform(18, HEIGHT - 18), rng.uniform(7, 9)
+    x, y, radius = rng.uniform(28, WIDTH - 28), rng.uniform(19, HEIGHT - 19), rng.uniform(8, 10)
     if motion in ("right", "left"):
-        x, reach = rng.uniform(13, 25), rng.uniform(34, 42)
+        x, reach = rng.uniform(12, 16), rng.uniform(48, 54)
         x = WIDTH - x if motion == "left" else x
     elif motion in ("up", "down"):
-        y, reach = rng.uniform(11, 15), rng.uniform(19, 22)
+        y, reach = rng.uniform(11, 13), rng.uniform(22, 25)
         y = HEIGHT - y if motion == "up" else y
     elif motion == "bounces":
-        y, reach = rng.uniform(34, 37), rng.uniform(17, 21)
+        y, reach = rng.uniform(34, 37), rng.uniform(16, 20)
     else:
         small, reach = rng.uniform(4, 5.5), rng.uniform(7, 9)
         radius = small if motion == "grows" else small + reach
