@@ -131,17 +131,17 @@ def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
     names = {"shape": SHAPES, "colour": COLOURS, "ground": GROUNDS, "motion": MOTIONS}
     drawn = {name: str(rng.choice(list(choices))) for name, choices in names.items()} | fixed
     motion = drawn["motion"]
-    x, y, radius = rng.uniform(28, WIDTH - 28), rng.uniform(19, HEIGHT - 19), rng.uniform(8, 10)
+    x, y, radius = rng.uniform(30, WIDTH - 30), rng.uniform(21, HEIGHT - 21), rng.uniform(9.5, 11.5)
     if motion in ("right", "left"):
-        x, reach = rng.uniform(12, 16), rng.uniform(48, 54)
+        x, reach = rng.uniform(13, 16), rng.uniform(48, 51)
         x = WIDTH - x if motion == "left" else x
     elif motion in ("up", "down"):
-        y, reach = rng.uniform(11, 13), rng.uniform(22, 25)
+        y, reach = rng.uniform(14, 15), rng.uniform(18, 20)
         y = HEIGHT - y if motion == "up" else y
     elif motion == "bounces":
-        y, reach = rng.uniform(34, 37), rng.uniform(16, 20)
+        y, reach = rng.uniform(33, 36), rng.uniform(15, 18)
     else:
-        small, reach = rng.uniform(4, 5.5), rng.uniform(7, 9)
+        small, reach = rng.uniform(5, 6.5), rng.uniform(8, 10)
         radius = small if motion == "grows" else small + reach
     return Clip(**drawn, x=float(x), y=float(y), radius=float(radius), reach=float(reach))
 

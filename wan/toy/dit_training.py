@@ -67,20 +67,18 @@ def _patches(embedding: nn.Conv3d, x: torch.Tensor) -> tuple[torch.Tensor, tuple
     return patches.flatten(2).transpose(1, 2), (frames, rows, columns)
 
 
-def _turn(freqs: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary embedding of every token, [L, head_dim / 2] each."""
+def _turn(freqs: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The rotary embedding of every token, complex64 [L, head_dim / 2]."""
     half = freqs.size(1)
     tables = freqs.split([half - 2 * (half // 3), half // 3, half // 3], dim=1)
     places = torch.cartesian_prod(*(torch.arange(length) for length in grid))
     turn = torch.cat([table[place] for table, place in zip(tables, places.unbind(1))], dim=1)
-    return turn.real.float(), turn.imag.float()
+    return turn.to(torch.complex64)
 
 
-def _turned(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """x: [B, heads, L, head_dim]."""
-    cos, sin = turn
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +98,7 @@ def _block(
     x: torch.Tensor,
     modulation: torch.Tensor,
     text: torch.Tensor,
-    turn: tuple[torch.Tensor, torch.Tensor],
+    turn: torch.Tensor,
 ) -> torch.Tensor:
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).chunk(6, dim=1)
     own, cross = block.self_attn, block.cross_attn
