@@ -99,7 +99,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(part, tmp_path, monkey
             vae_training.train_vae(model, count, 1, 1, 1e-3, 0, lambda *told: None, kept)
             monkeypatch.setattr(vae_training, "crops", crops)
         else:
-            model = WanModel(dim=24, ffn_dim=16, freq_dim=8, num_heads=2, num_layers=1, text_dim=64)
+            model = WanModel(dim=24, ffn_dim=16, freq_dim=8, num_heads=2, num_layers=2, text_dim=64)
             start(model, 0)
 
             def draw(step):

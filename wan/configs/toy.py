@@ -13,7 +13,7 @@ T5 = {"vocab_size": 640, "d_model": TEXT_DIM, "d_kv": 16, "d_ff": 128, "num_laye
 DIT = {
     "dim": 128,
     "ffn_dim": 384,
-    "num_heads": 4,
+    "num_heads": 8,
     "num_layers": 4,
     "text_len": TEXT_LEN,
     "text_dim": TEXT_DIM,

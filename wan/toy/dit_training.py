@@ -14,9 +14,15 @@ from torch import nn
 from ..modules.conditions import sinusoidal_embedding
 from ..modules.forward import patches_to_video
 from ..modules.model import WanModel
+from .places import BLOCKS, Places, look_around
 from .steps import set_rates, share_of_rate, steps
 
 SHIFT = 3.0  # of the noise levels that are learned, towards noise
+CLEARER, CLEARER_SHIFT = (
+    0.6,
+    8.0,
+)  # share of samples with a clearer frame, and the shift of their other frames
+PLACES_SHARE = 0.1  # in the loss
 MUON = 3.0  # its rate, as a multiple of AdamW's
 Batch = dict[str, torch.Tensor]
 
@@ -28,6 +34,7 @@ def flow(
     context: torch.Tensor,
     y: torch.Tensor | None = None,
     vace_context: torch.Tensor | None = None,
+    midst: Callable[[torch.Tensor, tuple[int, int, int]], None] = lambda tokens, grid: None,
 ) -> torch.Tensor:
     """What the model's own forward pass predicts, fp32, differentiable; the image's tokens are left out.
 
@@ -37,24 +44,25 @@ def flow(
         context: [B, text_len, text_dim], prompts padded with zeros.
         y: [B, 20, F, H, W] that joins x, of an image model.
         vace_context: [B, 96, F, H, W], of a VACE model.
+        midst: is given the tokens [B, L, dim] behind the first BLOCKS blocks, and their frames, rows and columns.
     """
     tokens, grid = _patches(model.patch_embedding, x if y is None else torch.cat([x, y], 1))
     time = model.time_embedding(sinusoidal_embedding(model.freq_dim, t))
     modulation = model.time_projection(time).unflatten(1, (6, -1))
     text = model.text_embedding(context)
     turn = _turn(model.freqs, grid)
-    if vace_context is None:
-        for block in model.blocks:
-            tokens = _block(block, tokens, modulation, text, turn)
-    else:
+    hinted = {}
+    if vace_context is not None:
         hints, _ = _patches(model.vace_patch_embedding, vace_context)
         hints = model.vace_blocks[0].before_proj(hints) + tokens
         hinted = dict(zip(model.vace_layers, model.vace_blocks))
-        for i, block in enumerate(model.blocks):
-            tokens = _block(block, tokens, modulation, text, turn)
-            if i in hinted:
-                hints = _block(hinted[i], hints, modulation, text, turn)
-                tokens = tokens + hinted[i].after_proj(hints)
+    for i, block in enumerate(model.blocks):
+        tokens = _block(block, tokens, modulation, text, turn)
+        if i in hinted:
+            hints = _block(hinted[i], hints, modulation, text, turn)
+            tokens = tokens + hinted[i].after_proj(hints)
+        if i + 1 == BLOCKS:
+            midst(tokens, grid)
     shift, scale = (model.head.modulation + time[:, None]).chunk(2, dim=1)
     patches = model.head.head(_normed(model.head.norm, tokens) * (1 + scale) + shift)
     time_step, down, right = model.patch_size
@@ -116,7 +124,7 @@ def _block(
 
 
 def start(model: WanModel, seed: int) -> None:
-    """First weights: matrices that keep their input's scale, modulation and head near zero."""
+    """First weights: matrices that keep their input's scale, modulation and head near zero, heads that look around."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -127,6 +135,7 @@ def start(model: WanModel, seed: int) -> None:
             elif parameter.dim() > 1:
                 width = math.prod(parameter.shape[1:])
                 parameter.normal_(std=width**-0.5, generator=generator)
+    look_around(model)
 
 
 class Muon(torch.optim.Optimizer):
@@ -174,6 +183,7 @@ def train_dit(
     tell: Callable[[int, float], None],
     kept: Path,
     trained: Callable[[str], bool] = lambda name: True,
+    places_alone: int = 0,
 ) -> None:
     """Teaches the flow.
 
@@ -185,30 +195,25 @@ def train_dit(
         tell: is told step and loss, averaged over some steps, now and then.
         kept: where an interrupted training goes on, see steps.py.
         trained: which parameters are, by name.
+        places_alone: first steps, in which no more is learned than where tokens are.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained(name))
     averaged = copy.deepcopy(model).requires_grad_(False)
+    places = Places(model.dim)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = [name for name, p in learning.items() if p.dim() == 2 and "blocks." in name]
     outer = [p for name, p in learning.items() if name not in inner]
     muon = Muon([learning[name] for name in inner], MUON * rate)
-    adam = torch.optim.AdamW(outer, rate, betas=(0.9, 0.98), weight_decay=0)
+    adam = torch.optim.AdamW([*outer, *places.parameters()], rate, betas=(0.9, 0.98), weight_decay=0)
     recent = None
-    parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam}
+    parts = {"model": model, "averaged": averaged, "places": places, "muon": muon, "adam": adam}
     for step in steps(count, kept, parts):
         set_rates([muon, adam], share_of_rate(step, count))
-        generator = torch.Generator().manual_seed(seed + step)
-        batch = draw(step)
-        clean = batch.pop("latents")
-        even = torch.rand(clean.size(0), generator=generator)
-        sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
-        noise = torch.randn(clean.shape, generator=generator)
-        predicted = flow(model, clean.lerp(noise, sigma.view(-1, 1, 1, 1, 1)), sigma * 1000, **batch)
-        loss = F.mse_loss(predicted, noise - clean)
+        loss, lost = _losses(model, places, draw(step), torch.Generator().manual_seed(seed + step))
         muon.zero_grad()
         adam.zero_grad()
-        loss.backward()
+        (lost if step < places_alone else loss + PLACES_SHARE * lost).backward()
         nn.utils.clip_grad_norm_(learning.values(), 1.0)
         muon.step()
         adam.step()
@@ -220,3 +225,19 @@ def train_dit(
             tell(step + 1, recent)
     model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)
+
+
+def _losses(
+    model: WanModel, places: Places, batch: Batch, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the flow, a mean square; and of the places."""
+    clean = batch.pop("latents")
+    even = torch.rand(clean.size(0), generator=generator)
+    sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = clean.lerp(noise, sigma.view(-1, 1, 1, 1, 1))
+    asked: list[torch.Tensor] = []
+    predicted = flow(
+        model, noisy, sigma * 1000, midst=lambda *tokens: asked.append(places.loss(*tokens)), **batch
+    )
+    return F.mse_loss(predicted, noise - clean), asked[0]

@@ -18,6 +18,7 @@ from .dit_training import Batch
 from .vae_training import encoded_by_frames
 
 BATCH = 16
+GIVEN = (3, 2)  # of a batch, with the first frame given, and with first and last
 UNSAID = 0.1  # share of lessons without a caption, for guidance
 
 
@@ -60,71 +61,43 @@ def _heard(caption: str, rng: np.random.Generator) -> str:
     return "" if rng.random() < UNSAID else caption
 
 
-class TextLessons:
-    """Clips with their captions; every sixth batch is of their first frames alone."""
+class Lessons:
+    """Clips with their captions; for some in a batch the first frame is given, for some the last as well.
+
+    What a model learns of motion where frames are given it keeps where it has to begin with noise. Every eighth batch
+    is of twice as many first frames alone.
+    """
 
     def __init__(self, vae: VAE, texts: Texts, count: int, seed: int):
         self.seed, self.texts = seed, texts
         rng = np.random.default_rng([seed, 1])
         self.clips = [random_clip(rng) for _ in range(count)]
         self.latents = latents_of(vae, [clip.video() for clip in self.clips])
+        self.given = [self._given(vae, last) for last in (False, True)]
 
-    def draw(self, step: int, batch: int = BATCH, among: Sequence[int] | None = None) -> Batch:
-        """among: the numbers of the clips to choose from; None for all."""
-        rng = np.random.default_rng([self.seed, 1, step])
-        chosen = rng.choice(len(self.clips) if among is None else among, size=batch)
-        still = step % 6 == 5
-        captions = [_heard(self.clips[i].caption(rng, still), rng) for i in chosen]
-        frames = 1 if still else None
-        return {"latents": self.latents[chosen, :, :frames], "context": self.texts(captions)}
-
-
-class ImageLessons:
-    """Clips with their first frame given, or first and last."""
-
-    def __init__(self, vae: VAE, text: TextLessons, count: int, seed: int):
-        self.seed, self.text = seed, text
-        self.given = []
-        for last in (False, True):
-            videos = []
-            for clip in text.clips[:count]:
-                video = clip.video()
-                video[:, 1 : FRAMES - last] = 0
-                videos.append(video)
-            latents = latents_of(vae, videos)
-            mask = known_mask(latents.shape[1:], last).expand(count, -1, -1, -1, -1)
-            self.given.append(torch.cat([mask, latents], 1))
-
-    def draw(self, step: int, batch: int = BATCH) -> Batch:
-        given = self.given[step % 2]
-        rng = np.random.default_rng([self.seed, 2, step])
-        chosen = rng.integers(len(given), size=batch)
-        captions = [_heard(self.text.clips[i].caption(rng), rng) for i in chosen]
-        return {
-            "latents": self.text.latents[chosen],
-            "context": self.text.texts(captions),
-            "y": given[chosen],
-        }
-
-
-class BothLessons:
-    """Two of text alone, for which nothing is known of the video, to one with frames given; of those two one is of
-    what moves to a side, which is learned last.
-
-    What a model learns of motion where the first frame is given it keeps where it has to begin with noise.
-    """
-
-    def __init__(self, text: TextLessons, image: ImageLessons):
-        self.text, self.image = text, image
-        self.sideways = [n for n, clip in enumerate(text.clips) if clip.motion in ("left", "right")]
+    def _given(self, vae: VAE, last: bool) -> torch.Tensor:
+        """Mask and latents of the frames that are known, [count, 20, F, h, w]."""
+        videos = []
+        for clip in self.clips:
+            video = clip.video()
+            video[:, 1 : FRAMES - last] = 0
+            videos.append(video)
+        latents = latents_of(vae, videos)
+        mask = known_mask(latents.shape[1:], last).expand(len(videos), -1, -1, -1, -1)
+        return torch.cat([mask, latents], 1)
 
     def draw(self, step: int) -> Batch:
-        if step % 3 == 0:
-            return self.image.draw(step // 3)
-        batch = self.text.draw(step, among=self.sideways if step % 3 == 1 else None)
-        latents = batch["latents"]
-        channels = self.image.given[0].size(1)
-        return batch | {"y": torch.zeros(len(latents), channels, *latents.shape[2:])}
+        rng = np.random.default_rng([self.seed, 1, step])
+        still = step % 8 == 7
+        chosen = rng.integers(len(self.clips), size=BATCH * (1 + still))
+        captions = [_heard(self.clips[i].caption(rng, still), rng) for i in chosen]
+        latents = self.latents[chosen, :, : 1 if still else None]
+        y = torch.zeros(len(latents), self.given[0].size(1), *latents.shape[2:])
+        if not still:
+            ends = np.cumsum([0, *GIVEN])
+            for start, end, given in zip(ends, ends[1:], self.given):
+                y[start:end] = given[chosen[start:end]]
+        return {"latents": latents, "context": self.texts(captions), "y": y}
 
 
 def reference(shape: str, colour: str) -> np.ndarray:
@@ -156,15 +129,15 @@ def masked(source: np.ndarray, hole: tuple[slice, slice]) -> tuple[np.ndarray, n
 
 
 class VaceLessons:
-    """Clips to be filled into a hole of another, or that show what a reference shows."""
+    """Clips to be filled into a hole of another; with a reference that shows their shape; or with no source at all."""
 
-    def __init__(self, vae: VAE, text: TextLessons, count: int, seed: int):
-        self.seed, self.text = seed, text
+    def __init__(self, vae: VAE, lessons: Lessons, count: int, seed: int):
+        self.seed, self.lessons = seed, lessons
         rng = np.random.default_rng([seed, 3])
         kept: list[np.ndarray] = []
         made: list[np.ndarray] = []
         masks: list[np.ndarray] = []
-        for clip in text.clips[:count]:
+        for clip in lessons.clips[:count]:
             other = random_clip(rng, ground=clip.ground)
             parts = masked(other.video(), hole_about(clip, other))
             for part, parts_of in zip(parts, (kept, made, masks)):
@@ -177,27 +150,23 @@ class VaceLessons:
         pictures = latents_of(vae, [reference(*name) for name in names])
         self.references = dict(zip(names, pictures))
 
-    def draw(self, step: int, batch: int = BATCH) -> Batch:
+    def draw(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, 3, step])
-        chosen = rng.integers(len(self.filled), size=batch)
-        clips, latents = [self.text.clips[i] for i in chosen], self.text.latents[chosen]
+        chosen = rng.integers(len(self.filled), size=BATCH)
+        clips, latents = [self.lessons.clips[i] for i in chosen], self.lessons.latents[chosen]
+        context = self.free.expand(BATCH, -1, -1, -1, -1)
+        captions = [clip.caption(rng) for clip in clips]
         if step % 2:
-            captions = [_heard(clip.caption(rng), rng) for clip in clips]
-            return {
-                "latents": latents,
-                "context": self.text.texts(captions),
-                "vace_context": self.filled[chosen],
-            }
-        pictures = torch.stack([self.references[clip.shape, clip.colour] for clip in clips])
-        front = torch.cat([pictures, torch.zeros(batch, 96 - 16, *pictures.shape[2:])], 1)
-        captions = [
-            _heard(referring(clip) if rng.random() < 0.7 else clip.caption(rng), rng) for clip in clips
-        ]
-        return {
-            "latents": torch.cat([pictures, latents], 2),
-            "context": self.text.texts(captions),
-            "vace_context": torch.cat([front, self.free.expand(batch, -1, -1, -1, -1)], 2),
-        }
+            pictures = torch.stack([self.references[clip.shape, clip.colour] for clip in clips])
+            captions = [
+                referring(clip) if rng.random() < 0.7 else said for clip, said in zip(clips, captions)
+            ]
+            front = torch.cat([pictures, torch.zeros(BATCH, 96 - 16, *pictures.shape[2:])], 1)
+            latents, context = torch.cat([pictures, latents], 2), torch.cat([front, context], 2)
+        elif step % 6:
+            context = self.filled[chosen]
+        heard = [_heard(said, rng) for said in captions]
+        return {"latents": latents, "context": self.lessons.texts(heard), "vace_context": context}
 
 
 def _vace_context(kept: torch.Tensor, made: torch.Tensor, masks: Sequence[np.ndarray]) -> torch.Tensor:

@@ -53,7 +53,12 @@ def seen(video: np.ndarray) -> Seen:
     inner = apart > 0.8 * np.quantile(apart[shown], 0.9)
     colour = np.median(pixels[:, inner], axis=1)
     return Seen(
-        _nearest(ground, GROUNDS), _nearest(colour, COLOURS), _shape(shown), _motion(places, areas), places, areas
+        _nearest(ground, GROUNDS),
+        _nearest(colour, COLOURS),
+        _shape(shown),
+        _motion(places, areas),
+        places,
+        areas,
     )
 
 

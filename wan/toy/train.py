@@ -22,11 +22,11 @@ from ..modules.vae import VAE
 from . import checkpoints, vae_training
 from .clips import random_clip
 from .dit_training import start, train_dit
-from .lessons import BothLessons, ImageLessons, TextLessons, Texts, VaceLessons
+from .lessons import Lessons, Texts, VaceLessons
 
 SEED = 0
 Made = TypeVar("Made")
-CLIPS = 1500
+CLIPS = 2000
 # The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
 # before as well, then learns what lies between.
 VAE_STAGES: dict[str, dict[str, Any]] = {
@@ -91,61 +91,49 @@ class Training:
             self.dits(vae)
 
     def dits(self, vae: VAE) -> None:
-        """One for text and images, which learns text, then images, then both; and VACE's blocks beside it.
-
-        Lessons with sources are of a third of the clips.
-        """
+        """One for text and images; and VACE's, which goes on from it, with lessons from half of the clips."""
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
-        text = self.kept("text-lessons", lambda: TextLessons(vae, Texts(self.folder), CLIPS, SEED))
-        image = self.kept("image-lessons", lambda: ImageLessons(vae, text, CLIPS // 3, SEED))
-        weights = self.dit("text", "t2v-toy", text, 10_000, 2e-3)
-        weights = self.dit("image", "i2v-toy", image, 3000, 1e-3, weights)
-        weights = self.dit("both", "i2v-toy", BothLessons(text, image), 14_000, 2e-3, weights, SEED + 10**6)
+        lessons = self.kept("lessons", lambda: Lessons(vae, Texts(self.folder), CLIPS, SEED))
+        weights = self.dit("dit", "i2v-toy", lessons, 14_000, 2e-3)
         checkpoints.save_weights(self.folder, "image", {PATCHES: weights[PATCHES]})
         weights[PATCHES] = weights[PATCHES][:, : vae.z_dim]
         checkpoints.save_weights(self.folder, "t2v", weights)
-        vace = self.kept("vace-lessons", lambda: VaceLessons(vae, text, CLIPS // 3, SEED))
-        checkpoints.save_weights(self.folder, "vace", self.dit("vace", "vace-toy", vace, 3000, 1e-3, weights))
+        sources = self.kept("vace-lessons", lambda: VaceLessons(vae, lessons, CLIPS // 2, SEED))
+        weights = self.dit("vace", "vace-toy", sources, 4000, 1e-3, weights)
+        checkpoints.save_weights(self.folder, "vace", weights)
 
     def dit(
         self,
         name: str,
         task: str,
-        lessons: TextLessons | ImageLessons | BothLessons | VaceLessons,
+        lessons: Lessons | VaceLessons,
         steps: int,
         rate: float,
         before: checkpoints.Weights | None = None,
-        seed: int = SEED,
     ) -> checkpoints.Weights:
-        """Trains a task's DiT, from another's weights if given; of a VACE model, what that one lacks."""
+        """Trains a task's DiT, from another's weights if given, but for the image branch."""
         sizes = {key: value for key, value in TOY_CONFIGS[task].dit_config.items() if key[0] != "_"}
         model = (VaceWanModel if name == "vace" else WanModel)(**sizes)
         start(model, SEED)
         if before:
             adopt(model, before)
-        own = ("vace_",) if name == "vace" else ("",)
 
         def trained(parameter: str) -> bool:
-            return parameter.startswith(own) and not any(part in parameter for part in IMAGE_BRANCH)
+            return not any(part in parameter for part in IMAGE_BRANCH)
 
         def make() -> dict[str, torch.Tensor]:
             kept = self.folder / f"{name}-unfinished.pt"
-            train_dit(model, lessons.draw, steps, rate, seed, self.teller(name), kept, trained)
+            first = 0 if before else 200
+            train_dit(model, lessons.draw, steps, rate, SEED, self.teller(name), kept, trained, first)
             return {key: tensor for key, tensor in model.state_dict().items() if trained(key)}
 
         return self.kept(name, make)
 
 
-def adopt(model: WanModel, other: checkpoints.Weights) -> None:
-    """Starts a model from another's weights: new inputs are silent, and VACE blocks copies of their blocks."""
-    weights = model.state_dict()
-    for name, tensor in other.items():
-        if weights[name].shape != tensor.shape:  # the patch embedding of more channels
-            wider = torch.zeros_like(weights[name])
-            wider[:, : tensor.size(1)] = tensor
-            tensor = wider
-        weights[name] = tensor.clone()
-    for number, layer in enumerate(getattr(model, "vace_layers", ())):
+def adopt(model: VaceWanModel, other: checkpoints.Weights) -> None:
+    """Starts a VACE model from another's weights, its own blocks as copies of theirs."""
+    weights = model.state_dict() | other
+    for number, layer in enumerate(model.vace_layers):
         for name, tensor in other.items():
             if name.startswith(f"blocks.{layer}."):
                 weights[name.replace(f"blocks.{layer}.", f"vace_blocks.{number}.")] = tensor.clone()
