@@ -116,7 +116,7 @@ def test_guidance_pulls_to_the_prompt():
     pulled, free, unsaid = follow(), follow(guide_scale=1.0), follow(prompt="")
     print(f"of {CONTROLS} as said: {pulled}, without guidance {free}, without a prompt {unsaid}")
     assert pulled >= free
-    assert unsaid <= CONTROLS // 4  # one in 42 by chance
+    assert unsaid <= CONTROLS // 4 < pulled  # one in 42 by chance
 
 
 def test_memory_options_give_the_same_video():
@@ -129,14 +129,13 @@ def test_memory_options_give_the_same_video():
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "euler"])
-def test_solvers_mean_the_same(solver):
+def test_other_solvers_mean_the_same(solver):
     right = []
     for number in range(FEW):
-        there, same = (
-            seen(shown("text", number, **settings)[1]) for settings in ({"sample_solver": solver}, {})
-        )
+        request, video = shown("text", number, sample_solver=solver)
+        there = seen(video)
         right.append(
-            (asked("text", number).prompt, (there.colour, there.motion) == (same.colour, same.motion))
+            (request.prompt, (there.colour, there.motion) == (request.clip.colour, request.clip.motion))
         )
     check(0.75, solver, right)
 

@@ -12,9 +12,9 @@ from .clips import Clip
 from .lessons import hole_about, masked, reference
 
 # What the default prompts say of them is in wan/tasks.py.
-BEGUN = Clip("square", "blue", "white", "right", x=14, y=25, radius=9, reach=50)
-FRAMED = Clip("triangle", "pink", "black", "left", x=66, y=24, radius=9.5, reach=52)
-REPLACED = Clip("ball", "red", "grey", "right", x=14, y=24, radius=9, reach=51)
+BEGUN = Clip("square", "blue", "white", "right", x=14.5, y=25, radius=10, reach=50)
+FRAMED = Clip("triangle", "pink", "black", "left", x=65.5, y=24, radius=10, reach=50)
+REPLACED = Clip("ball", "red", "grey", "right", x=14.5, y=24, radius=10, reach=50)
 REFERRED = ("square", "turquoise")
 
 
