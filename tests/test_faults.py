@@ -19,6 +19,7 @@ from PIL import Image
 from test_resume import OFTEN, SETTINGS, command, in_a_child, states, whole  # noqa: F401
 
 from wan import tiny
+from wan.configs.tiny import TINY_CONFIGS
 from wan.run.state import read_state
 from wan.tasks import TASKS
 from wan.utils import files, progress
@@ -172,7 +173,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.mark.skipif(not ALL, reason="takes long: set WAN_EVERY_KILL=1")
-@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.toy])
+@pytest.mark.parametrize("task", TINY_CONFIGS)
 def test_killed_at_random_moments(task, whole):  # noqa: F811
     name = "out.png" if TASKS[task].still else "out.mp4"
     few = ["--frame_num", "1"] if TASKS[task].still else []

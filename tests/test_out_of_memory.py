@@ -9,6 +9,7 @@ import torch
 
 import wan.run.runner
 from virtual_gpu import VirtualGPU
+from wan.configs.tiny import TINY_CONFIGS
 from wan.memory.options import LOW_VRAM, MemoryOptions
 from wan.run import Request, Runner
 from wan.tasks import TASKS
@@ -19,13 +20,12 @@ OPTIONS = {
     "low_vram": MemoryOptions(**LOW_VRAM | {"dit_chunk": 64}),
     "all stay": MemoryOptions(offload_model=False),
 }
-TOYS = [name for name, task in TASKS.items() if task.toy]
 # Which of a run's allocations fail, as shares of them; the last are the decoder's.
 CASES = [("t2v-tiny", "low_vram", (0.02, 0.6)), ("t2v-tiny", "all stay", (0.6, 0.97))]
 CASES += [("t2i-tiny", "no flags", (0.3,)), ("i2v-tiny", "all stay", (0.2,))]
 CASES += [("vace-tiny", "low_vram", (0.4,))]
 if os.environ.get("WAN_EVERY_KILL"):  # for an hour when nothing else is to be done
-    CASES = [(task, options, [n / 12 for n in range(12)]) for task in TOYS for options in OPTIONS]
+    CASES = [(task, options, [n / 12 for n in range(12)]) for task in TINY_CONFIGS for options in OPTIONS]
 
 
 class Full:

@@ -153,7 +153,7 @@ def makes_a_video_that_plays(site):
     site.done(job)
     video = site.part("now").locator("video")
     video.wait_for()
-    until(lambda: video.evaluate("v => v.readyState >= 2 && v.videoWidth === 128 && v.currentTime > 0.2"))
+    until(lambda: video.evaluate("v => v.readyState >= 2 && v.videoWidth === 80 && v.currentTime > 0.2"))
     assert "RAM" in site.part("memory").inner_text()
     assert site.part("gallery").locator("video").count() == 1
 
@@ -308,10 +308,10 @@ def test_under_load(tmp_path):
 
 
 PROMPTS = (
-    "a red ball rolls to the right",
-    "a blue square grows on a green ground",
-    "a yellow triangle bounces",
-    "two balls cross on a grey ground",
+    "a red ball rolls to the right on a white ground",
+    "a blue square grows on a white ground",
+    "a yellow triangle bounces on a grey ground",
+    "a green ball falls on a black ground",
 )
 
 
@@ -340,7 +340,7 @@ def test_pictures_for_the_document(tmp_path):
             visited.done(job)
         job = visited.make(prompt=PROMPTS[0], steps=40)
         for prompt in PROMPTS[1:3]:
-            visited.make(prompt=prompt, steps=10)
+            visited.make(prompt=prompt, steps=20)
         visited.part("queue").get_by_role("button", name="Pause").last.click()
         until(lambda: (visited.job(job["id"])["progress"]["preview_step"] or 0) >= 24)
         visited.page.wait_for_timeout(1500)

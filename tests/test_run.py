@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from wan import tiny
 from wan.configs import WAN_CONFIGS
+from wan.configs.tiny import TINY_CONFIGS
 from wan.memory.options import MemoryOptions
 from wan.run import Request, run
 from wan.run.settings import read_settings
@@ -92,7 +93,7 @@ def test_any_size_and_one_line_about_it(task, tmp_path, caplog):
     assert told == [f"{task} was trained at 96*128, 128*96, not at 48*80"]
 
 
-@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.toy])
+@pytest.mark.parametrize("task", TINY_CONFIGS)
 def test_events_tell_the_whole_run(task, tmp_path):
     events = []
     path = tmp_path / ("out.png" if TASKS[task].still else "out.mp4")

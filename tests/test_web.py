@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wan.tasks import TASKS
 from wan.utils.errors import InputError
 from wan.web import queue as web_queue
 from wan.web.chart import chart
@@ -312,6 +313,19 @@ def test_paused_and_interrupted_jobs_go_on_to_the_same_bytes(tmp_path):
         assert not list(out.glob("*.state")) and not list(out.glob(".wan-*")) and not list(previews.iterdir())
     finally:
         queue.close()
+
+
+def test_first_comes_what_can_be_made_here(fake, tmp_path):
+    from wan.web.service import Service
+
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(TASKS["t2v-1.3B"].dit_config))
+    for checkpoints, first in [((), "t2v-toy"), ((str(tmp_path / "wan"),), "t2v-1.3B")]:
+        service = Service(Rules(tmp_path / "out", checkpoints))
+        try:
+            assert service.tasks[0] == first
+        finally:
+            service.close()
 
 
 def test_json_over_http(fake, tmp_path):

@@ -136,12 +136,27 @@ def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
     return {"dit": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": list(range(0, layers, step))}}
 
 
+def _random_toy(facts: dict[str, Any]) -> dict[str, Any]:
+    return {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
+
+
+# With which trained toys show most of what is asked for.
+_TOY_STEPS, _TOY_SHIFT = 20, 3.0
+
+
+def _trained_toy(facts: dict[str, Any], prompt: str, **inputs: str | None) -> dict[str, Any]:
+    return (
+        {"frame_num": 17}
+        | facts
+        | {"sample_steps": _TOY_STEPS, "sample_shift": _TOY_SHIFT, "shift_at": {}}
+        | {"prompt": prompt, "inputs": inputs, "toy": "toy.checkpoints:checkpoint"}
+    )
+
+
 # Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
 def _task(name: str, facts: dict[str, Any]) -> Task:
-    if name.endswith("-tiny"):
-        facts = {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
     sizes = SUPPORTED_SIZES[name]
-    size = next(size for size in ("1280*720", "832*480", "128*96") if size in sizes)
+    size = next(size for size in ("1280*720", "832*480", "128*96", "80*48") if size in sizes)
     return Task(config=WAN_CONFIGS[name], sizes=sizes, size=size, **facts)
 
 
@@ -156,10 +171,28 @@ TASKS = {
         "flf2v-14B": _FIRST_LAST,
         "vace-1.3B": _EDIT | _vace_blocks(30, 2),
         "vace-14B": _EDIT | _vace_blocks(40, 5),
-        "t2v-tiny": _TEXT,
-        "t2i-tiny": _STILL,
-        "i2v-tiny": _IMAGE,
-        "flf2v-tiny": _FIRST_LAST,
-        "vace-tiny": _EDIT,
+        "t2v-toy": _trained_toy(_TEXT, "a red ball rolls to the right on a white ground"),
+        "t2i-toy": _trained_toy(_STILL, "a turquoise triangle on a black ground"),
+        "i2v-toy": _trained_toy(
+            _IMAGE, "a blue square slides to the right on a white ground", image="toy_image.png"
+        ),
+        "flf2v-toy": _trained_toy(
+            _FIRST_LAST,
+            "a pink triangle slides to the left on a black ground",
+            first_frame="toy_first.png",
+            last_frame="toy_last.png",
+        ),
+        "vace-toy": _trained_toy(
+            _EDIT,
+            "a yellow triangle slides to the left on a grey ground",
+            src_video="toy_video.mp4",
+            src_mask="toy_mask.mp4",
+            src_ref_images=None,
+        ),
+        "t2v-tiny": _random_toy(_TEXT),
+        "t2i-tiny": _random_toy(_STILL),
+        "i2v-tiny": _random_toy(_IMAGE),
+        "flf2v-tiny": _random_toy(_FIRST_LAST),
+        "vace-tiny": _random_toy(_EDIT),
     }.items()
 }

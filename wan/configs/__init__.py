@@ -1,6 +1,7 @@
 """Model configs by task, and the sizes, in pixels, that each task supports.
 
-Names ending in `-tiny` are toy twins with random weights: every path of the program, on a CPU, in seconds.
+Names ending in `-toy` are small twins that were trained, in `-tiny` smaller ones of random numbers: every path of the
+program, on a CPU, in seconds.
 """
 
 import copy
@@ -9,6 +10,7 @@ from typing import Any
 from easydict import EasyDict
 
 from .tiny import TINY_CONFIGS
+from .toy import TOY_CONFIGS
 from .wan_i2v_14B import i2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2v_14B
@@ -31,12 +33,14 @@ WAN_CONFIGS = {
     "flf2v-14B": flf2v_14B,
     "vace-1.3B": t2v_1_3B,
     "vace-14B": t2v_14B,
+    **TOY_CONFIGS,
     **TINY_CONFIGS,
 }
 
 _HD = ("720*1280", "1280*720")
 _SD = ("480*832", "832*480")
-_TOY = ("96*128", "128*96")
+_TOY = ("80*48",)
+_TINY = ("96*128", "128*96")
 
 SUPPORTED_SIZES = {
     "t2v-14B": _HD + _SD,
@@ -46,12 +50,13 @@ SUPPORTED_SIZES = {
     "t2i-14B": _HD + _SD + ("1024*1024",),
     "vace-1.3B": _SD,
     "vace-14B": _HD + _SD,
-    **dict.fromkeys(TINY_CONFIGS, _TOY),
+    **dict.fromkeys(TOY_CONFIGS, _TOY),
+    **dict.fromkeys(TINY_CONFIGS, _TINY),
 }
 
 # name -> (width, height), and what image tasks take from it, the area
 SIZE_CONFIGS = {
-    size: tuple(int(side) for side in size.split("*")) for size in _HD + _SD + ("1024*1024",) + _TOY
+    size: tuple(int(side) for side in size.split("*")) for size in _HD + _SD + ("1024*1024",) + _TOY + _TINY
 }
 MAX_AREA_CONFIGS = {
     size: width * height for size, (width, height) in SIZE_CONFIGS.items() if size != "1024*1024"

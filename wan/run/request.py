@@ -87,11 +87,15 @@ class Request:
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
     sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
     sample_steps: int | None = option(
-        None, "Solver steps (default 50; 40 for image to video, 10 for toy tasks).", at_least=1, at_most=1000
+        None,
+        "Solver steps (default 50; 40 for image to video, 20 for trained toys, 10 for random ones).",
+        at_least=1,
+        at_most=1000,
     )
     sample_shift: float | None = option(
         None,
-        "Shift of the noise schedule (default 5; 3 for image to video at 480p, 16 for first and last frame and VACE).",
+        "Shift of the noise schedule (default 5; 3 for image to video at 480p and trained toys, 16 for first and last "
+        "frame and VACE).",
         above=0,
         at_most=100,
     )

@@ -4,16 +4,82 @@ the encoders of text and images and what reads the image encoder.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from easydict import EasyDict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from .. import tiny
+from ..configs.toy import TOY_CONFIGS
+from ..utils.errors import InputError
+from ..utils.files import user_cache
 from .clips import words
 
 Weights = dict[str, torch.Tensor]
+
+SHIPPED = Path(__file__).parent / "weights"
+# Of each DiT, the files of SHIPPED that hold what it has learned; a later one's tensors go before.
+DITS = {
+    "t2v-toy": ("t2v",),
+    "t2i-toy": ("t2v",),
+    "i2v-toy": ("t2v", "image"),
+    "flf2v-toy": ("t2v", "image"),
+    "vace-toy": ("t2v", "vace"),
+}
+
+
+def checkpoint(task: str) -> Path:
+    """The directory of a trained toy's checkpoint, written on first use into the user's cache.
+
+    The cache is `$XDG_CACHE_HOME/wan-toy`, or `~/.cache/wan-toy` without it; other weights have another directory.
+
+    Raises:
+        InputError: unknown task, weights that are missing or damaged, or a cache directory that cannot be written.
+    """
+    if task not in TOY_CONFIGS:
+        raise InputError(f"no trained toy, choose from {', '.join(TOY_CONFIGS)}", "task", task)
+    files = {name: _read(name) for name in ("vae", *DITS[task])}
+    version = hashlib.sha256(b"".join(files.values())).hexdigest()[:12]
+    directory = user_cache("wan-toy") / f"v{tiny.VERSION}" / f"{task}-{version}"
+
+    def write(folder: Path) -> None:
+        config = TOY_CONFIGS[task]
+        learned = {name: _unpacked(name, data) for name, data in files.items()}
+        vae = learned.pop("vae")
+        weights = untrained(config)
+        for tensors in learned.values():
+            weights |= tensors
+        tiny.write_dit(folder, config, weights)
+        torch.save(vae, folder / config.vae_checkpoint)
+        write_encoders(folder, config)
+
+    return tiny.cached(directory, lambda directory: tiny.write_whole(directory, write))
+
+
+def _read(name: str) -> bytes:
+    try:
+        return _path(name).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{_path(name)}: the trained toys' weights are missing, install the package anew"
+        ) from error
+
+
+def _unpacked(name: str, data: bytes) -> Weights:
+    """The tensors of a shipped file, fp32."""
+    try:
+        return {key: tensor.float() for key, tensor in load(data).items()}
+    except SafetensorError as error:
+        raise InputError(
+            f"{_path(name)}: the trained toys' weights are damaged, install the package anew"
+        ) from error
+
+
+def _path(name: str) -> Path:
+    return SHIPPED / f"{name}.safetensors"
 
 
 def write_encoders(folder: Path, config: EasyDict) -> None:

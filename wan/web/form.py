@@ -142,8 +142,9 @@ class Form:
     def _task_name(self, task: str) -> str:
         facts = TASKS[task]
         if facts.toy:
-            return f"{facts.title} · toy, no checkpoint needed"
-        missing = "" if task in self._service.checkpoints else " (no checkpoint here)"
+            missing = ", no checkpoint needed"
+        else:
+            missing = "" if task in self._service.checkpoints else " (no checkpoint here)"
         return f"{facts.title} · {task.split('-')[-1]}{missing}"
 
     # Values
