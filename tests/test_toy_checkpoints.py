@@ -29,7 +29,7 @@ def shipped(tmp_path, monkeypatch):
     text = untrained(TOY_CONFIGS["t2v-toy"])
     save_weights(folder, "t2v", text)
     save_weights(folder, "image", {PATCHES: image[PATCHES]})
-    save_weights(folder, "vace", {name: t for name, t in vace.items() if name.startswith("vace_")})
+    save_weights(folder, "vace", vace)
     save_weights(folder, "vae", VAE(TOY_CONFIGS["t2v-toy"].vae_dim).state_dict())
     monkeypatch.setattr(checkpoints, "SHIPPED", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

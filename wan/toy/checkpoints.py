@@ -27,7 +27,7 @@ DITS = {
     "t2i-toy": ("t2v",),
     "i2v-toy": ("t2v", "image"),
     "flf2v-toy": ("t2v", "image"),
-    "vace-toy": ("t2v", "vace"),
+    "vace-toy": ("vace",),
 }
 
 
