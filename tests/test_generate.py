@@ -12,6 +12,7 @@ import generate
 import wan
 from wan import tiny
 from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.tasks import TASKS
 
 ROOT = Path(generate.__file__).parent
 FEW = ["--frame_num", "5", "--sample_steps", "2", "--base_seed", "3"]
@@ -44,7 +45,7 @@ UPSTREAM_FLAGS = {
     "sample_solver": (str, "unipc"),
     "sample_steps": (int, None),
     "sample_shift": (float, None),
-    "sample_guide_scale": (float, 5.0),
+    "sample_guide_scale": (float, None),  # 5 by default, but for trained toys
 }
 
 
@@ -81,25 +82,28 @@ def test_upstream_flags_keep_type_and_default(flag):
 def test_choices_are_upstreams_and_the_toys():
     choices = {action.dest: action.choices for action in generate.build_parser()._actions}
     tasks = ["t2v-14B", "t2v-1.3B", "i2v-14B", "t2i-14B", "flf2v-14B", "vace-1.3B", "vace-14B"]
-    assert [task for task in choices["task"] if not task.endswith("-tiny")] == tasks
+    assert [task for task in choices["task"] if not TASKS[task].toy] == tasks
     assert list(choices["sample_solver"]) == ["unipc", "dpm++", "euler"]
 
 
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--task", "t2v-14B"], (50, 5.0, 81)),
-        (["--task", "t2i-14B"], (50, 5.0, 1)),
-        (["--task", "i2v-14B"], (40, 5.0, 81)),
-        (["--task", "i2v-14B", "--size", "832*480"], (40, 3.0, 81)),
-        (["--task", "flf2v-14B", "--size", "832*480"], (50, 16.0, 81)),
-        (["--task", "vace-14B"], (50, 16.0, 81)),
-        (["--task", "vace-1.3B", "--size", "480*832", "--sample_steps", "7"], (7, 16.0, 81)),
+        (["--task", "t2v-14B"], (50, 5.0, 5.0, 81)),
+        (["--task", "t2i-14B"], (50, 5.0, 5.0, 1)),
+        (["--task", "i2v-14B"], (40, 5.0, 5.0, 81)),
+        (["--task", "i2v-14B", "--size", "832*480"], (40, 3.0, 5.0, 81)),
+        (["--task", "flf2v-14B", "--size", "832*480"], (50, 16.0, 5.0, 81)),
+        (["--task", "vace-14B"], (50, 16.0, 5.0, 81)),
+        (["--task", "vace-1.3B", "--size", "480*832", "--sample_steps", "7"], (7, 16.0, 5.0, 81)),
+        (["--task", "vace-toy"], (20, 3.0, 2.0, 17)),
+        (["--task", "t2v-toy", "--sample_guide_scale", "5"], (20, 3.0, 5.0, 17)),
     ],
 )
 def test_defaults_of_the_tasks(arguments, expected):
     request = generate.parse_arguments([*arguments, "--ckpt_dir", "."])
-    assert (request.sample_steps, request.sample_shift, request.frame_num) == expected
+    given = (request.sample_steps, request.sample_shift, request.sample_guide_scale, request.frame_num)
+    assert given == expected
     assert request.memory.offload_model is True and request.base_seed >= 0
 
 

@@ -33,7 +33,7 @@ class Task:
         still: whether it makes one picture instead of a video.
         toy: "module:function" that makes its checkpoint, of a toy's name; empty for a task that is not one.
         frame_num, least_frames: frames by default and at least.
-        sample_steps, sample_shift: solver steps and shift by default.
+        sample_steps, sample_shift, sample_guide_scale: solver steps, shift and strength of guidance by default.
         shift_at: shifts by default at some sizes, where they are others.
         dit: what the config.json of its DiT says beside the sizes in `config`.
     """
@@ -54,6 +54,7 @@ class Task:
     least_frames: int = 1
     sample_steps: int = 50
     sample_shift: float = 5.0
+    sample_guide_scale: float = 5.0
     shift_at: Mapping[str, float] = field(default_factory=dict)
     dit: Mapping[str, Any] = field(default_factory=dict)
 
@@ -141,14 +142,14 @@ def _random_toy(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 # With which trained toys show most of what is asked for.
-_TOY_STEPS, _TOY_SHIFT = 20, 3.0
+_TOY_SAMPLING = {"sample_steps": 20, "sample_shift": 3.0, "sample_guide_scale": 2.0, "shift_at": {}}
 
 
 def _trained_toy(facts: dict[str, Any], prompt: str, **inputs: str | None) -> dict[str, Any]:
     return (
         {"frame_num": 17}
         | facts
-        | {"sample_steps": _TOY_STEPS, "sample_shift": _TOY_SHIFT, "shift_at": {}}
+        | _TOY_SAMPLING
         | {"prompt": prompt, "inputs": inputs, "toy": "toy.checkpoints:checkpoint"}
     )
 

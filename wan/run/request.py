@@ -99,9 +99,10 @@ class Request:
         above=0,
         at_most=100,
     )
-    sample_guide_scale: float = option(
-        5.0,
-        "Strength of classifier-free guidance. 1 is none, with one pass per step instead of two.",
+    sample_guide_scale: float | None = option(
+        None,
+        "Strength of classifier-free guidance (default 5; 2 for trained toys). 1 is none, with one pass per step, not "
+        "two.",
         at_least=0,
         at_most=1000,
     )
@@ -291,6 +292,9 @@ class Request:
             frame_num=task.frame_num if self.frame_num is None else self.frame_num,
             sample_steps=task.sample_steps if self.sample_steps is None else self.sample_steps,
             sample_shift=task.shift(size) if self.sample_shift is None else self.sample_shift,
+            sample_guide_scale=(
+                task.sample_guide_scale if self.sample_guide_scale is None else self.sample_guide_scale
+            ),
             base_seed=random.randint(0, sys.maxsize) if self.base_seed < 0 else self.base_seed,
         )
         if not self.decode_latents:

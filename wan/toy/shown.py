@@ -119,7 +119,7 @@ class Toy:
         self._settings = {
             "sampling_steps": facts.sample_steps,
             "shift": facts.sample_shift,
-            "guide_scale": 5.0,
+            "guide_scale": facts.sample_guide_scale,
         }
         self._pipeline = facts.pipeline_class(
             facts.config, facts.toy_checkpoint(task), device="cpu", on_event=lambda event: None, **memory

@@ -95,7 +95,7 @@ class Form:
                     list(_choices("sample_solver")), value="unipc", label="Solver", elem_id="solver"
                 )
                 fields["sample_guide_scale"] = gr.Number(
-                    5.0, label="Guidance (1 is none)", elem_id="guidance"
+                    first.sample_guide_scale, label="Guidance (1 is none)", elem_id="guidance"
                 )
                 fields["sample_shift"] = gr.Number(first.sample_shift, label="Shift", elem_id="shift")
             self._file("lora", "LoRA files (.safetensors)", visible=True)
@@ -152,7 +152,7 @@ class Form:
     @property
     def by_task(self) -> list[Any]:
         """What `choose_task` sets."""
-        names = (*TITLES, "size", "frame_num", "sample_steps", "sample_shift", "prompt")
+        names = (*TITLES, "size", "frame_num", "sample_steps", "sample_shift", "sample_guide_scale", "prompt")
         return [*(self.fields[name] for name in names), *(self.shown[name] for name in TITLES)]
 
     def choose_task(self, task: str, prompt: str) -> list[Any]:
@@ -165,6 +165,7 @@ class Form:
             gr.update(value=facts.frame_num, interactive=not facts.still),
             facts.sample_steps,
             facts.shift(facts.size),
+            facts.sample_guide_scale,
             facts.prompt if example or not prompt else gr.skip(),
             *(gr.update(visible=key in facts.inputs) for key in TITLES),
         ]
