@@ -36,7 +36,7 @@ BYTES = 4  # of an fp32 number
 FILLED = 5  # latent frames after which every operation remembers as much as it ever will
 PERIOD = 4  # frames of a video for each latent one
 NEAR = 0.75  # of the largest tile's area, from which on a tile may take as much memory
-# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and partly used segments.
+# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and segments in part.
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 
