@@ -114,7 +114,7 @@ class Compared(NamedTuple):
         """What does not hold: lines of text."""
         found = [*self.trouble]
         for name, predicted, live, reserved in self.stages:
-            if not live <= predicted.bytes <= 1.01 * live:
+            if predicted.bytes != live:
                 found.append(f"{name} live {predicted.bytes} {live}")
             if not reserved <= predicted.reserved <= max(1.05 * reserved, reserved + SMALL_PAGE) + SPARE:
                 found.append(f"{name} reserved {predicted.reserved} {reserved}")
