@@ -187,10 +187,11 @@ def _tile_shapes(
 
 
 def _play_tiles(ledger: Ledger, tiles: Sequence[Ledger]) -> None:
-    """As vae_tiling.by_tiles, each of whose tiles finds given back what others left."""
+    """As vae_tiling.by_tiles: each tile, and what comes next, finds given back what others left."""
     for one in tiles:
         ledger.release()
         ledger.play(one)
+    ledger.release()
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
