@@ -198,7 +198,8 @@ def report_on(run: Run, device: torch.device) -> Report:
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
                 pipeline.text_encoder = _NoText(run.facts.config)
-            _skip_calls(pipeline.model, run.skipped)
+            if run.skipped:
+                _skip_calls(pipeline.model, run.skipped)
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
             stage = (pipeline and pipeline.stages.current) or "load"
