@@ -177,7 +177,7 @@ def test_random_cases_fit_what_is_predicted(part):
 
     @seed(part)
     @settings(
-        max_examples=CASES // PARTS,
+        max_examples=math.ceil(CASES / PARTS),
         deadline=None,
         database=None,
         phases=[Phase.generate],

@@ -105,8 +105,8 @@ def decode_stage(
     latent_frames = encoded_frames(frames)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
     ledger.play(_decoding(model, "whole", latent_frames, (latent,)))
-    ledger.play(_decoding(model, "small", latent_frames, (latent,)))
     ledger.drop(*statistics)
+    ledger.play(_decoding(model, "small", latent_frames, (latent,)))
     _play_tiles(ledger, [_decoding(model, "large", latent_frames, shape) for shape in shapes[:most_tiles]])
     ledger.drop(*weights)
     ledger.release()
