@@ -50,17 +50,34 @@ STEPS = 3  # from the third on, a solver remembers as much as it ever will
 
 @dataclass(frozen=True)
 class Run:
-    """What to run. `memory` are the pipeline's memory options; `layers` of the DiT, None for the task's."""
+    """What to run.
+
+    Attributes:
+        memory: the pipeline's memory options.
+        layers: of the DiT, None for the task's.
+        steps, solver, guide_scale: of sampling, as generate() has them.
+        every_pass: of the DiT is run; else those of the last step, which need more memory than others, or as much.
+    """
 
     task: str
     size: tuple[int, int]  # width, height
     frame_num: int = 81
     memory: MemoryOptions = MemoryOptions()
     layers: int | None = None
+    steps: int = STEPS
+    solver: str = "unipc"
+    guide_scale: float = 5.0
+    every_pass: bool = False
 
     @property
     def facts(self) -> Task:
         return TASKS[self.task]
+
+    @property
+    def skipped(self) -> int:
+        """Calls of the DiT before the last step, if they are skipped; a step has one with the prompt, one without."""
+        calls = 1 if self.memory.guidance_together or self.guide_scale == 1 else 2
+        return 0 if self.every_pass else calls * (self.steps - 1)
 
 
 @dataclass
@@ -127,7 +144,7 @@ def count_upstream(
     defaults = vars(MemoryOptions())
     call: dict[str, Any] = {
         "frame_num": run.frame_num,
-        "sampling_steps": STEPS,
+        "sampling_steps": run.steps,
         "offload_model": run.memory.offload_model,
     }
     if run.facts.area_only:
@@ -181,8 +198,8 @@ def report_on(run: Run, device: torch.device) -> Report:
             counted = device.type != "cuda"
             if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
                 pipeline.text_encoder = _NoText(run.facts.config)
-            calls = 1 if run.memory.guidance_together else 2  # with and without the prompt
-            _skip_calls(pipeline.model, calls * (STEPS - 1))
+            if run.skipped:
+                _skip_calls(pipeline.model, run.skipped)
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
             stage = (pipeline and pipeline.stages.current) or "load"
@@ -211,7 +228,7 @@ class _NoText:
 
 
 def _skip_calls(model: Any, calls: int) -> None:
-    """Makes the first `calls` calls of a DiT return zeros: the other calls need more memory, or as much."""
+    """Makes the first `calls` calls of a DiT return zeros."""
     forward, left = model.forward, calls
 
     def skipping(x: list[torch.Tensor], *args: Any, **kwargs: Any) -> list[torch.Tensor]:
@@ -240,7 +257,8 @@ def _generate(pipeline: Any, run: Run, source_device: torch.device) -> torch.Ten
             "input_masks": [zeros(1, run.frame_num)],
             "input_ref_images": [references],
         }
-    return pipeline.generate(PROMPT, **arguments, frame_num=run.frame_num, sampling_steps=STEPS, seed=0)
+    arguments |= {"sampling_steps": run.steps, "sample_solver": run.solver, "guide_scale": run.guide_scale}
+    return pipeline.generate(PROMPT, **arguments, frame_num=run.frame_num, seed=0)
 
 
 def _requested(error: Any) -> int:

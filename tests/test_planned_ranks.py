@@ -39,13 +39,13 @@ def request_of(task, **settings):
 def counted(case, size, expandable):
     """The memory.Report of the first of so many ranks; weights are nobody's, full models have few layers."""
     pipeline_class, flags = case.facts.pipeline_class, {flag: getattr(case, flag) for flag in FLAGS}
-    run = Run(case.task, case.pixels, case.frame_num, case.memory, None if case.facts.toy else LAYERS)
+    layers = None if case.facts.toy else LAYERS
+    run = Run(case.task, case.pixels, case.frame_num, case.memory, layers, every_pass=True)
     with (
         VirtualGPU(None, True, expandable_segments=expandable) as gpu,
         random_weights.weights_from(random_weights.untouched),
         alone(size, gpu.device) as ranks,
         one_tile_of_each_shape(),
-        mock.patch.object(memory, "_skip_calls", lambda *_: None),
         mock.patch.object(type(run.facts), "pipeline_class", property(lambda _: made)),
     ):
         made = partial(pipeline_class, ranks=ranks, **flags)

@@ -229,6 +229,7 @@ def by_tiles(
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
         release_memory(weight.device)
+    release_memory(weight.device)  # what comes next finds it so as well, whichever tile was the last
     if shared:
         shared.complete(target, [part.target for part in parts])
 

@@ -14,7 +14,7 @@ from .conditions import IMAGE_TOKENS, Conditions
 from .forward import Shape, Way, forward_pass
 from .ledger import Ledger
 from .shards import Gathered, shards_of
-from .solver import Solver
+from .solver import Solver, schedule
 from .weights import Sizes, attach
 
 STEPS = 3  # from then on a solver remembers as much as it ever will
@@ -32,6 +32,7 @@ def denoise_stage(
         stays: whether weights that do not stream do not leave.
     """
     latent, itemsize = 4 * math.prod(shape.latent), dtype.itemsize
+    times = schedule(ledger, shape.solver, shape.steps)
     if way.stream is not None:
         ledger.play(_conditions_ahead(model, shape.passes, shape.pictures, itemsize))
     weights = ledger.play(weights_of(model, shape, way, dtype))
@@ -59,6 +60,7 @@ def denoise_stage(
         ledger.drop(*weights)
         ledger.release()
     solver.drop()
+    ledger.drop(*times)
 
 
 def weights_of(model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> Ledger:

@@ -28,6 +28,11 @@ Request = tuple[int, int]  # (number of a tensor, its bytes; 0 when it is droppe
 RELEASE = -1  # in place of a number: what is not in use is given back
 PLAYED = -2  # or: requests of another ledger, whose place in `_played` follows
 REPEATED = -3  # or: the same requests some times more, whose place in `_repeated` follows
+Pairs = tuple[tuple[int, int], ...]
+State = tuple[int, int, Pairs, Pairs, Pairs]  # of a _Pool
+# By part and the pools' states before: bytes taken at most, their states behind, and of each tensor that is left its
+# number, whether it is a small one, its address and size.
+Known = dict[tuple["Ledger", State, State], tuple[int, State, State, list[tuple[int, bool, int, int]]]]
 
 
 class Ledger:
@@ -130,12 +135,9 @@ class Ledger:
         self._held = {number + times * grown: size for number, size in self._held.items()}
         return times * grown
 
-    def reserved(self, expandable: bool = True) -> int:
-        """Bytes that the allocator takes from the driver at most.
-
-        expandable: whether its segments can grow.
-        """
-        device = Device(expandable)
+    def reserved(self, expandable: bool = True, known: Known | None = None) -> int:
+        """Bytes that the allocator takes from the driver at most; the arguments are Device's."""
+        device = Device(expandable, known)
         device.serve(self)
         return device.most
 
@@ -143,14 +145,19 @@ class Ledger:
 class Device:
     """An allocator, on a device without end, that serves the requests of a ledger.
 
+    Args:
+        expandable: whether its segments can grow.
+        known: what parts did to such devices, to be looked up and added to; None for nothing yet.
+
     Attributes:
         most: bytes taken from the driver, at most since `restart`.
     """
 
-    def __init__(self, expandable: bool):
+    def __init__(self, expandable: bool, known: Known | None = None):
         self.most = 0
         self._small, self._large = _Pool(True, expandable), _Pool(False, expandable)
         self._blocks: dict[int, tuple[_Pool, int, int]] = {}
+        self._known = {} if known is None else known
         self._served = 0
 
     def restart(self) -> None:
@@ -181,11 +188,30 @@ class Device:
                 large.release()
             elif number == PLAYED:
                 inner, offset = part._played[size]
-                self._serve(inner, inner._requests, first + offset)
+                self._play(inner, first + offset)
             else:
                 repeated, growth = part._repeated[size]
                 for more in growth:
                     self._serve(part, repeated, first + more)
+
+    def _play(self, part: Ledger, first: int) -> None:
+        """Serves a whole part, which drops nothing but its own tensors: what it does depends on what is free alone."""
+        small, large = self._small, self._large
+        key = part, small.state(), large.state()
+        most = self.most
+        if key not in self._known:
+            self.restart()
+            self._serve(part, part._requests, first)
+            blocks = [(n, self._blocks[first + n]) for n, size in part._held.items() if size]
+            left = [(n, pool is small, begin, length) for n, (pool, begin, length) in blocks]
+            self._known[key] = self.most, small.state(), large.state(), left
+        else:
+            self.most, of_small, of_large, left = self._known[key]
+            small.become(of_small)
+            large.become(of_large)
+            for n, is_small, begin, length in left:
+                self._blocks[first + n] = small if is_small else large, begin, length
+        self.most = max(most, self.most)
 
 
 class _Pool:
@@ -207,6 +233,22 @@ class _Pool:
         # Of segments that cannot, bytes by address; and the end of the last.
         self._segments: dict[int, int] = {}
         self._end = 0
+
+    def state(self) -> State:
+        """All that later requests depend on."""
+        return (
+            self.taken,
+            self._end,
+            tuple(self._free),
+            tuple(sorted(self._gaps.items())),
+            tuple(self._segments.items()),
+        )
+
+    def become(self, state: State) -> None:
+        self.taken, self._end, free, gaps, segments = state
+        self._free, self._gaps, self._segments = list(free), dict(gaps), dict(segments)
+        self._sizes = {start: size for size, start in free}
+        self._starts = {start + size: start for size, start in free}
 
     def take(self, size: int) -> tuple[int, int]:
         """(address, size) of a block of at least so many bytes: the smallest that is free, else a new one."""

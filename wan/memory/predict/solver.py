@@ -9,6 +9,15 @@ from .ledger import Ledger
 PIECES = 8  # as sampling.py has it
 
 
+def schedule(ledger: Ledger, name: str, steps: int) -> list[int]:
+    """The tensors of a solver's schedule on the device: its times, and Euler's sigmas."""
+    if name != "euler":
+        return [ledger.take(8 * steps)]
+    sigmas, times = ledger.take(4 * steps), ledger.take(4 * steps)
+    zero = ledger.take(4)
+    return [times, ledger.become(4 * (steps + 1), zero, sigmas)]
+
+
 class Solver:
     """A solver on its way.
 
@@ -35,8 +44,9 @@ class Solver:
         if self.name == "euler":  # it keeps the flow itself
             drop(self.last)
             self.last = flow
+            difference = take(4)  # of two sigmas
             out = become(nbytes, take(nbytes))
-            drop(x)
+            drop(difference, x)
             return out
         output = become(nbytes, take(nbytes))
         if self.name == "dpm++":

@@ -14,7 +14,7 @@ from ..rates import Rates
 from . import image, text
 from .dit import denoise_stage, not_shared, weights_of
 from .forward import Way
-from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Ledger
+from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Known, Ledger
 from .ram import Ram, ram_needed
 from .seconds import decode_seconds, denoise_seconds, encode_seconds, image_seconds, text_seconds
 from .shards import Shards, cut, shards_of
@@ -68,21 +68,19 @@ class Predictor:
         there = {"image": work.image is not None, "encode": bool(work.encoded)}
         self.names = [name for name in STAGES if there.get(name, True)]
         self._parts: dict[Key, Ledger] = {}
+        self._known: Known = {}
         self._live: dict[Key, int] = {}
         self._reserved: dict[Key, int] = {}
         self._seconds: dict[Key, float] = {}
 
     def stages(self, options: MemoryOptions) -> dict[str, Stage]:
         """What stages need under some options, one after the other: what one leaves may lie in the next one's way."""
-        ledger, device, found = Ledger(), Device(self.expandable), {}
+        ledger, device, found = Ledger(), Device(self.expandable, self._known), {}
         self._home(ledger, options)
         for name in self.names:
-            times = ledger.take(8 * self.work.shape.steps) if name == "denoise" else None
             ledger.play(self._part(name, options))
             device.serve(ledger)
-            ledger.drop(times)
             found[name] = Stage(ledger.peak, self._spared(device.most), self.seconds(name, options))
-            device.serve(ledger)
             ledger.restart()
             device.restart()
         return found
@@ -163,7 +161,7 @@ class Predictor:
     def _reserved_by(self, name: str, options: MemoryOptions, most_tiles: int) -> int:
         key = (most_tiles, *_key(name, options))
         if key not in self._reserved:
-            reserved = self._alone(name, options, most_tiles).reserved(self.expandable)
+            reserved = self._alone(name, options, most_tiles).reserved(self.expandable, self._known)
             self._reserved[key] = self._spared(reserved)
         return self._reserved[key]
 
@@ -218,8 +216,6 @@ class Predictor:
         yield from [work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2
         if name != "image" and work.image is not None:
             yield len(work.pictures) * 257 * work.image["hidden_size"] * work.image_itemsize
-        if name == "denoise":
-            yield 8 * shape.steps  # the solver's times
         if name in ("denoise", "decode") and shape.joined:
             yield 4 * shape.joined * math.prod(shape.latent[1:])
         if name == "decode":

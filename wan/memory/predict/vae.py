@@ -36,7 +36,7 @@ BYTES = 4  # of an fp32 number
 FILLED = 5  # latent frames after which every operation remembers as much as it ever will
 PERIOD = 4  # frames of a video for each latent one
 NEAR = 0.75  # of the largest tile's area, from which on a tile may take as much memory
-# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and partly used segments.
+# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and segments in part.
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 
@@ -105,8 +105,8 @@ def decode_stage(
     latent_frames = encoded_frames(frames)
     statistics = [ledger.take(BYTES * model.z_dim) for _ in range(2)] if arrives else []
     ledger.play(_decoding(model, "whole", latent_frames, (latent,)))
-    ledger.play(_decoding(model, "small", latent_frames, (latent,)))
     ledger.drop(*statistics)
+    ledger.play(_decoding(model, "small", latent_frames, (latent,)))
     _play_tiles(ledger, [_decoding(model, "large", latent_frames, shape) for shape in shapes[:most_tiles]])
     ledger.drop(*weights)
     ledger.release()
@@ -187,10 +187,11 @@ def _tile_shapes(
 
 
 def _play_tiles(ledger: Ledger, tiles: Sequence[Ledger]) -> None:
-    """As vae_tiling.by_tiles, each of whose tiles finds given back what others left."""
+    """As vae_tiling.by_tiles: each tile, and what comes next, finds given back what others left."""
     for one in tiles:
         ledger.release()
         ledger.play(one)
+    ledger.release()
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
