@@ -1,5 +1,7 @@
 """The toys' training: through what pipelines run, and on from where it was interrupted."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
 from wan.modules.vae_forward import decode, encode
-from wan.toy import checkpoints, steps, vae_training
+from wan.toy import checkpoints, dit_training, places, steps, vae_training
 from wan.toy.dit_training import flow, start, train_dit
 from wan.toy.vae_training import decoded, encoded, new_vae, standardise
 
@@ -33,6 +35,40 @@ def test_dit_is_trained_through_what_the_pipelines_run(name):
         theirs = torch.stack(model(list(x), t=t, context=list(context), seq_len=12, **listed))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     assert theirs.std() > 0.1
+
+
+def test_heads_begin_with_the_neighbour_that_is_theirs(monkeypatch):
+    sizes = {
+        key: value for key, value in TOY_CONFIGS["t2v-toy"].dit_config.items() if not key.startswith("_")
+    }
+    model, seen = WanModel(**sizes).requires_grad_(False), []
+    start(model, 0)
+    monkeypatch.setattr(
+        dit_training.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: seen.append((q, k)) or torch.zeros_like(q),
+    )
+    torch.manual_seed(0)
+    flow(model, torch.randn(8, 16, 5, 10, 10), torch.full((8,), 999.0), torch.zeros(8, 32, 64))
+    q, k = seen[0]
+    weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(-1).mean(0).unflatten(2, (5, 5, 5))
+    for head, (axis, way) in enumerate(places.LOOKS):
+        there = weights[head, 62]  # of the token in the middle
+        along = there.sum([other for other in range(3) if other != axis])
+        assert along.argmax() == 2 + way and along[2 + way] > 0.5, (head, along)
+
+
+def test_places_are_asked_for_in_their_order():
+    grid, asked = (5, 3, 5), places.Places(14).requires_grad_(False)
+    asked.weight.zero_()
+    asked.bias.zero_()
+    there = torch.cartesian_prod(*map(torch.arange, grid)).unbind(1)
+    right = torch.cat([torch.nn.functional.one_hot(*each) for each in zip(there, places.MOST)], 1)[
+        None
+    ].float()
+    torch.testing.assert_close(asked.loss(right, grid), torch.tensor(math.log(6 * 3 * 5)))
+    asked.weight.copy_(20 * torch.eye(14))
+    assert asked.loss(right, grid) < 1e-3 < asked.loss(right.flip(1), grid)
 
 
 def test_vae_is_trained_through_what_the_pipelines_run():
