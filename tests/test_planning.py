@@ -18,9 +18,12 @@ from virtual_gpu.allocator import CachingAllocator
 from wan import cli
 from wan.memory.options import LOW_VRAM, MemoryOptions
 from wan.memory.plan import GIB
+from wan.memory.predict.forward import Shape, Way, forward_pass
 from wan.memory.predict.ledger import Ledger
 from wan.memory.predict.stages import SPARE
+from wan.memory.predict.work import meta_model
 from wan.memory.rates import NOMINAL, nominal, usual
+from wan.modules.model import WanModel
 from wan.run import Request, Runner
 from wan.run.planning import plan, planner_of, report
 from wan.run.request import PLANNED
@@ -54,6 +57,22 @@ def test_the_ledger_reserves_as_the_allocator(expandable, seed):
         assert ledger.live == allocator.allocated
     assert ledger.peak == allocator.peak_allocated
     assert ledger.reserved(expandable) == allocator.peak_reserved
+
+
+@pytest.mark.parametrize("chunk", [0, 128])
+def test_what_the_head_makes_is_there_until_it_is_joined(chunk):
+    """Of all chunks: in a narrow model more than the blocks take; in others it decides where the flow lies."""
+    sizes = {"dim": 12, "ffn_dim": 12, "num_heads": 1, "num_layers": 1, "text_dim": 16, "text_len": 8}
+    model, shape = meta_model(lambda: WanModel(**sizes), torch.bfloat16), (16, 2, 64, 64)
+    predicted = forward_pass(model, Shape(shape), Way(chunk=chunk), itemsize=2, samples=1)
+    with VirtualGPU(meta=True) as gpu, torch.no_grad():
+        model.to(gpu.device).compute_dtype = torch.bfloat16
+        x, t, context = (torch.zeros(*size, device=gpu.device) for size in (shape, (1,), (8, 16)))
+        gpu.reset_peak()
+        before = gpu.live
+        flow = model([x], t, [context], 2048, chunk=chunk)
+        assert gpu.peak - before == predicted.peak
+        assert gpu.live - before == predicted.live == flow[0].nbytes
 
 
 def request_of(task="t2v-14B", size="832*480", **settings):

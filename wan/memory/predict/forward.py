@@ -1,7 +1,7 @@
 """The device memory that a forward pass of the DiT takes: modules/forward.py, request by request.
 
 Each function writes down what its namesake there makes and drops. Blocks after the third, and chunks between the third
-and the last, ask for what was asked for before them.
+and the last, ask for what was asked for before them; but what the head makes of every chunk stays until all are joined.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class _Walk(Conditions):
         self.source = hasattr(model, "vace_blocks")
         self.grid = grid_of(model, shape)
         self.length = math.prod(self.grid)
-        cut = spans(self.length, way.chunk)
-        cut = cut if len(cut) <= SPANS else [*cut[: SPANS - 1], cut[-1]]
-        self.spans = [span.stop - span.start for span in cut]
+        cut = [span.stop - span.start for span in spans(self.length, way.chunk)]
+        self.all_spans = cut
+        self.spans = cut if len(cut) <= SPANS else [*cut[: SPANS - 1], cut[-1]]
         self.place = _InRam(self) if way.offload else _OnDevice(self)
 
     def passed(self, samples: int) -> None:
@@ -182,16 +182,15 @@ class _Walk(Conditions):
         values = self.model.head.head.out_features
         table = ledger.take(8 * dim)
         pieces = []
-        for span in self.spans:
+        for span in self.all_spans:
             normed = layer_norm(ledger, span, dim)
             scaled = ledger.become(4 * span * dim, normed, ledger.take(4 * dim))
             shifted = ledger.become(4 * span * dim, scaled)
             pieces.append(ledger.become(4 * span * values, shifted))
-        ledger.drop(*pieces[FEW:], *pieces[: FEW - 1])
-        pieces = pieces[FEW - 1 : FEW]
+        ledger.drop(table)
         latent = self.length * values
-        patches = ledger.become(4 * latent, *pieces, table)
-        video = ledger.become(4 * latent, patches)
+        patches = ledger.take(4 * latent)
+        video = ledger.become(4 * latent, *pieces, patches)
         return self._rounded(video, latent)
 
     def _rounded(self, tensor: int, numel: int) -> int:
