@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import is_torchvision_available
 
 Contents = dict[str, dict[str, Any]]  # of a library: its modules' names, from a dot on, and what is in each
 
 
 def install() -> None:
     """Makes torchvision, decord, dashscope and cv2 importable where they are missing."""
+    is_torchvision_available()  # transformers keeps the answer, and does not take the stand-in for the library
     libraries: dict[str, Contents] = {
         "torchvision": _torchvision(),
         "decord": _decord(),
