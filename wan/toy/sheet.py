@@ -17,8 +17,6 @@ from .clips import FRAMES, HEIGHT, WIDTH
 from .shown import KINDS, Asked, Toy, asked, picture, text
 
 COUNT = 16  # prompts on a sheet
-# So that files are small. The usual choice of colours, by how much they cover, would grey those of small shapes.
-COLOURS, CHOICE = 256, Image.Quantize.MAXCOVERAGE
 EVERY = 4  # frames of a video from one that is on the sheet to the next
 GAP, LINE = 6, 16  # pixels: between pictures, and of a prompt above them
 FIRST = "toy-first.gif"
@@ -67,7 +65,7 @@ def first_video(path: Path) -> None:
     task = KINDS["text"][0]
     video = Toy(task).show(text(TASKS[task].prompt), seed=0)
     frames = [enlarged(frame, FIRST_SCALE) for frame in video.swapaxes(0, 1)]
-    colours = frames[0].quantize(FIRST_COLOURS, CHOICE)
+    colours = frames[0].quantize(FIRST_COLOURS)
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     shown = [FRAME_MS] * (FRAMES - 1) + [LAST_MS]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0)
@@ -79,8 +77,7 @@ def main() -> None:
     folder = parser.parse_args().out
     first_video(folder / FIRST)
     for kind in KINDS:
-        drawn = sheet(kind).quantize(COLOURS, CHOICE, dither=Image.Dither.NONE)
-        drawn.save(folder / f"toys-{kind}.png", optimize=True)
+        sheet(kind).save(folder / f"toys-{kind}.png", optimize=True)
 
 
 if __name__ == "__main__":
