@@ -24,6 +24,7 @@ from wan.memory.predict.stages import SPARE
 from wan.memory.predict.work import meta_model
 from wan.memory.rates import NOMINAL, nominal, usual
 from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceWanModel
 from wan.run import Request, Runner
 from wan.run.planning import plan, planner_of, report
 from wan.run.request import PLANNED
@@ -71,6 +72,23 @@ def test_what_the_head_makes_is_there_until_it_is_joined(chunk):
         gpu.reset_peak()
         before = gpu.live
         flow = model([x], t, [context], 2048, chunk=chunk)
+        assert gpu.peak - before == predicted.peak
+        assert gpu.live - before == predicted.live == flow[0].nbytes
+
+
+@pytest.mark.parametrize("chunk", [0, 128])
+def test_the_hints_are_there_until_the_pass_is_over(chunk):
+    """As above: in a narrow model the head needs most."""
+    sizes = {"dim": 12, "ffn_dim": 12, "num_heads": 1, "num_layers": 1, "text_dim": 16, "text_len": 8}
+    model, shape = meta_model(lambda: VaceWanModel([0], 16, **sizes), torch.bfloat16), (16, 2, 64, 64)
+    predicted = forward_pass(model, Shape(shape, source=16), Way(chunk=chunk), itemsize=2, samples=1)
+    with VirtualGPU(meta=True) as gpu, torch.no_grad():
+        model.to(gpu.device).compute_dtype = torch.bfloat16
+        x, t, context = (torch.zeros(*size, device=gpu.device) for size in (shape, (1,), (8, 16)))
+        source = torch.zeros(shape, device="meta")
+        gpu.reset_peak()
+        before = gpu.live
+        flow = model([x], t, [source], [context], 2048, chunk=chunk)
         assert gpu.peak - before == predicted.peak
         assert gpu.live - before == predicted.live == flow[0].nbytes
 

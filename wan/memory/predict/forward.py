@@ -120,19 +120,14 @@ class _Walk(Conditions):
 
         conditions = self._conditions()
         tokens = self._embed_patches([self.shape.latent[0], *[self.shape.joined] * bool(self.shape.joined)])
-        freqs = ledger.take(self.model.freqs.nbytes)
+        freqs, hints = ledger.take(self.model.freqs.nbytes), None
         if not self.source:
             for n in blocks:
                 yield from self._run(n == 0, visit)
         else:
             hints = self._embed_patches([self.shape.source], in_ram=True)
             for n, span in enumerate(self.spans):
-                row = span * self.dim * self.itemsize
-                cast = ledger.take(row) if self.narrow else None
-                if n == 0:
-                    visit()
-                ledger.drop(cast)
-                self._before(row)
+                self._before(span * self.dim * self.itemsize, visit if n == 0 else None)
             yield
             for n in blocks:
                 hinted = n in self.model.vace_layers
@@ -143,9 +138,8 @@ class _Walk(Conditions):
                     for number, span in enumerate(self.spans):
                         self._hint(span * self.dim * self.itemsize, visit if number == 0 else None)
                     yield
-            ledger.drop(hints)
         out = self._predict()
-        ledger.drop(*conditions, tokens, freqs)
+        ledger.drop(*conditions, tokens, freqs, hints)
         return out
 
     def _conditions(self) -> list[int]:
@@ -314,9 +308,12 @@ class _Walk(Conditions):
 
     # VACE
 
-    def _before(self, row: int) -> None:
+    def _before(self, row: int, visit: Callable[[], None] | None) -> None:
         ledger = self.ledger
-        linear = ledger.take(row)
+        cast = ledger.take(row) if self.narrow else None
+        if visit:
+            visit()
+        linear = ledger.become(row, cast)
         cast = ledger.take(row) if self.narrow else None
         ledger.drop(ledger.become(row, linear, cast))
 

@@ -88,8 +88,9 @@ def _layer(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int
     normed = _norm(ledger, tokens, width, itemsize)
     query, key, value = (ledger.take(tokens * row) for _ in range(3))
     attended = ledger.take(tokens * row)
-    if itemsize == 4:  # without a fused kernel the scores are there, too
+    if itemsize == 4:  # without a fused kernel the scores are there, too, and the result comes head by head
         ledger.drop(ledger.take(4 * config["num_attention_heads"] * tokens * _tokens(config)))
+        attended = ledger.become(tokens * row, attended)
     out = ledger.become(tokens * row, attended, query, key, value, normed)
     x = ledger.become(tokens * row, out)
     normed = _norm(ledger, tokens, width, itemsize)
