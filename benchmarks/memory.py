@@ -221,7 +221,8 @@ class _NoText:
     model = SimpleNamespace(block=[])
 
     def __init__(self, config: Any):
-        self.like = torch.empty(config.text_len, 4096, dtype=config.t5_dtype, device="meta")
+        width = config.get("t5_config", {}).get("d_model", 4096)
+        self.like = torch.empty(config.text_len, width, dtype=config.t5_dtype, device="meta")
 
     def __call__(self, texts: list[str], device: Any) -> list[torch.Tensor]:
         return [torch.zeros_like(self.like, device="cpu") for _ in texts]
