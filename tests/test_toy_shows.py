@@ -105,21 +105,23 @@ def test_what_a_reference_shows_moves_as_said():
 
 def test_guidance_pulls_to_the_prompt():
     """Away from what the same noise becomes without a prompt, which shows the prompt no more often than chance."""
-    near, far, right = [], [], []
-    for number in range(CONTROLS):
-        (request, unsaid), (_, free), (_, pulled) = (
-            shown("text", number, **settings)
-            for settings in ({"prompt": ""}, {"guide_scale": 1.0}, {"guide_scale": 5.0})
-        )
-        near.append(np.abs(free - unsaid).mean())
-        far.append(np.abs(pulled - unsaid).mean())
-        there, clip = seen(unsaid), request.clip
-        right.append((there.colour, there.motion) == (clip.colour, clip.motion))
-    print(
-        f"from no prompt: {np.mean(near):.3f} without guidance, {np.mean(far):.3f} with; right {sum(right)}"
+    scales, right = (
+        {"unsaid": {"prompt": ""}} | {scale: {"guide_scale": scale} for scale in (0.25, 1.0, 5.0)},
+        {},
     )
-    assert np.mean(far) > np.mean(near) > NEAR
-    assert sum(right) <= CONTROLS // 4  # one in 42 by chance
+    apart = dict.fromkeys(scales, 0.0)
+    for name, settings in scales.items():
+        for number in range(CONTROLS):
+            request, video = shown("text", number, **settings)
+            there, clip = seen(video), request.clip
+            good = (there.colour, there.motion) == (clip.colour, clip.motion)
+            right.setdefault(name, []).append((request.prompt, good))
+            apart[name] += np.abs(video - shown("text", number, prompt="")[1]).mean() / CONTROLS
+    print(f"from no prompt: {apart}")
+    assert NEAR < apart[0.25] < min(apart[1.0], apart[5.0])
+    for scale in (1.0, 5.0):
+        check(0.8, f"guidance {scale}", right[scale])
+    assert sum(good for _, good in right["unsaid"]) <= CONTROLS // 4  # one in 42 by chance
 
 
 def test_memory_options_give_the_same_video():
