@@ -18,10 +18,6 @@ from .places import BLOCKS, Places, look_around
 from .steps import set_rates, share_of_rate, steps
 
 SHIFT = 3.0  # of the noise levels that are learned, towards noise
-CLEARER, CLEARER_SHIFT = (
-    0.6,
-    8.0,
-)  # share of samples with a clearer frame, and the shift of their other frames
 PLACES_SHARE = 0.1  # in the loss
 MUON = 3.0  # its rate, as a multiple of AdamW's
 Batch = dict[str, torch.Tensor]

@@ -60,9 +60,8 @@ def _look(attention: nn.Module, channel: int, step: float, product: float) -> No
     pair = slice(channel, channel + 2)
     attention.q.bias[pair] = BIAS * torch.tensor([1.0, 0.0])
     attention.k.bias[pair] = BIAS * torch.tensor([math.cos(step), -math.sin(step)])
+    gain = 1.25 * math.sqrt(product) / BIAS  # a quarter for the norm, which counts the biases
     for norm in (attention.norm_q, attention.norm_k):
-        norm.weight[pair] = (
-            1.25 * math.sqrt(product) / BIAS
-        )  # a quarter for the norm, which counts the biases
+        norm.weight[pair] = gain
     for layer in (attention.q, attention.k):
         layer.weight[pair] *= CONTENT
