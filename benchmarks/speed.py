@@ -25,18 +25,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import random_weights
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
 from wan.memory.activation_offload import apply_activation_offload
 from wan.memory.chunking import apply_chunking
-from wan.memory.conditions import streamed_ahead
+from wan.memory.conditions import Ahead, streamed_ahead
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component
 from wan.modules.model import WanModel
@@ -48,7 +46,7 @@ PASSES = 2  # per step
 STRIDE = (4, 8, 8)  # of the VAE: frames, rows, columns
 TOY = "t2v-tiny"
 CHUNK = int(LOW_VRAM["dit_chunk"])
-_OnDevice = contextlib.AbstractContextManager[Sequence[nn.Module] | None]
+_OnDevice = contextlib.AbstractContextManager[Ahead | None]
 TimePass = Callable[[], tuple[float, int] | None]  # (seconds, peak bytes), None if there is not the room
 
 
@@ -143,6 +141,10 @@ def _variants(case: Case, device: torch.device) -> list[tuple[Row, TimePass]]:
         row, count = Row(name), PASSES if together else 1
         given = {"x": [latent] * count, "t": inputs["t"].expand(count), "context": prompts[:count]}
 
+        def call(ahead: Ahead | None) -> None:
+            conditions = [ahead(0, prompt) for prompt in range(count)] if ahead else None
+            model(**inputs | given, together=together, conditions=conditions)
+
         def time_pass() -> tuple[float, int] | None:
             with contextlib.ExitStack() as stack:
                 stack.callback(apply_chunking(model, chunk))
@@ -151,9 +153,7 @@ def _variants(case: Case, device: torch.device) -> list[tuple[Row, TimePass]]:
                 on_device: _OnDevice = resident.on_device()
                 if stream:
                     on_device = streamed_ahead(model, device, [inputs["t"]], prompts, None, dtype)
-                timed = _timed(
-                    on_device, partial(model.__call__, **inputs | given, together=together), device
-                )
+                timed = _timed(on_device, call, device)
             if timed is None:
                 return None
             seconds, peak_bytes, visiting = timed
@@ -186,28 +186,30 @@ def pass_inputs(
 
 def _timed(
     on_device: _OnDevice,
-    call: Callable[[], Any],
+    call: Callable[[Ahead | None], None],
     device: torch.device,
 ) -> tuple[float, int, int] | None:
-    """A call while the model is on the device, or while the groups that are yielded are to visit it.
+    """A call while the model is on the device, or while its groups are to visit it.
 
     Returns:
         Seconds, peak bytes and bytes of those groups; None if the device has not the room.
     """
     backend = None if device.type == "cpu" else torch.get_device_module(device)
     try:
-        with torch.no_grad(), on_device as visiting:
+        with torch.no_grad(), on_device as ahead:
             if backend:
                 backend.reset_peak_memory_stats(device)
                 backend.synchronize(device)
             start = time.perf_counter()
-            call()
+            call(ahead)
             if backend:
                 backend.synchronize(device)
             seconds = time.perf_counter() - start
             if backend is None:
                 return seconds, 0, 0
-            nbytes = sum(weight.nbytes for group in visiting or () for weight in group.parameters())
+            nbytes = sum(
+                weight.nbytes for group in (ahead.groups if ahead else ()) for weight in group.parameters()
+            )
             return seconds, backend.max_memory_allocated(device), nbytes
     except RuntimeError as error:
         if not is_out_of_memory(error):

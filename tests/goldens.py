@@ -95,6 +95,12 @@ def pseudo_model(latents, t):
     return torch.sin(3 * latents) + latents.roll(1, dims=-1) * (0.5 + t / 2000)
 
 
+def at_steps(flow, solver):
+    """A flow of a latent and a time as one of the latent and a number among the times that a solver has left."""
+    times = solver.timesteps
+    return lambda latents, step: flow(latents, times[step])
+
+
 def solver_start():
     return normal("solver", 1, 4, 2, 4, 5)
 

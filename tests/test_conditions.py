@@ -47,15 +47,23 @@ def streamed(model, gpu, kind, length):
         made.append(Streamer(groups, device))
         return made[0]
 
-    ahead = (model, gpu.device, times, inputs, clip, model.compute_dtype, make_streamer)
-    with streamed_ahead(*ahead) as groups:
-        yield groups, made[0]
+    given = (model, gpu.device, times, inputs, clip, model.compute_dtype, make_streamer)
+    with streamed_ahead(*given) as ahead:
+        yield ahead, made[0]
 
 
-def flows(model, gpu, kind, length, samples=1, **options):
+def conditions(ahead, samples=1):
+    """Those of each call, as `calls` gives them."""
+    for time in range(len(TIMES)):
+        for prompts in [[0], [1]] if samples == 1 else [[0, 1]]:
+            yield [ahead(time, prompt) for prompt in prompts]
+
+
+def flows(model, gpu, kind, length, ahead, samples=1, **options):
     results = []
-    for call in calls(kind, length, samples):
-        results += model(**{name: on(gpu.device, value) for name, value in call.items()}, **options)
+    for call, given in zip(calls(kind, length, samples), conditions(ahead, samples), strict=True):
+        call = {name: on(gpu.device, value) for name, value in call.items()}
+        results += model(**call, conditions=given, **options)
     return [flow.cpu() for flow in results]
 
 
@@ -74,9 +82,9 @@ def test_bits(kind, dtype, length, chunk):
     expected = expected_flows(model, kind, length, chunk)
     with VirtualGPU() as gpu:
         undo = apply_activation_offload(model, gpu.device, chunk, heads=3) if chunk else lambda: None
-        with streamed(model, gpu, kind, length):
+        with streamed(model, gpu, kind, length) as (ahead, _):
             for samples, together in [(1, False), (2, False), (2, True)]:
-                found = flows(model, gpu, kind, length, samples, together=together, chunk=chunk)
+                found = flows(model, gpu, kind, length, ahead, samples, together=together, chunk=chunk)
                 assert all(map(torch.equal, found, expected)), (samples, together)
         undo()
         assert gpu.live == 0
@@ -130,9 +138,11 @@ def test_every_way(kind, dtype, together):
         for heads in (1, 2, 3, 4, None):
             with VirtualGPU() as gpu:
                 undo = apply_activation_offload(model, gpu.device, chunk, heads)
-                with streamed(model, gpu, kind, length):
+                with streamed(model, gpu, kind, length) as (ahead, _):
                     for samples in (1, 2):
-                        found = flows(model, gpu, kind, length, samples, together=together, chunk=chunk)
+                        found = flows(
+                            model, gpu, kind, length, ahead, samples, together=together, chunk=chunk
+                        )
                         assert all(map(torch.equal, found, expected)), (length, chunk, heads, samples)
                 undo()
 
@@ -140,7 +150,7 @@ def test_every_way(kind, dtype, together):
 def test_what_is_constant_is_not_called_again():
     model = make_model("i2v")
     expected = expected_flows(model, "i2v", 40, 0)
-    with VirtualGPU() as gpu, streamed(model, gpu, "i2v", 40):
+    with VirtualGPU() as gpu, streamed(model, gpu, "i2v", 40) as (ahead, _):
         constant = [
             *model.embedding_layers(),
             *(layer for attention in cross_attentions(model) for layer in context_layers(attention)),
@@ -148,10 +158,7 @@ def test_what_is_constant_is_not_called_again():
         for layer in constant:
             for parameter in layer.parameters():
                 parameter.data.fill_(torch.nan)
-        assert all(map(torch.equal, flows(model, gpu, "i2v", 40), expected))
-        with pytest.raises(ValueError, match="prompt"):
-            call = next(calls("i2v", 40)) | {"context": [torch.ones(4, 16)]}
-            model(**{name: on(gpu.device, value) for name, value in call.items()})
+        assert all(map(torch.equal, flows(model, gpu, "i2v", 40, ahead), expected))
 
 
 def layout(groups):
@@ -172,8 +179,8 @@ def test_copies_of_a_step(kind):
     model, length = make_model(kind, torch.bfloat16), 40
     attentions = cross_attentions(model)
     tokens = 2 * 8 + (257 if kind == "i2v" else 0)  # of two texts, and an image
-    with VirtualGPU() as gpu, streamed(model, gpu, kind, length) as (groups, streamer):
-        kept = [module for group in groups for module in group.modules() if isinstance(module, _Kept)]
+    with VirtualGPU() as gpu, streamed(model, gpu, kind, length) as (ahead, streamer):
+        kept = [module for group in ahead.groups for module in group.modules() if isinstance(module, _Kept)]
         of_context = sum(p.nbytes for module in kept for p in module.parameters())
         assert len(kept) == len(attentions)
         assert of_context == len(attentions) * tokens * 2 * model.dim * 2  # keys and values in bf16
@@ -181,13 +188,13 @@ def test_copies_of_a_step(kind):
         def copied(samples, together):
             inputs = [{n: on(gpu.device, v) for n, v in c.items()} for c in calls(kind, length, samples)]
             start = settled(gpu, streamer)
-            for call in inputs:
-                model(**call, together=together)
+            for call, given in zip(inputs, conditions(ahead, samples), strict=True):
+                model(**call, together=together, conditions=given)
             settled(gpu, streamer)
             return sum(r.nbytes for r in gpu.record[start:] if r.kind == "copy_in")
 
         copied(1, False)  # the ring is filled
-        conditions = 2 * 2 * (1 + 6) * model.dim * 4  # of two steps and prompts
+        of_time = 2 * 2 * (1 + 6) * model.dim * 4  # of two steps and prompts
         rope = model.freqs.nbytes * 2 * 2
-        assert copied(1, False) == 2 * 2 * layout(groups) + conditions + rope
-        assert copied(2, True) == 2 * layout(groups) + conditions + rope
+        assert copied(1, False) == 2 * 2 * layout(ahead.groups) + of_time + rope
+        assert copied(2, True) == 2 * layout(ahead.groups) + of_time + rope

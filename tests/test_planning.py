@@ -1,11 +1,13 @@
 """Predicted memory against counted, plans, and runs that are planned."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,8 @@ from wan.memory.rates import NOMINAL, nominal, usual
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.run import Request, Runner
-from wan.run.planning import plan, planner_of, report
+from wan.run.planning import plan, planner_of, report, room_on
+from wan.run.ranks import less_room
 from wan.run.request import PLANNED
 from wan.run.settings import read_plan
 from wan.tasks import TASKS
@@ -268,6 +271,30 @@ def test_limits_of_a_card(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="needs 0.1"):
             Runner().run(toy(vram_limit=0.01, planned=PLANNED))
     assert not os.listdir()
+
+
+@pytest.mark.parametrize("free", [0, 0.1, 0.2, 0.26])
+@pytest.mark.parametrize("settings", [{}, {"vram_fraction": 0.5}])
+def test_a_card_that_others_have_filled(free, settings, monkeypatch):
+    """Less is free than CUDA's libraries take: there is no room, not less than none."""
+    device = torch.device("cuda", 0)
+    card = SimpleNamespace(mem_get_info=lambda _: (int(free * GIB), 8 * GIB), memory_reserved=lambda _: 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: card)
+    request = toy(**settings)
+    room, steady = room_on(request, device)
+    assert 0 <= room < 0.011 * GIB < steady
+    planner = planner_of(request, usual(8 * GIB), ram=GIB)
+    chosen = planner.plan(room, steady)
+    assert not chosen.fits and "of -" not in chosen.line()
+    assert less_room(request, chosen, torch.OutOfMemoryError()) in ({}, {"vram_fraction": 0.5})
+
+
+def test_a_plan_for_a_full_card_says_who_has_the_rest(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with VirtualGPU(GIB // 1000), contextlib.suppress(torch.OutOfMemoryError):
+        Runner().run(toy(planned=PLANNED))
+    (line,) = [message for message in caplog.messages if "fits" in message]
+    assert "the 0.00 GiB that are free" in line and "other programs" in line and "leanest" in line
 
 
 # Runs

@@ -40,10 +40,10 @@ def test_as_much_as_is_taken(monkeypatch, kind, together):
     )
     with VirtualGPU() as gpu:
         apply_activation_offload(model, gpu.device, 64)
-        with streamed(model, gpu, kind, length) as (groups, _):
-            flows(model, gpu, kind, length, 1 + together, together=together, chunk=64)
+        with streamed(model, gpu, kind, length) as (ahead, _):
+            flows(model, gpu, kind, length, ahead, 1 + together, together=together, chunk=64)
             own = {id(parameter) for parameter in model.parameters()}
-            kept = [p.nbytes for group in groups for p in group.parameters() if id(p) not in own]
+            kept = [p.nbytes for group in ahead.groups for p in group.parameters() if id(p) not in own]
     assert need.activations == sum(homes)
     assert need.context == sum(kept)
     assert need.weights == sum(p.nbytes for p in model.parameters() if p.dtype is torch.bfloat16)

@@ -17,6 +17,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
 from wan.memory.residency import Component, visit_when_called
+from wan.sampling import SOLVERS
 from wan.utils.stages import Stages
 
 # Components alone
@@ -246,6 +247,26 @@ def test_streams_and_activations_in_ram_change_no_bit(task):
             videos.append(generate(pipeline, task, sampling_steps=2))
             assert not homeless(pipeline, gpu, "vae_cpu" in memory)
     assert torch.equal(*videos)
+
+
+WAYS = [{}, {"dit_stream": 0.0}, {"dit_stream": 0.0, "dit_chunk": 64, "guidance_together": True}]
+WALKS = [(task, way, "unipc") for task in PIPELINES for way in WAYS] + [("t2v", WAYS[1], s) for s in SOLVERS]
+
+
+@pytest.mark.parametrize("task, memory, solver", WALKS)
+def test_the_device_is_asked_nothing_while_it_denoises(task, memory, solver, monkeypatch):
+    """No copy to the host, which would wait until the device has computed what is copied."""
+    walk = wan.pipeline.denoise
+
+    def labelled(*args, **kwargs):
+        with gpu.label("walk"):
+            return walk(*args, **kwargs)
+
+    monkeypatch.setattr(wan.pipeline, "denoise", labelled)
+    with VirtualGPU() as gpu:
+        generate(build(task, gpu, **memory), task, sampling_steps=3, sample_solver=solver)
+    there = [r for r in gpu.record if r.label == "walk"]
+    assert there and not [(r.name, r.nbytes) for r in there if r.kind == "copy_out"]
 
 
 @every_task

@@ -83,6 +83,34 @@ def test_in_pieces_from_ram(name):
         assert peaks[1] < 4.5 and (name == "euler" or peaks[0] > 6)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_solves_its_system_once(offload):
+    """However many pieces it is taken in, and nobody waits to hear that it could be solved."""
+    start, solved = torch.randn(4, 11, 6, 8, generator=torch.Generator().manual_seed(0)), []
+    with VirtualGPU() as gpu:
+        gpu.on_op(lambda name: solved.append(name) if "linalg" in name else None)
+        solver, latent = Solver("unipc", 6, SHIFT, "vgpu", offload=offload), start.to("vgpu")
+        for done, t in enumerate(solver.timesteps):
+            solved.clear()
+            latent = solver.step(pseudo_model(latent, t), t, latent)
+            assert solved == ["aten::_linalg_solve_ex"] * (done > 1)  # of two steps before
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
+def test_a_step_of_unipc_is_diffusers_own(steps, offload):
+    solver = Solver("unipc", steps, SHIFT, "cpu", offload=offload)
+    own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    own.set_timesteps(steps)
+    own.sigmas, own.timesteps = solver._scheduler.sigmas, solver.timesteps
+
+    def plain(flow, t, latent):
+        return own.step(flow[None], t, latent[None], return_dict=False)[0][0]
+
+    expected = walk(plain, solver.timesteps, "cpu")
+    assert torch.equal(walk(solver.step, solver.timesteps, "cpu"), expected)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_cpu_rounds_nothing(name):
     assert torch.equal(ours(name, 7, "cpu", torch.float32), ours(name, 7, "cpu", torch.bfloat16))

@@ -85,6 +85,20 @@ def test_leaving_the_device():
             x.numpy()
 
 
+def test_the_record_tells_what_the_host_had_to_know():
+    with VirtualGPU() as gpu:
+        x = torch.tensor([[1.5, 0.0], [0.0, 2.5]], device="vgpu")
+        ones = torch.ones(1, dtype=torch.int64, device="vgpu")
+        told = [x[0, 0].item, x.nonzero, lambda: torch.linalg.solve(x, x), lambda: x[x > 1], x.cpu]
+        counts = []
+        silent = [lambda: torch.linalg.solve_ex(x, x), lambda: x[ones], lambda: x + 1]
+        for tell in (*told, *silent):
+            start = len(gpu.record)
+            tell()
+            counts.append(sum(r.kind == "copy_out" for r in gpu.record[start:]))
+    assert counts == [1] * len(told) + [0] * len(silent)
+
+
 def test_mixed_devices_are_an_error():
     with VirtualGPU(), pytest.raises(RuntimeError, match="add.*vgpu:0 and cpu"):
         torch.ones(3, device="vgpu") + torch.ones(3)

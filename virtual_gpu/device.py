@@ -46,7 +46,8 @@ class Record(NamedTuple):
     """One thing that happened on the device.
 
     kind: "alloc", "free", "copy_in" (host to device), "copy_out", "op", "record_event", "wait_event", "record_stream"
-        or "pin". name: the operator or event. allocation: number of the storage, in order of allocation.
+        or "pin". name: the operator or event; of a copy_out, the operator whose result the host had to know, without
+        bytes. allocation: number of the storage, in order of allocation.
     """
 
     kind: str

@@ -151,9 +151,9 @@ class VirtualTensor(torch.Tensor):
 class _Operator:
     """What the dispatcher must know of an operator, read once from its schema.
 
-    composite: PyTorch composes it from others. needs_values: the shape of its result depends on them. written: index
-    and name of the arguments that it writes. keeps_geometry: it writes its first argument, returns it, and leaves its
-    shape and strides.
+    composite: PyTorch composes it from others. needs_values: the host reads them, or the shape of the result depends
+    on them. written: index and name of the arguments that it writes. keeps_geometry: it writes its first argument,
+    returns it, and leaves its shape and strides.
     """
 
     def __init__(self, func: Any):
@@ -163,7 +163,9 @@ class _Operator:
         self.special = _SPECIAL.get(func)
         self.composite = torch._C._dispatch_has_kernel_for_dispatch_key(self.name, implicit)
         self.takes_host_tensors = func in _TAKES_HOST_TENSORS
-        self.needs_values = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+        self.needs_values = func is aten._linalg_check_errors.default or bool(
+            tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+        )
         self.written = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
         aliases = any(a.alias_info for _, a in arguments) or func is aten._unsafe_view.default
         self.is_view = aliases and not self.written
@@ -213,6 +215,8 @@ def _run(operator: _Operator, func: Any, args: Sequence[Any], kwargs: dict[str, 
         writes = operator.writes(args, kwargs)
         reads = [v for v in virtual if not any(v is w for w in writes)]
     gpu.submit(operator.name, reads, writes)
+    if operator.needs_values and not (operator.takes_host_tensors and _by_numbers(virtual)):
+        _read_back(gpu, operator.name)
     on_device = kwargs.get("device") is None or kwargs["device"].type == DEVICE_TYPE
     if gpu.meta:
         out = _meta_result(operator, func, args, kwargs, virtual, writes, on_device)
@@ -414,10 +418,21 @@ def _host_zeros(like: torch.Tensor) -> torch.Tensor:
     return flat.as_strided(like.shape, like.stride())
 
 
+def _by_numbers(virtual: Sequence[VirtualTensor]) -> bool:
+    """Whether indices, which follow what they are of, are numbers: a mask's length has to be counted first."""
+    return not any(index.dtype in (torch.bool, torch.uint8) for index in virtual[1:])
+
+
+def _read_back(gpu: VirtualGPU, name: str) -> None:
+    """The host waits for values that an operator tells it: a number, a length, whether all went well."""
+    gpu.note("copy_out", name)
+    gpu.timeline.current.synchronize()
+
+
 def _item(source: VirtualTensor) -> Any:
     gpu = source.allocation.gpu
     gpu.submit("item", [source])
-    gpu.timeline.current.synchronize()
+    _read_back(gpu, "item")
     if gpu.meta and not source.known:
         return torch.zeros((), dtype=source.dtype).item()
     return _held(source).item()

@@ -17,7 +17,7 @@ from .distributed import started_as_one_of_several
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
 from .run.request import GPUS, KEEPING, PLANNED, PLANNING, Request
-from .utils.accelerator import is_out_of_memory
+from .utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
 from .utils.program import program_name
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         return _complain(str(error) or "interrupted", 128 + number)
     except Exception as error:
+        if lacks_page_locked(error):
+            return _complain(NO_PAGE_LOCKED, 1)
         if not is_out_of_memory(error):
             raise
         return _complain(f"out of memory, try --low_vram ({str(error).splitlines()[0]})", 1)

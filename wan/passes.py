@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .memory.conditions import streamed_ahead
+from .memory.conditions import Ahead, streamed_ahead
 from .memory.options import MemoryOptions
 from .memory.residency import Component
 from .memory.streaming import Streamer
@@ -56,7 +56,7 @@ def passes(
         component: the DiT.
         options: how its weights come, and whether the prompts share their visits.
         conditioning: its tensors anywhere.
-        timesteps: all that it will be called with.
+        timesteps: all that it will be called with; flows are asked for by their numbers.
         prompts: which it is asked for, in this order: PROMPT, NEGATIVE_PROMPT.
         stay: whether weights that came whole stay.
         check: called before each pass.
@@ -69,25 +69,30 @@ def passes(
     inputs = _to(dict(conditioning.inputs), device) | dict(conditioning.host_inputs)
     both = conditioning.context, conditioning.context_null
     contexts = [both[prompt].to(device) for prompt in prompts]
+    times = [t[None] for t in timesteps.to(device)]
 
-    def called(latent: torch.Tensor, t: torch.Tensor, contexts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def called(
+        latent: torch.Tensor, step: int, numbers: Sequence[int], ahead: Ahead | None
+    ) -> list[torch.Tensor]:
         check()
-        count = len(contexts)
+        count = len(numbers)
         return model(
             [latent] * count,
-            t=t.expand(count),
-            context=contexts,
+            t=times[step].expand(count),
+            context=[contexts[number] for number in numbers],
             seq_len=seq_len,
             together=count > 1,
+            conditions=[ahead(step, number) for number in numbers] if ahead else None,
             **{name: _repeated(value, count) for name, value in inputs.items()},
         )
 
-    def flows(latent: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+    def flows(latent: torch.Tensor, step: int) -> list[torch.Tensor]:
+        numbers = range(len(contexts))
         if options.guidance_together:
-            return called(latent, t, contexts)
-        return [called(latent, t, [context])[0] for context in contexts]
+            return called(latent, step, numbers, ahead)
+        return [called(latent, step, [number], ahead)[0] for number in numbers]
 
-    with _weights(component, model, options, timesteps, contexts, inputs.get("clip_fea"), stay):
+    with _weights(component, model, options, times, contexts, inputs.get("clip_fea"), stay) as ahead:
         yield flows
 
 
@@ -96,22 +101,22 @@ def _weights(
     component: Component,
     model: WanModel,
     options: MemoryOptions,
-    timesteps: torch.Tensor,
+    times: Sequence[torch.Tensor],
     contexts: Sequence[torch.Tensor],
     clip_fea: torch.Tensor | None,
     stay: bool,
-) -> Iterator[None]:
-    """Inside, the DiT can be called with these."""
+) -> Iterator[Ahead | None]:
+    """Inside, the DiT can be called with these: if it streams, with the conditions that are computed ahead."""
     if options.dit_stream is None:
         with component.on_device(stay):
-            yield
+            yield None
         return
-    device, times = component.device, [t[None] for t in timesteps]
     make_streamer = partial(
         Streamer, buffers=options.stream_buffers, resident_bytes=int(options.dit_stream * 2**30)
     )
-    with streamed_ahead(model, device, times, contexts, clip_fea, model.compute_dtype, make_streamer):
-        yield
+    device, dtype = component.device, model.compute_dtype
+    with streamed_ahead(model, device, times, contexts, clip_fea, dtype, make_streamer) as ahead:
+        yield ahead
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.overrides import TorchFunctionMode
 
 from .utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas
 from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
 SOLVERS = ("unipc", "dpm++", "euler")
 
-Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Of a latent [C, F, H, W] and a timestep [1]: the flow for each prompt that is asked for, [C, F, H, W] fp32.
-Flows = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+# Of a latent [C, F, H, W] and the number of a timestep, among those left at the start: the flow, [C, F, H, W] fp32.
+Flow = Callable[[torch.Tensor, int], torch.Tensor]
+Flows = Callable[[torch.Tensor, int], list[torch.Tensor]]  # that for each prompt that is asked for
 OnStep = Callable[[torch.Tensor, "Solver"], None]
 
 
@@ -26,22 +27,20 @@ def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
 
     A scale of 1 leaves the flow alone: the unconditional one is not asked, which halves the passes. The formula would
     round otherwise, to within the last bits.
-
-    Flows are functions of a latent [C, F, H, W] and a timestep [1], and return [C, F, H, W] fp32.
     """
     if scale == 1:
         return flow
 
-    return guided_together(lambda latent, t: [flow(latent, t), unconditional(latent, t)], scale)
+    return guided_together(lambda latent, step: [flow(latent, step), unconditional(latent, step)], scale)
 
 
 def guided_together(flows: Flows, scale: float) -> Flow:
     """As `guided`, of what gives the flow and the unconditional one in one call, or at a scale of 1 the flow alone."""
     if scale == 1:
-        return lambda latent, t: flows(latent, t)[0]
+        return lambda latent, step: flows(latent, step)[0]
 
-    def flow_at(latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        conditional, away_from = flows(latent, t)
+    def flow_at(latent: torch.Tensor, step: int) -> torch.Tensor:
+        conditional, away_from = flows(latent, step)
         return away_from + scale * (conditional - away_from)
 
     return flow_at
@@ -59,7 +58,7 @@ def denoise(
     """Walks from a noisy latent to a clean one.
 
     Args:
-        flow: predicts the flow of a latent [C, F, H, W] at a timestep [1].
+        flow: predicts the flow.
         solver: takes the steps that it has left.
         latent: [C, F, H, W] fp32, where the solver is.
         steps: goes through the timesteps that are left, of so many in all, so many being done; a place to watch them.
@@ -69,8 +68,8 @@ def denoise(
         [C, F, H, W] fp32.
     """
     with torch.no_grad():
-        for t in steps(solver.timesteps, solver.steps, solver.done):
-            latent = solver.step(flow(latent, t[None]), t, latent)
+        for step, t in enumerate(steps(solver.timesteps, solver.steps, solver.done)):
+            latent = solver.step(flow(latent, step), t, latent)
             if on_step:
                 on_step(latent, solver)
     return latent
@@ -111,6 +110,7 @@ class Solver:
         self._device, self._dtype = device, dtype
         self._offload = offload
         self._scheduler = make(steps, shift, device, num_train_timesteps)
+        self._scheduler.set_begin_index(0)  # else the host asks the device where the first time is
         self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
 
     @property
@@ -127,22 +127,26 @@ class Solver:
         """The latent one step further on. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
         if not hasattr(self._scheduler, "model_outputs"):
             self._flow = flow.cpu() if self._offload else flow
+        solved: list[torch.Tensor] = []
         if not self._offload:
-            return self._stepped(flow, t, latent)
+            return self._stepped(flow, t, latent, solved)
         before, states = self.state_dict(), []
         out = torch.empty_like(latent)
         for frames in torch.arange(latent.size(1)).chunk(PIECES):
             piece = slice(int(frames[0]), int(frames[-1]) + 1)
             self.load_state_dict(_each(before, partial(_frames, piece)))
-            out[:, piece] = self._stepped(flow[:, piece], t, latent[:, piece])
+            out[:, piece] = self._stepped(flow[:, piece], t, latent[:, piece], solved)
             states.append(_each(self.state_dict(), torch.Tensor.cpu))
         for name, value in _joined(states).items():
             setattr(self._scheduler, name, value)
         return out
 
-    def _stepped(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    def _stepped(
+        self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor, solved: list[torch.Tensor]
+    ) -> torch.Tensor:
         narrow = self._dtype is not torch.float32
-        with torch.autocast(latent.device.type, self._dtype if narrow else None, enabled=narrow):
+        autocast = torch.autocast(latent.device.type, self._dtype if narrow else None, enabled=narrow)
+        with autocast, _SolvedOnce(solved):
             return self._scheduler.step(flow[None], t, latent[None], return_dict=False)[0][0]
 
     def clean(self, latent: torch.Tensor) -> torch.Tensor:
@@ -167,6 +171,31 @@ class Solver:
         """Goes on where another solver, made with the same arguments, gave this state; its tensors may be anywhere."""
         for name, value in state.items():
             setattr(self._scheduler, name, _copy(value, self._device))
+
+
+class _SolvedOnce(TorchFunctionMode):
+    """Inside, what one piece of a step has solved, the others, which ask for the same in the same order, are given.
+
+    On the device, in whose libraries the order of operations is not known, so that the bits are those of UniPC's own
+    step there; but nobody waits to hear whether it could be solved: the system of steps that differ is regular.
+
+    Args:
+        solved: the solutions so far, to which more are added.
+    """
+
+    def __init__(self, solved: list[torch.Tensor]):
+        super().__init__()
+        self._solved, self._asked = solved, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.linalg.solve:
+            return func(*args, **(kwargs or {}))
+        if self._asked == len(self._solved):
+            self._solved.append(torch.linalg.solve_ex(*args, **(kwargs or {})).result)
+        self._asked += 1
+        return self._solved[self._asked - 1]
 
 
 # What diffusers' solvers change while they step, each some of it.

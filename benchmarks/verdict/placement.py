@@ -50,7 +50,7 @@ def streamed(bench: Bench, task: str) -> None:
     with bench.folder() as folder:
         expected = _reference(bench, task, folder / "expected.safetensors")
     model, inputs = _model_and_inputs(bench, task)
-    ahead = (model, bench.device, [inputs["t"]], inputs["context"], None, model.compute_dtype)
+    given = (model, bench.device, [inputs["t"]], inputs["context"], None, model.compute_dtype)
     runs = list(itertools.product(BUFFERS, SHARES, DELAYS))
     wrong = []
     for buffers, share, delay in runs:
@@ -60,8 +60,9 @@ def streamed(bench: Bench, task: str) -> None:
             total = Streamer(groups, device, buffers=len(groups)).device_bytes
             return kind(groups, device, buffers=buffers, resident_bytes=int(share * total))  # noqa: B023
 
-        with torch.no_grad(), streamed_ahead(*ahead, make_streamer), _busy(bench, model, delay):
-            outputs = [model(**inputs)[0].cpu() for _ in range(PASSES)]
+        streaming = streamed_ahead(*given, make_streamer)
+        with torch.no_grad(), streaming as ahead, _busy(bench, model, delay):
+            outputs = [model(**inputs, conditions=[ahead(0, 0)])[0].cpu() for _ in range(PASSES)]
         if not all(torch.equal(output, expected) for output in outputs):
             wrong.append(f"{buffers} buffers, {share:.0%} resident, {delay}")
     bench.note("runs", len(runs))

@@ -34,9 +34,9 @@ class SharedPasses:
     def opened(self, prompts: Sequence[int], *args: Any) -> Iterator[Flows]:
         """On the lead: as what was handed in, for all ranks. Their answers are those of one process."""
 
-        def flows(latent: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-            with self._ranks.step("flows", latent, t):
-                return share(latent, t)
+        def flows(latent: torch.Tensor, step: int) -> list[torch.Tensor]:
+            with self._ranks.step("flows", latent, step):
+                return share(latent, step)
 
         with self._ranks.session("denoise", prompts, *args), self._share(prompts, *args) as share:
             yield flows
@@ -55,8 +55,8 @@ class SharedPasses:
         try:
             with self._opened([prompts[team.number]] if apart else prompts, *args) as flows:
 
-                def share(latent: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-                    found = flows(latent.to(ranks.device), t.to(ranks.device))
+                def share(latent: torch.Tensor, step: int) -> list[torch.Tensor]:
+                    found = flows(latent.to(ranks.device), step)
                     return [ranks.bring(found[0], first) for first in firsts] if apart else found
 
                 yield share

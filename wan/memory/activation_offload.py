@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ..modules.tokens import Attention, Piece, Place, Tokens, spans
+from ..utils.accelerator import page_locked
 from .methods import Undo, layer_methods
 
 SLOTS = 4  # of a chunk each: two pieces of a loop, what goes out, and one to come
@@ -193,13 +194,13 @@ class ActivationOffload(Place):
         taken = 1 << (numel * dtype.itemsize - 1).bit_length()  # that allocator gives powers of two
         if taken <= self._page_locked:
             try:
-                tensor = torch.empty(numel, dtype=dtype, pin_memory=True)
+                tensor = page_locked(numel, dtype)
                 self._page_locked -= taken
                 return tensor
             except RuntimeError as error:
                 self._page_locked = 0
                 reason = str(error).partition("\n")[0]
-                log.warning("no more memory could be page-locked, offloading is slower: %s", reason)
+                log.warning("no more RAM could be page-locked, offloading is slower: %s", reason)
         return torch.empty(numel, dtype=dtype)
 
 

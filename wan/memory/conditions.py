@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import nn
@@ -25,7 +24,6 @@ from ..modules.conditions import (
     text_keys_and_values,
 )
 from ..modules.forward import cross_attentions, layer_groups
-from .methods import layer_methods
 from .residency import Component
 from .streaming import Streamer
 
@@ -39,37 +37,36 @@ def streamed_ahead(
     clip_fea: torch.Tensor | None,
     dtype: torch.dtype,
     make_streamer: Callable[[Sequence[nn.Module], torch.device], Streamer] = Streamer,
-) -> Iterator[list[nn.Module]]:
-    """Computes the conditions of all passes; inside, the model can be called with them, and its layer groups stream.
+) -> Iterator[Ahead]:
+    """Computes the conditions of all passes; inside, the model is called with them, and its layer groups stream.
 
     Meanwhile one embedding layer is on the device, or what the cross attentions of two blocks call on the context.
 
     Args:
         model: a DiT, not on the device. Its embedding layers, and those layers of its cross attentions, are not called
             inside.
-        times: every t that it will be called with, [1] each.
-        prompts: every prompt that it will be called with, [L, text_dim] each.
+        times: every t of its calls, [1] each.
+        prompts: every prompt of its calls, [L, text_dim] each.
         clip_fea: image features that all of them go with, or None.
         dtype: its compute type.
         make_streamer: makes what brings the groups to the device.
 
     Yields:
-        What streams in place of the model's `layer_groups`.
+        The conditions of each call, to be given to the model as its `conditions`.
     """
     with torch.no_grad():
-        ahead = _Ahead(model, device, times, prompts, clip_fea, dtype)
-    undo = layer_methods(model, "conditions_ahead", forward=lambda forward: partial(forward, embed=ahead))
-    try:
-        groups = [ahead.group(group) for group in layer_groups(model)]
-        not_moved = [*layer_groups(model), *model.embedding_layers()]
-        with Component([model], device, not_moved, make_streamer(groups, device)).on_device():
-            yield groups
-    finally:
-        undo()
+        ahead = Ahead(model, device, times, prompts, clip_fea, dtype)
+    not_moved = [*layer_groups(model), *model.embedding_layers()]
+    with Component([model], device, not_moved, make_streamer(ahead.groups, device)).on_device():
+        yield ahead
 
 
-class _Ahead:
-    """Conditions of all passes, to be called as modules/conditions.py's `embed`. Arguments as above."""
+class Ahead:
+    """Conditions of all passes. Arguments as above.
+
+    Attributes:
+        groups: what streams in place of the model's `layer_groups`.
+    """
 
     def __init__(
         self,
@@ -80,7 +77,7 @@ class _Ahead:
         clip_fea: torch.Tensor | None,
         dtype: torch.dtype,
     ):
-        self._times, self._prompts = ([seen.cpu() for seen in given] for given in (times, prompts))
+        self._device = device
         with Component([model.time_embedding], device).on_device():
             self._embedded = [embed_time(model, t.to(device)).cpu() for t in times]
         with Component([model.time_projection], device).on_device():
@@ -101,20 +98,16 @@ class _Ahead:
                 of_image = [] if image is None else [image_keys_and_values(attention, image, dtype)]
                 self._kept[attention] = _Kept(of_texts, of_image)
                 del of_texts, of_image
+        self.groups = [self._group(group) for group in layer_groups(model)]
 
-    def __call__(
-        self,
-        model: nn.Module,
-        t: torch.Tensor,
-        prompt: torch.Tensor,
-        image: Callable[[], torch.Tensor] | None,
-        dtype: torch.dtype,
-    ) -> Conditions:
-        step, number = _index(self._times, t), _index(self._prompts, prompt)
-        context = _KeptContext(self._kept, number)
-        return Conditions(self._embedded[step].to(t.device), self._modulations[step].to(t.device), context)
+    def __call__(self, time: int, prompt: int) -> Conditions:
+        """Those of a call, by the numbers of its time and its prompt among all."""
+        embedded, modulation = (
+            kept[time].to(self._device, non_blocking=True) for kept in (self._embedded, self._modulations)
+        )
+        return Conditions(embedded, modulation, _KeptContext(self._kept, prompt))
 
-    def group(self, group: nn.Module) -> nn.Module:
+    def _group(self, group: nn.Module) -> nn.Module:
         """A layer group, a cross attention's with what is kept in place of the layers that made it."""
         if group not in self._kept:
             return group
@@ -147,12 +140,3 @@ class _KeptContext(Context):
 
     def keys_and_values(self, attention: nn.Module) -> list[KeysAndValues]:
         return self._kept[attention](self._prompt)
-
-
-def _index(known: Sequence[torch.Tensor], given: torch.Tensor) -> int:
-    """Which of them has the same contents. Raises ValueError if none has."""
-    contents = given.cpu()
-    for i, seen in enumerate(known):
-        if seen.dtype == contents.dtype and torch.equal(seen, contents):
-            return i
-    raise ValueError("a time or a prompt that conditions were not computed for")

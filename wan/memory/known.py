@@ -19,7 +19,7 @@ _BLOCK = {"norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn", "before_p
 _CALLED_WITH = {
     "model": {
         "x", "t", "context", "seq_len", "clip_fea", "y", "vace_context", "vace_context_scale",
-        "chunk", "place", "together", "embed", "attention", "run_block",
+        "chunk", "place", "together", "conditions", "attention", "run_block",
     },
     "block": {
         "x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens",

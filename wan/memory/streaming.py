@@ -36,6 +36,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..utils.accelerator import page_locked
 from ..utils.errors import InputError
 from .read_ahead import read_ahead
 
@@ -214,12 +215,16 @@ class Streamer:
         pinned = home.type == "cpu"
         while len(self._stages) < count:
             try:
-                buffer = torch.empty(size, dtype=torch.uint8, device=home, pin_memory=pinned)
+                buffer = (
+                    page_locked(size, torch.uint8)
+                    if pinned
+                    else torch.empty(size, dtype=torch.uint8, device=home)
+                )
             except RuntimeError as error:
                 if not pinned:
                     raise
                 reason = str(error).partition("\n")[0]
-                log.warning("no more memory could be page-locked, streaming may be slower: %s", reason)
+                log.warning("no more RAM could be page-locked, streaming may be slower: %s", reason)
                 pinned, count = False, 2
             else:
                 self._stages.append(_Stage(buffer, self._backend.Event(blocking=True)))

@@ -97,7 +97,7 @@ def dit_forward(
     chunk: int = 0,
     place: Place = ON_DEVICE,
     together: bool = False,
-    embed: Callable[..., Conditions] = embed,
+    conditions: Sequence[Conditions] | None = None,
     run_block: RunBlock | None = None,
 ) -> list[torch.Tensor]:
     """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
@@ -110,7 +110,7 @@ def dit_forward(
         place: where tensors over all tokens live.
         together: whether each layer group serves all samples, one after the other, before the next is visited. Each
             sample's arithmetic is its own either way.
-        embed: what gives a sample's Conditions, called as conditions.embed.
+        conditions: each sample's, on the device of x, computed before: nothing is made of t, context and images then.
         run_block: what runs a block, instead of Layers.run.
 
     Returns:
@@ -126,16 +126,19 @@ def dit_forward(
 
     def flow(i: int) -> Generator[None, None, torch.Tensor]:
         """Of one sample; pauses behind each layer group."""
-        of_sample = None if image is None else partial(image, i)
-        conditions = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
+        if conditions:
+            known = conditions[i]
+        else:
+            of_sample = None if image is None else partial(image, i)
+            known = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
         joined = [x[i]] if y is None else [x[i], y[i]]
         name = f"{i} " if together else ""
         tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name + "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
         layers = Layers(
-            conditions.modulation,
-            conditions.context,
+            known.modulation,
+            known.context,
             Rope(model.freqs.to(device), grid),
             attention,
             dtype,
@@ -152,7 +155,7 @@ def dit_forward(
             )
             yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
         # Rounded as autocast rounds what the published model makes of the head's output.
-        return predict(model, tokens, conditions.time, grid, layers.spans, place).to(dtype).float()
+        return predict(model, tokens, known.time, grid, layers.spans, place).to(dtype).float()
 
     return finished([flow(i) for i in range(len(x))], together)
 

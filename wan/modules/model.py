@@ -23,7 +23,7 @@ from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
-from .conditions import Conditions, embed
+from .conditions import Conditions
 from .conditions import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
 from .forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
 from .parts import block_forward, head_forward, unpatchify
@@ -291,7 +291,7 @@ class WanModel(nn.Module):
         attention: Attention | None = None,
         run_block: RunBlock | None = None,
         together: bool = False,
-        embed: Callable[..., Conditions] = embed,
+        conditions: Sequence[Conditions] | None = None,
     ) -> list[torch.Tensor]:
         """Predicts the flow of each sample.
 
@@ -307,7 +307,7 @@ class WanModel(nn.Module):
             attention: instead of flash_attention.
             run_block: what runs a block, see dit_forward.
             together: whether each layer group serves all samples before the next is visited.
-            embed: gives a sample's conditions, see conditions.py.
+            conditions: each sample's, computed before from t, context and clip_fea; see dit_forward.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -336,7 +336,7 @@ class WanModel(nn.Module):
             place=place,
             run_block=run_block,
             together=together,
-            embed=embed,
+            conditions=conditions,
         )
 
     @classmethod

@@ -1,14 +1,14 @@
 """The DiT of VACE (Jiang et al., VACE: All-in-One Video Creation and Editing, 2025): a second stack of blocks
 reads the source material and gives hints to the first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..utils.errors import InputError
 from .attention import flash_attention
-from .conditions import Conditions, embed
+from .conditions import Conditions
 from .forward import RunBlock, dit_forward
 from .model import WanModel, keeps_config
 from .tokens import ON_DEVICE, Attention, Place
@@ -85,7 +85,7 @@ class VaceWanModel(WanModel):
         attention: Attention | None = None,
         run_block: RunBlock | None = None,
         together: bool = False,
-        embed: Callable[..., Conditions] = embed,
+        conditions: Sequence[Conditions] | None = None,
     ) -> list[torch.Tensor]:
         """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
 
@@ -105,5 +105,5 @@ class VaceWanModel(WanModel):
             place=place,
             run_block=run_block,
             together=together,
-            embed=embed,
+            conditions=conditions,
         )

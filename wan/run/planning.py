@@ -103,7 +103,8 @@ def room_on(request: Request, device: torch.device) -> tuple[float, float]:
             raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
         steady = limit - context_bytes(device)
         room = min(room, steady)
-    return request.vram_fraction * room, request.vram_fraction * steady
+    # None is left where less is free than CUDA's libraries may still load.
+    return request.vram_fraction * max(0.0, room), request.vram_fraction * max(0.0, steady)
 
 
 def context_bytes(device: torch.device) -> int:

@@ -95,7 +95,7 @@ def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str
     """What of a request is another one when it goes on after memory ran out on a rank; nothing after other errors."""
     if plan is None or not (is_out_of_memory(error) or getattr(error, "out_of_memory", False)):
         return {}
-    part = min(1.0, LESS * plan.peak_bytes / plan.room)
+    part = min(1.0, LESS * plan.peak_bytes / plan.room) if plan.room else 1.0
     fraction = max(LEAST_FRACTION, round(request.vram_fraction * part, 3))
     if fraction >= request.vram_fraction:
         return {}

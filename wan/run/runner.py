@@ -190,7 +190,8 @@ class Runner:
                     f"{request.task} needs {least:.2f}, give that or more", "vram_limit", request.vram_limit
                 )
             log.warning(
-                f"Memory: nothing fits, {plan.peak_bytes / 2**30:.2f} GiB would; going on with the leanest"
+                f"Memory: nothing fits the {room / 2**30:.2f} GiB that are free, {plan.peak_bytes / 2**30:.2f} would; "
+                "ending other programs on the card may help; going on with the leanest"
             )
         elif limited:
             hold_to(device, room)

@@ -24,6 +24,9 @@ INSTALL = (
     "install the build of PyTorch for your GPU, https://pytorch.org/get-started/locally gives the command"
 )
 NO_FP64 = "it has no 64-bit floats, in which the rotary embedding is computed"
+NO_PAGE_LOCKED = (
+    "no more RAM can be page-locked, the card has room; end other programs that use it, or raise its limit"
+)
 LIBRARY_BYTES = 256 * 2**20  # what CUDA's libraries may still load outside PyTorch's allocator; an estimate
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -207,7 +210,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device, not the host, lacks memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    told = isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    return told and not lacks_page_locked(error)
+
+
+def lacks_page_locked(error: BaseException) -> bool:
+    """Whether an exception says that no more RAM can be page-locked.
+
+    CUDA gives it the number that it gives to a lack of its own memory. PyTorch's allocator has an error of its own for
+    that, and CUDA itself asks for little: it is the RAM where all cards that are used have room.
+    """
+    if not isinstance(error, RuntimeError) or not re.search(r"(CUDA|HIP) error: out of memory", str(error)):
+        return False
+    used = [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
+    return bool(used) and all(torch.cuda.mem_get_info(number)[0] >= LIBRARY_BYTES for number in used)
+
+
+NUMBERS = (1, 2, 4, 8, 16)  # bytes that one takes, of whatever type
+
+
+def page_locked(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor [numel] of RAM that is page-locked, its values not set.
+
+    PyTorch tells the host a number of a result through such RAM. A block of each size that it needs is page-locked
+    first; PyTorch's allocator keeps them for it, so that this never takes the last.
+
+    Raises RuntimeError if the system gives no more.
+    """
+    for nbytes in NUMBERS:
+        torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(numel, dtype=dtype, pin_memory=True)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ..run import Runner
 from ..run.batch import Entry, begun, is_done
 from ..run.interrupts import Interrupted, Interrupts
 from ..run.planning import report
-from ..utils.accelerator import is_out_of_memory
+from ..utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
 from ..utils.errors import InputError
 from ..utils.events import Event
 from ..utils.progress import ProgressBars
@@ -149,6 +149,8 @@ def told(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, InputError):
         return error.told()
+    if lacks_page_locked(error):
+        return NO_PAGE_LOCKED
     line = " ".join(str(error).split())[:300]
     if is_out_of_memory(error):
         return f"out of memory ({line})"
