@@ -25,7 +25,8 @@ def test_a_walk_takes_all_its_steps_and_each_with_its_own_noise(name, steps, shi
     solver, looked_up = (Solver(name, steps, shift, "cpu") for _ in range(2))
     found = denoise(pseudo_model, solver, _latent())
     assert solver.done == steps and torch.isfinite(found).all()
-    looked_up._scheduler._begin_index = None  # the scheduler's own search, which is right where no time repeats
+    # The scheduler's own search, which is right where no time repeats.
+    looked_up._scheduler._begin_index = None
     if not _repeats(looked_up):
         assert torch.equal(found, denoise(pseudo_model, looked_up, _latent()))
 

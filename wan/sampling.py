@@ -111,7 +111,7 @@ class Solver:
         self._device, self._dtype = device, dtype
         self._offload = offload
         self._scheduler = make(steps, shift, device, num_train_timesteps)
-        self._scheduler.set_begin_index(0)  # else it looks the first time up, and finds the second where times repeat
+        self._scheduler.set_begin_index(0)  # else it searches its times, and takes the second of equal ones
         self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
 
     @property
