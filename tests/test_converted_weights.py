@@ -85,7 +85,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(mapped.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(
         InputError if isinstance(error, OSError) else KeyboardInterrupt, match="disk is full|^$"
     ):

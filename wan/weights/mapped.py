@@ -8,7 +8,6 @@ import errno
 import json
 import math
 import mmap
-import os
 import shutil
 import warnings
 import zlib
@@ -84,7 +83,7 @@ def write_mapped(
     title: str,
     merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Writes a file for MappedFile, one tensor in RAM at a time, and waits until it is on the disk.
+    """Writes a file for MappedFile, one tensor in RAM at a time.
 
     Args:
         tensors: (name, function that reads it); each is read twice.
@@ -121,8 +120,6 @@ def write_mapped(
                 file.write(piece)
         file.seek(0)
         file.write(_header(entries, fingerprint, checksum))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(entries: dict, fingerprint: str, checksum: int) -> bytes:
