@@ -22,7 +22,7 @@ from wan.modules.model import WanModel, weights_path
 from wan.utils.errors import InputError
 from wan.utils.events import Step, listening
 from wan.utils.progress import ProgressBars
-from wan.weights import mapped
+from wan.weights import converted, mapped
 from wan.weights.converted import OffloadFolder
 from wan.weights.fingerprints import FileSizes
 
@@ -85,7 +85,7 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(mapped.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(
         InputError if isinstance(error, OSError) else KeyboardInterrupt, match="disk is full|^$"
     ):
@@ -159,6 +159,59 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path, damage):
     file.write_bytes({"flip": data, "cut": data[: len(data) // 2], "empty": b""}[damage])
     with pytest.raises(InputError, match=f"{file.name} is damaged, delete it"):
         load(checkpoint, tmp_path)
+
+
+def flipped(file, bits):
+    """Writes a file with one of its bits the other way round, for each of these bits."""
+    data = bytearray(file.read_bytes())
+    for bit in bits:
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        yield bit
+        data[bit // 8] ^= 1 << bit % 8
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A converted file."""
+    file = tmp_path / "small.safetensors"
+    types = {"a.weight": torch.bfloat16, "b": torch.float16, "c.bias": torch.float32}
+    tensors = {name: torch.randn(3, 5, dtype=types[name]) for name in types}
+    read = [(name, lambda name=name: tensors[name]) for name in tensors]
+    mapped.write_mapped(file, read, types.__getitem__, "0123456789abcdef" * 4, "Converting")
+    opened = mapped.MappedFile(file, "0123456789abcdef" * 4)
+    assert all(torch.equal(opened.read(name), tensors[name]) for name in tensors)
+    return file
+
+
+@pytest.mark.parametrize("eighth", range(8))
+def test_every_bit_of_a_file_counts(eighth, small):
+    for bit in flipped(small, range(eighth, 8 * small.stat().st_size, 8)):
+        with pytest.raises(InputError, match="is damaged, delete it"):
+            mapped.MappedFile(small, "0123456789abcdef" * 4)
+            pytest.fail(f"bit {bit} does not count")
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b"[]", b"{}", b'{"__metadata__": 5}', b'{"__metadata__": {}, "a": 5}', b"\xff"]
+)
+def test_a_header_that_is_none(header, tmp_path):
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    for checked in (False, True):
+        with pytest.raises(InputError, match="is damaged, delete it"):
+            mapped.MappedFile(file, "", checked)
+
+
+def test_files_of_another_format_are_made_anew(checkpoint, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "FORMAT", "1")
+        load(checkpoint, tmp_path)
+    (before,) = converted_files(tmp_path)
+    caplog.set_level("INFO")
+    assert_same_weights(load(checkpoint, tmp_path), WanModel.from_pretrained(checkpoint, torch.bfloat16))
+    (now,) = converted_files(tmp_path)
+    assert now != before and f"Removing {before}" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made(checkpoint, tmp_path):

@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 import safetensors.torch
 from PIL import Image
@@ -22,7 +21,7 @@ from wan import tiny
 from wan.configs.tiny import TINY_CONFIGS
 from wan.run.state import read_state
 from wan.tasks import TASKS
-from wan.utils import files, progress
+from wan.utils import files, progress, video
 from wan.utils.events import StageStarted
 
 ALL = bool(os.environ.get("WAN_EVERY_KILL"))  # for an hour when nothing else is to be done
@@ -45,7 +44,7 @@ class FullDisk:
         (os, "link", 1),
         (os, "fsync", 0),
         (safetensors.torch, "save_file", 1),
-        (imageio_ffmpeg, "write_frames", 0),
+        (video, "_encode", 1),
         (Image.Image, "save", 1),
     ]
 
@@ -112,6 +111,19 @@ def test_a_disk_that_is_full_at_any_write(once, whole, tmp_path):  # noqa: F811
         assert result.read_bytes() == expected
         assert not strays(".") and not strays(other) and not list(other.glob("*.state")) and not states()
     assert len(seen) > 1
+
+
+def test_an_encoder_that_fails_at_its_end_leaves_the_state(whole, monkeypatch):  # noqa: F811
+    """Also where all frames are in its file."""
+    line = ["--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4"]
+    with monkeypatch.context() as patch:
+        encode = video._encode
+        patch.setattr(video, "_encode", lambda *args: encode(*args) or 1)
+        assert command(*line) == 1
+    assert not Path("out.mp4").exists() and not strays(".")
+    (state,) = states()
+    assert command("--resume", state) == 0
+    assert Path("out.mp4").read_bytes() == whole("t2v-tiny") and not states()
 
 
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"] if ALL else ["denoise"])

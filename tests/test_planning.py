@@ -297,6 +297,23 @@ def test_a_plan_for_a_full_card_says_who_has_the_rest(tmp_path, monkeypatch, cap
     assert "the 0.00 GiB that are free" in line and "other programs" in line and "leanest" in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [
+        ({}, None),
+        ({"vram_limit": 2.0}, 2 * GIB),
+        ({"vram_limit": 2.0, "vram_fraction": 0.5}, GIB),
+        ({"vram_fraction": 0.75}, 3 * GIB),
+    ],
+)
+@pytest.mark.parametrize("memory", [LOW_VRAM, {"vae_cpu": True}])
+def test_limits_hold_beside_memory_flags(memory, settings, held, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with VirtualGPU(4 * GIB) as gpu:
+        Runner().run(toy(memory=MemoryOptions(**memory), **settings))
+        assert gpu.allocator.limit == held
+
+
 # Runs
 
 

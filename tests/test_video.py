@@ -1,5 +1,8 @@
+import contextlib
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -22,6 +25,11 @@ from wan.utils.video import (
     save_video,
     to_uint8,
 )
+
+with contextlib.suppress(ImportError):
+    import resource  # where there are limits
+
+EVERY = bool(os.environ.get("WAN_EVERY_KILL"))
 
 
 def clip(frames=9, height=96, width=128, seed=0):
@@ -131,23 +139,21 @@ def test_nothing_half_written_remains(tmp_path, monkeypatch, error):
 
 
 def test_nothing_remains_of_an_interrupted_image(tmp_path, monkeypatch):
-    def interrupted(self, path):
-        path.write_bytes(b"half")
+    def interrupted(self, data):
+        with open(self, "wb") as file:
+            file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_image(torch.zeros(3, 16, 16), tmp_path / "out.png")
     assert os.listdir(tmp_path) == []
 
 
-def test_an_encoder_that_loses_frames_is_noticed(tmp_path, monkeypatch):
-    real = imageio_ffmpeg.write_frames
-
-    def lossy(path, *arguments, **options):
-        return real(path, *arguments, **options | {"output_params": ["-frames:v", "2"]})
-
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", lossy)
+@pytest.mark.parametrize("kept", [0, 2])
+def test_an_encoder_that_loses_frames_is_noticed(kept, tmp_path, monkeypatch):
+    real = video_module._encode
+    monkeypatch.setattr(video_module, "_encode", lambda video, *rest: real(video[:, :kept], *rest))
     with pytest.raises(OSError, match=r"out\.mp4"):
         save_video(clip(9), tmp_path / "out.mp4")
     assert os.listdir(tmp_path) == []
@@ -160,6 +166,69 @@ def test_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out\.mp4"):
         save_video(clip(9), tmp_path / "out.mp4")
     assert os.listdir(tmp_path) == []
+
+
+def takes(size, tmp_path, monkeypatch):
+    """From now on the encoder finds a disk that takes so many bytes of its file."""
+    script = tmp_path / "encoder"
+    script.write_text(
+        f"#!{sys.executable} -IS\n"
+        "import os, resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        f"os.execv({imageio_ffmpeg.get_ffmpeg_exe()!r}, sys.argv)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(script))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits of a process")
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES if EVERY else (".mp4", ".mkv"))
+def test_a_disk_that_fills_at_any_byte(suffix, tmp_path, monkeypatch):
+    """At the head, among the frames, or in the trailer, where all frames can be counted although the end is missing."""
+    whole = tmp_path / f"whole{suffix}"
+    save_video(clip(9, 32, 32), whole, comment="c" * 500)
+    size = whole.stat().st_size
+    sizes = {*range(0, size, 400), *range(max(0, size - 2000), size, 1 if EVERY else 97), size - 1}
+    for some in sorted(sizes):
+        with monkeypatch.context() as patch:
+            takes(some, tmp_path, patch)
+            with pytest.raises(OSError, match=rf"out\{suffix}: .*disk full"):
+                save_video(clip(9, 32, 32), tmp_path / f"out{suffix}", comment="c" * 500)
+        assert sorted(os.listdir(tmp_path)) == ["encoder", whole.name]
+    with monkeypatch.context() as patch:
+        takes(size, tmp_path, patch)
+        save_video(clip(9, 32, 32), tmp_path / f"out{suffix}", comment="c" * 500)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs an executable script")
+@pytest.mark.parametrize("code", [1, 255])
+def test_what_the_encoder_says_at_its_end_counts(code, tmp_path, monkeypatch):
+    """Also where all frames are there."""
+    script = tmp_path / "encoder"
+    script.write_text(f'#!/bin/sh\n"{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"\nexit {code}\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(script))
+    with pytest.raises(OSError, match=rf"out\.mp4: .*{code}"):
+        save_video(clip(9), tmp_path / "out.mp4")
+    assert os.listdir(tmp_path) == ["encoder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits of a process")
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_a_disk_that_fills_under_an_image(suffix, tmp_path):
+    image, whole = clip(1, 64, 64)[:, 0], tmp_path / f"whole{suffix}"
+    save_image(image, whole, "c" * 50)
+    size = whole.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for some in range(0, size, 1 if EVERY else max(1, size // 20)):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (some, before[1]))
+            with pytest.raises(OSError):
+                save_image(image, tmp_path / f"out{suffix}", "c" * 50)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert os.listdir(tmp_path) == [whole.name]
 
 
 def test_save_image_rounds(tmp_path):

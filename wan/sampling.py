@@ -110,7 +110,8 @@ class Solver:
         self._device, self._dtype = device, dtype
         self._offload = offload
         self._scheduler = make(steps, shift, device, num_train_timesteps)
-        self._scheduler.set_begin_index(0)  # else the host asks the device where the first time is
+        # Else it asks the device for its times, searches them, and of equal ones takes the second for the first.
+        self._scheduler.set_begin_index(0)
         self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
 
     @property

@@ -172,8 +172,9 @@ class Runner:
         if device.type == "cpu" or not hasattr(torch.get_device_module(device), "mem_get_info"):
             return request, None
         if not request.planned:
-            if limited:
-                hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
+            if limited or request.vram_fraction < 1:
+                room, steady = room_on(request, device)
+                hold_to(device, steady if limited else room)
             return request, None
         configure_allocator(device)
         hold_to_free(device)

@@ -82,8 +82,6 @@ def write_state(path: str | os.PathLike, state: State) -> None:
             write_tensors(temporary, tensors, metadata)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({_one_line(error)})") from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
 
 
 def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any) -> State:

@@ -58,6 +58,8 @@ def other_folders(folder: Path) -> Iterator[Path]:
 def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> Iterator[Path]:
     """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
 
+    The file is on the disk, not only on its way there, before it takes the name.
+
     If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead. The body
     closes it, and nobody has `path` open or mapped: Windows renames neither from nor over such a file.
 
@@ -70,6 +72,8 @@ def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> 
     try:
         yield temporary
         if keep:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             (os.replace if over else _place)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

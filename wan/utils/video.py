@@ -4,10 +4,13 @@ Writers work on a temporary name beside the target and rename it when the file i
 either complete or untouched. Readers turn whatever is wrong with a file into an `InputError` that names it.
 """
 
+import io
 import logging
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from .files import check_target, replacing
 log = logging.getLogger(__name__)
 
 ORIENTATION = 0x0112  # EXIF's tag
+RATE_FACTOR = 10  # of H.264: constant quality, the smaller the better
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -104,28 +108,46 @@ def save_video(
     """
     if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
         raise ValueError(f"expected a video [3, F, H, W] with even H and W, got {list(video.shape)}")
-    _, frame_num, height, width = video.shape
     with replacing(path, over=over) as temporary:
-        encoder = imageio_ffmpeg.write_frames(
-            str(temporary),
-            (width, height),
-            fps=fps,
-            codec="libx264",
-            quality=8,
-            macro_block_size=1,
-            output_params=["-metadata", f"comment={comment}"] if comment else [],
-        )
         try:
-            encoder.send(None)
-            for frame in counted(video.unbind(1), frame_num, "save"):
-                encoder.send(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
+            ended = _encode(video, temporary, fps, comment)
         except OSError as error:
-            raise OSError(f"{path}: the video encoder stopped early") from error
-        finally:
-            encoder.close()
+            raise OSError(f"{path}: the video encoder stopped early; is the disk full?") from error
+        if ended:
+            raise OSError(f"{path}: the video encoder ended with exit code {ended}; is the disk full?")
         written = _count_frames(temporary)
-        if written != frame_num:
-            raise OSError(f"{path}: only {written} of {frame_num} frames could be written; is the disk full?")
+        if written != video.shape[1]:
+            raise OSError(f"{path}: it has {written} of {video.shape[1]} frames; is the disk full?")
+
+
+def _encode(video: torch.Tensor, path: Path, fps: float, comment: str | None) -> int:
+    """Has ffmpeg make the file that save_video describes; returns its exit code.
+
+    Raises OSError: it ended before it had all frames.
+    """
+    _, frame_num, height, width = video.shape
+    rate = str(Fraction(fps).limit_denominator())
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "-", "-an"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR)]
+    target += ["-metadata", f"comment={comment}"] if comment else []
+    encoder = subprocess.Popen(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target, os.fspath(path)],
+        stdin=subprocess.PIPE,
+        # Ctrl-C is for this process, which ends the encoder or lets it finish.
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    assert encoder.stdin
+    try:
+        for frame in counted(video.unbind(1), frame_num, "save"):
+            encoder.stdin.write(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
+        encoder.stdin.close()
+        return encoder.wait()
+    finally:
+        encoder.kill()  # unless it has ended
+        with suppress(OSError):
+            encoder.stdin.close()
+        encoder.wait()
 
 
 def _count_frames(path: str | os.PathLike[str]) -> int:
@@ -148,14 +170,17 @@ def save_image(
         image = image.squeeze(1)
     if image.dtype != torch.uint8:
         image = image.float().clamp(-1, 1).add_(1).div_(2).mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    suffix, metadata = Path(path).suffix.lower(), PngInfo()
+    if comment:
+        metadata.add_text(COMMENT, comment)
+    # Encoded in RAM: PIL takes a file of which the disk took a part for the whole.
+    data = io.BytesIO()
+    picture.save(
+        data, Image.registered_extensions()[suffix], **{"pnginfo": metadata} if suffix == ".png" else {}
+    )
     with replacing(path, over=over) as temporary:
-        picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-        if comment and temporary.suffix.lower() == ".png":
-            metadata = PngInfo()
-            metadata.add_text(COMMENT, comment)
-            picture.save(temporary, pnginfo=metadata)
-        else:
-            picture.save(temporary)
+        temporary.write_bytes(data.getbuffer())
 
 
 def read_comment(path: str | os.PathLike[str], field: str) -> str | None:

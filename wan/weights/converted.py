@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -15,12 +16,15 @@ from filelock import FileLock, Timeout
 
 from ..utils.errors import InputError
 from ..utils.files import replacing, sweep
+from ..utils.outside import parse_json
 from .fingerprints import checkpoint_fingerprint
 from .lora import Loras
 from .mapped import MappedFile, write_mapped
 from .reading import checkpoint_files, read_tensors
 
-FORMAT = "1"  # raise it when the meaning of the files changes
+log = logging.getLogger(__name__)
+
+FORMAT = "2"  # raise it when the meaning of the files changes
 UNUSED_DAYS = 30  # after which a conversion is removed
 _CONVERTED = re.compile(r"[^.].*-[0-9a-f]{16}\.safetensors")
 
@@ -29,8 +33,8 @@ class OffloadFolder:
     """A folder of converted checkpoints, which runs may share.
 
     Beside each conversion a record, `NAME.json`, says of which checkpoint it is, when its checksum was found right, and
-    by its own time when it was last used. Conversions whose checkpoint has changed or is gone, and those not used for
-    UNUSED_DAYS, are removed.
+    by its own time when it was last used. Conversions of another FORMAT, those whose checkpoint has changed or is gone,
+    and those not used for UNUSED_DAYS, are removed, which is told.
 
     Attributes:
         mapped: the files that `converted` returned.
@@ -80,7 +84,7 @@ class OffloadFolder:
         file = MappedFile(target, fingerprint, checked=checked == _record(target).get("checked"))
         self.mapped.append(target)
         with contextlib.suppress(OSError):  # without a record it is only checked again
-            _write_record(target, {"source": _versions(source), "checked": checked})
+            _write_record(target, {"format": FORMAT, "source": _versions(source), "checked": checked})
         return file
 
     @contextlib.contextmanager
@@ -115,6 +119,9 @@ class OffloadFolder:
                 if path.suffix == ".lock" and _CONVERTED.fullmatch(path.with_suffix(".safetensors").name):
                     _remove_free_lock(path)
                 elif path != current and _CONVERTED.fullmatch(path.name) and _is_old(path):
+                    log.info(
+                        f"Removing {path}: made of another checkpoint, by another version, or long unused"
+                    )
                     for file in (path, path.with_suffix(".json")):
                         with contextlib.suppress(OSError):  # Windows keeps what a run has mapped
                             file.unlink(missing_ok=True)
@@ -143,7 +150,7 @@ def _versions(source: Path) -> dict[str, list[int]]:
 def _record(target: Path) -> dict[str, Any]:
     """What is known of a conversion; empty if nothing is."""
     try:
-        record = json.loads(target.with_suffix(".json").read_text())
+        record = parse_json(target.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -155,8 +162,11 @@ def _write_record(target: Path, record: dict[str, Any]) -> None:
 
 
 def _is_old(target: Path) -> bool:
-    """Whether a conversion's checkpoint has changed or is gone, or it has not been used for long."""
-    record, source = target.with_suffix(".json"), _record(target).get("source")
+    """Whether another version made a conversion, its checkpoint has changed or is gone, or no run used it for long."""
+    record, known = target.with_suffix(".json"), _record(target)
+    if known and known.get("format") != FORMAT:
+        return True
+    source = known.get("source")
     used = max(path.stat().st_mtime for path in (target, record) if path.exists())
     if time.time() - used > UNUSED_DAYS * 24 * 3600:
         return True
@@ -164,7 +174,7 @@ def _is_old(target: Path) -> bool:
         return isinstance(source, dict) and any(
             _version(Path(path)) != version for path, version in source.items()
         )
-    except OSError:
+    except (OSError, ValueError):
         return True
 
 

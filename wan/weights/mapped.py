@@ -1,14 +1,13 @@
 """Files of tensors that are used where they lie: mapped, read-only, in pages that runs share.
 
 The weights take no RAM that the system cannot take back. Files are in safetensors format
-(https://huggingface.co/docs/safetensors), with a checksum of the data.
+(https://huggingface.co/docs/safetensors), with a checksum of all their bytes at a fixed place in the header.
 """
 
 import errno
 import json
 import math
 import mmap
-import os
 import shutil
 import warnings
 import zlib
@@ -19,10 +18,14 @@ import torch
 
 from ..utils.errors import InputError
 from ..utils.events import counted
+from ..utils.outside import MISREAD, parse_json
 from .reading import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2**26  # bytes that are written and checked at a time
+_BEFORE = b'{"__metadata__": {"checksum": "'  # how the header's text starts
+_BLANK = b"0" * 10  # in the checksum's place while it is taken
+_AT = 8 + len(_BEFORE)
 
 
 class MappedFile:
@@ -44,15 +47,14 @@ class MappedFile:
         try:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            length = int.from_bytes(self._map[:8], "little")
-            self._entries = json.loads(self._map[8 : 8 + length])
-            metadata = self._entries.pop("__metadata__")
-            self._start = 8 + length
+            self._start = 8 + int.from_bytes(self._map[:8], "little")
+            whole = checked or self._map[_AT : _AT + len(_BLANK)] == self._checksum()
+            self._entries = parse_json(self._map[8 : self._start]) if whole else {"__metadata__": {}}
+            whole = self._entries.pop("__metadata__").get("fingerprint") == fingerprint
             self.names = list(self._entries)
             end = max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
-            whole = metadata["fingerprint"] == fingerprint and self._start + end == len(self._map)
-            whole = whole and (checked or int(metadata["checksum"]) == self._checksum())
-        except (OSError, ValueError, KeyError, OverflowError):
+            whole = whole and self._start + end == len(self._map)
+        except (OSError, *MISREAD):
             whole = False
         if not whole:
             raise InputError(f"{path} is damaged, delete it and run again", "offload_folder")
@@ -68,12 +70,13 @@ class MappedFile:
             )
         return flat.view(shape)
 
-    def _checksum(self) -> int:
-        data = memoryview(self._map)[self._start :]
-        checksum, starts = 0, range(0, len(data), _PIECE)
+    def _checksum(self) -> bytes:
+        """What has to stand in its place: the digits of the CRC-32 of all bytes, blanks in that place."""
+        data = memoryview(self._map)[_AT + len(_BLANK) :]
+        checksum, starts = zlib.crc32(self._map[:_AT] + _BLANK), range(0, len(data), _PIECE)
         for start in counted(starts, len(starts), f"Checking {self.path.name}"):
             checksum = zlib.crc32(data[start : start + _PIECE], checksum)
-        return checksum
+        return _digits(checksum)
 
 
 def write_mapped(
@@ -84,7 +87,7 @@ def write_mapped(
     title: str,
     merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Writes a file for MappedFile, one tensor in RAM at a time, and waits until it is on the disk.
+    """Writes a file for MappedFile, one tensor in RAM at a time.
 
     Args:
         tensors: (name, function that reads it); each is read twice.
@@ -110,8 +113,9 @@ def write_mapped(
         told = f"{offset / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free"
         raise OSError(errno.ENOSPC, told)
     with open(path, "wb") as file:
-        file.write(_header(entries, fingerprint, checksum=0))
-        checksum = 0
+        header = _header(entries, fingerprint)
+        file.write(header)
+        checksum = zlib.crc32(header)
         for name, read in counted(tensors, len(tensors), title):
             tensor = merge(name, read()) if merge else read()
             data = tensor.to(dtype(name)).contiguous().view(-1).view(torch.uint8).numpy()
@@ -119,15 +123,17 @@ def write_mapped(
                 piece = data[start : start + _PIECE]
                 checksum = zlib.crc32(piece, checksum)
                 file.write(piece)
-        file.seek(0)
-        file.write(_header(entries, fingerprint, checksum))
-        file.flush()
-        os.fsync(file.fileno())
+        file.seek(_AT)
+        file.write(_digits(checksum))
 
 
-def _header(entries: dict, fingerprint: str, checksum: int) -> bytes:
-    """The head of a safetensors file; its length depends on the entries alone, and aligns the data to 64 bytes."""
-    metadata = {"format": "pt", "fingerprint": fingerprint, "checksum": f"{checksum:010}"}
+def _header(entries: dict, fingerprint: str) -> bytes:
+    """The head of a safetensors file, without its checksum; it aligns the data to 64 bytes."""
+    metadata = {"checksum": _BLANK.decode(), "format": "pt", "fingerprint": fingerprint}
     text = json.dumps({"__metadata__": metadata, **entries}).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
+
+
+def _digits(checksum: int) -> bytes:
+    return b"%010d" % checksum
