@@ -34,7 +34,7 @@ from PIL import Image
 
 from benchmarks import random_weights
 from upstream_driver import driver
-from virtual_gpu import VirtualGPU, least_capacity
+from virtual_gpu import LACK, VirtualGPU, least_capacity
 from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
 from wan.run.request import pixels
 from wan.tasks import TASKS, Task
@@ -336,6 +336,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--least_capacity: only with --device virtual")
     if args.compare and args.device != "cuda":
         raise InputError("--compare: needs --device cuda to compare with")
+    if LACK and (args.device == "virtual" or args.compare):
+        raise InputError(f"--device {args.device}{' --compare' if args.compare else ''}: {LACK}")
     return args
 
 

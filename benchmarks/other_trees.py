@@ -33,6 +33,8 @@ from unittest.mock import MagicMock
 import torch
 from torch import nn
 
+from virtual_gpu import LACK, VirtualGPU
+
 ROOT = Path(__file__).resolve().parents[1]
 GRID, TOKENS = (3, 16, 18), 216  # of the DiT's latents; four chunks of tokens
 DIT = {
@@ -252,6 +254,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder of the other tree")
     parser.add_argument("--package", default="wan/modules", help="folder of its models (default wan/modules)")
     args = parser.parse_args()
+    if LACK:
+        parser.error(LACK)
     with tempfile.TemporaryDirectory() as folder:
         copy_library(Path(folder) / "lean")
         sys.path.insert(0, folder)
@@ -263,7 +267,6 @@ def run(checkout: Path, package: str) -> None:
     attach = importlib.import_module("lean.memory").attach
     from upstream_driver import stand_ins
     from upstream_driver.surroundings import attention
-    from virtual_gpu import VirtualGPU
 
     stand_ins.install()
     torch.cuda.current_device = lambda: 0  # a default argument of T5's asks for it

@@ -28,7 +28,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from PIL import Image, ImageDraw
 
-from virtual_gpu import VirtualGPU
+from virtual_gpu import LACK, VirtualGPU
 from wan.memory import vae_tiling
 from wan.memory.tile_geometry import STRIDE
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
@@ -261,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tree", metavar="PATH", help="Upstream's checkout, to run its VAE beside the others.")
     add("--picture", metavar="PNG", help="Save difference maps of decoding here.")
     args = parser.parse_args(argv)
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if LACK and (args.count or device.type == "cpu"):
+        parser.error(LACK)
     model = randomized(VAE(args.dim))
     make_coders = partial(coders, tree=args.tree, tiles=args.tiles, blended=args.blended, dim=args.dim)
     shape = (args.frames, *args.size)

@@ -11,6 +11,7 @@ from test_retrofit import IDS, dit_inputs, make_pipeline
 from torch import nn
 
 from benchmarks.other_trees import copy_library
+from virtual_gpu import DEVICE as GPU
 from virtual_gpu import VirtualGPU
 from wan import tiny
 from wan.configs import WAN_CONFIGS
@@ -20,8 +21,6 @@ from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import WanVAE
 from wan.utils.errors import InputError
-
-GPU = torch.device("vgpu:0")
 
 
 @pytest.fixture

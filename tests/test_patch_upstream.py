@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from upstream_driver import driver
-from virtual_gpu import VirtualGPU
+from virtual_gpu import DEVICE, VirtualGPU
 
 ROOT = Path(__file__).parent.parent
 PATCHES = ROOT / "patches"
@@ -208,7 +208,7 @@ def make_vae(patched, tmp_path):
         torch.nn.init.normal_(weight, std=0.1)
     torch.save(network.state_dict(), tmp_path / "vae.pth")
     module._video_vae = functools.partial(module._video_vae, dim=8)
-    return functools.partial(module.WanVAE, vae_pth=tmp_path / "vae.pth", device=torch.device("vgpu:0"))
+    return functools.partial(module.WanVAE, vae_pth=tmp_path / "vae.pth", device=DEVICE)
 
 
 def places(vae):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from virtual_gpu import VirtualGPU
+from virtual_gpu import DEVICE, VirtualGPU
 from wan.memory.activation_offload import ActivationOffload
 from wan.memory.retrofit import check_memory_options, save_memory
 from wan.modules.model import WanModel
@@ -82,7 +82,7 @@ def make_pipeline(dit=None, **config):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return SimpleNamespace(
-        device=torch.device("vgpu:0"),
+        device=DEVICE,
         t5_cpu=False,
         param_dtype=torch.float32,
         text_encoder=SimpleNamespace(model=TextEncoder().requires_grad_(False)),

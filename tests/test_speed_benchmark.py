@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import speed
 from benchmarks.speed import Row, table
-from virtual_gpu import VirtualGPU
+from virtual_gpu import DEVICE, VirtualGPU
 
 VARIANTS = [
     "resident",
@@ -84,7 +84,7 @@ def test_a_variant_without_room_does_not_end_the_run(monkeypatch):
 
 
 def test_on_a_device_weights_are_resident_or_streamed_and_leave():
-    case, device = speed.CASES[speed.TOY], torch.device("vgpu:0")
+    case, device = speed.CASES[speed.TOY], DEVICE
     with VirtualGPU() as gpu:
         rows = resident, streamed, chunked, _, together = speed.measure(case, device, rounds=1)
         assert resident.peak_bytes > streamed.peak_bytes >= chunked.peak_bytes

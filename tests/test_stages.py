@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wan
-from virtual_gpu import VirtualGPU
+from virtual_gpu import DEVICE, VirtualGPU
 from wan import tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.options import LOW_VRAM
@@ -102,7 +102,7 @@ def test_a_cpu_counts_nothing():
 @pytest.mark.parametrize("memory", [{"vae_cpu": True}, LOW_VRAM], ids=["vae_cpu", "low_vram"])
 def test_a_pipeline_initialises_its_device(monkeypatch, memory):
     """With every model at home on the CPU nothing else does."""
-    backend = Backend(torch.device("vgpu", 0))
+    backend = Backend(DEVICE)
     with VirtualGPU():
         virtual = torch.get_device_module("vgpu")
         for name in ("init", "reset_peak_memory_stats", "max_memory_allocated"):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from virtual_gpu import VirtualGPU
+from virtual_gpu import DEVICE, VirtualGPU
 from wan import WanT2V, tiny
 from wan.configs import WAN_CONFIGS
 from wan.memory.chunking import apply_chunking
@@ -16,7 +16,6 @@ from wan.memory.vae_tiling import apply_tiling
 from wan.modules.vae import WanVAE
 
 TASK = "t2v-tiny"
-DEVICE = torch.device("vgpu:0")
 
 
 @pytest.fixture

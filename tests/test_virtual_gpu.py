@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from virtual_gpu import Record, VirtualGPU, VirtualTensor
+from virtual_gpu.backend import DeviceModule as vgpu
 
 MIB = 2**20
-vgpu = torch.get_device_module("vgpu")
 
 
 def seeded(*shape, dtype=torch.float32):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from virtual_gpu import RaceError, VirtualGPU
-
-vgpu = torch.get_device_module("vgpu")
+from virtual_gpu.backend import DeviceModule as vgpu
 
 
 @pytest.fixture

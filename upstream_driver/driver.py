@@ -73,10 +73,15 @@ def run(
         meta: count at full size.
         timeout: seconds; None for as long as it takes.
 
-    Raises RuntimeError with the end of its error output if the process fails.
+    Raises RuntimeError with the end of its error output if the process fails, UnsupportedError if there can be no
+    virtual GPU.
     """
     from safetensors.torch import load_file, save_file
 
+    if device == "vgpu":
+        from virtual_gpu import require
+
+        require()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.safetensors"
         command = [

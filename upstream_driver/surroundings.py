@@ -32,7 +32,9 @@ def load_tree(tree: str | Path, device: str = "cpu", meta: bool = False) -> Any:
     """
     stand_ins.install()
     if device == "vgpu":
-        import virtual_gpu  # noqa: F401  registers the device type
+        from virtual_gpu import register
+
+        register()
     if device != "cuda":
         torch.cuda.current_device = lambda: 0
         torch.cuda.synchronize = lambda device=None: None

@@ -1,9 +1,21 @@
 """A GPU made of CPU memory, for tests and benchmarks; see virtual_gpu.device."""
 
-from .backend import DEVICE
+from .backend import register
 from .device import Record, VirtualGPU
 from .replay import least_capacity
 from .streams import RaceError
-from .tensor import VirtualTensor
+from .support import LACK, UnsupportedError, require
+from .tensor import DEVICE, VirtualTensor
 
-__all__ = ["DEVICE", "RaceError", "Record", "VirtualGPU", "VirtualTensor", "least_capacity"]
+__all__ = [
+    "DEVICE",
+    "LACK",
+    "RaceError",
+    "Record",
+    "UnsupportedError",
+    "VirtualGPU",
+    "VirtualTensor",
+    "least_capacity",
+    "register",
+    "require",
+]

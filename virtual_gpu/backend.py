@@ -7,17 +7,20 @@ can't be reset before.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from . import autocast, streams
 from .device import VirtualGPU, active, current
+from .support import require, set_up
 from .tensor import DEVICE_TYPE, VirtualTensor, attention, copy_
 
 Device = Any  # there is one
+
+_library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
 
 
 def _used() -> VirtualGPU:
@@ -26,7 +29,7 @@ def _used() -> VirtualGPU:
     return gpu
 
 
-class _DeviceModule:
+class DeviceModule:
     """What torch.get_device_module("vgpu") gives: the functions of torch.cuda that device-generic code uses."""
 
     @staticmethod
@@ -148,12 +151,6 @@ class _DeviceModule:
         return capacity - gpu.reserved, capacity
 
 
-_setup_privateuseone_for_python_backend(DEVICE_TYPE, backend_module=_DeviceModule)
-DEVICE = VirtualGPU.device = torch.device(DEVICE_TYPE, 0)
-_library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
-autocast.register(_library, DEVICE_TYPE)
-
-
 def _empty_strided(
     size: Sequence[int],
     stride: Sequence[int],
@@ -181,7 +178,18 @@ def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bo
     return copy_(destination, source, non_blocking)
 
 
-_library.impl("empty_strided", _empty_strided, "PrivateUse1")
-_library.impl("empty.memory_format", _empty, "PrivateUse1")
-_library.impl("_copy_from", _copy_from, "PrivateUse1")
-_library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+@functools.cache
+def register() -> None:
+    """Make the device type, once per process; VirtualGPU does it.
+
+    From then on PyTorch takes it for the process's accelerator: page-locked memory for CUDA is not to be had any more.
+
+    Raises UnsupportedError.
+    """
+    require()
+    set_up(DEVICE_TYPE, backend_module=DeviceModule)
+    autocast.register(_library, DEVICE_TYPE)
+    _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    _library.impl("empty.memory_format", _empty, "PrivateUse1")
+    _library.impl("_copy_from", _copy_from, "PrivateUse1")
+    _library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")

@@ -20,8 +20,9 @@ copy) is not. Operators that PyTorch composes from others are counted step by st
 counts as a fused kernel for 16-bit types and with its score matrix for float32 and float64.
 
 Streams, events and pinned memory: see streams.py. It all rests on PyTorch's Python backend for the PrivateUse1
-dispatch key, which is experimental: it is made for tests and benchmarks, not for the package. Importing the package
-registers the device type; there is nothing else to set up, and it works in every thread.
+dispatch key, which came with 2.10 and is experimental: it is made for tests and benchmarks, not for the package.
+The first VirtualGPU of a process registers the device type; there is nothing else to set up, and it works in every
+thread. A process that computes on a real GPU must have none: see backend.register().
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .allocator import GRANULARITY, Block, CachingAllocator
 from .host import host_side
 from .replay import RecordingAllocator
 from .streams import Stream, Timeline
-from .tensor import DEVICE_TYPE, KNOWN, Allocation, VirtualTensor
+from .tensor import DEVICE, DEVICE_TYPE, KNOWN, Allocation, VirtualTensor
 
 
 class Record(NamedTuple):
@@ -75,9 +76,11 @@ class VirtualGPU:
 
     A tensor that outlives the block stays usable and goes on counting in the ledger of the GPU that made it. Leaving
     the block without an exception waits for all streams and raises RaceError if that shows a race.
+
+    Raises UnsupportedError, before the block, with a PyTorch that is too old.
     """
 
-    device: torch.device  # set with the device type
+    device = DEVICE
 
     def __init__(
         self,
@@ -90,6 +93,9 @@ class VirtualGPU:
         pin_limit: int | None = None,
         record_ops: bool = False,
     ):
+        from .backend import register  # which needs this module
+
+        register()
         self.meta, self.pin_limit, self.record_ops = meta, pin_limit, record_ops
         allocator = RecordingAllocator if record_requests else CachingAllocator
         self.allocator: Any = allocator(capacity, expandable_segments, granularity)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 DEVICE_TYPE = "vgpu"
+DEVICE = torch.device("privateuseone", 0)  # as PyTorch calls it before the type is registered
 KNOWN = 4096  # elements; on a GPU that holds meta tensors, those up to this size can keep their values
 
 
@@ -169,8 +170,9 @@ class _Operator:
         self.written = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
         aliases = any(a.alias_info for _, a in arguments) or func is aten._unsafe_view.default
         self.is_view = aliases and not self.written
-        in_place = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
-        self.keeps_geometry = in_place and len(func._schema.returns) == 1
+        returns_it = [bool(r.alias_info) for r in func._schema.returns] == [True]
+        in_place = returns_it and [i for i, _ in self.written] == [0]
+        self.keeps_geometry = in_place and torch.Tag.inplace_view not in tags
 
     def writes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[VirtualTensor]:
         """The tensors that a call with these arguments writes."""

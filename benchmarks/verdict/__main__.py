@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from virtual_gpu import LACK
 from wan.utils.errors import InputError
 
 from .checks import CHECKS, Check
@@ -88,6 +89,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if not (Path(args.tree) / "wan" / "text2video.py").is_file():
             raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
         args.tree = str(Path(args.tree).resolve())
+    if args.rehearse and LACK:
+        raise InputError(f"--rehearse: {LACK}")
     if not args.rehearse and not torch.cuda.is_available():
         raise InputError(
             f"there is no CUDA device for torch {torch.__version__}, and this is about one (--rehearse needs none)"

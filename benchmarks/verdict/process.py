@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from virtual_gpu import DEVICE, UnsupportedError, VirtualGPU
 from wan.utils.accelerator import initialise
 
 from .checks import GIB, Bench, SkippedError
@@ -27,8 +28,6 @@ def perform(job: dict[str, Any]) -> None:
     told = Path(job["told"])
     with contextlib.ExitStack() as stack:
         if job["rehearse"]:
-            from virtual_gpu import DEVICE, VirtualGPU
-
             torch.set_num_threads(1)
             device = DEVICE
         else:
@@ -42,7 +41,7 @@ def perform(job: dict[str, Any]) -> None:
             initialise(device)
             function(bench, **job["arguments"])
             stack.close()  # here the virtual GPU tells of races
-        except SkippedError as reason:
+        except (SkippedError, UnsupportedError) as reason:
             bench.tell({"status": "skipped", "reason": str(reason)})
             return
         except Exception as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ REHEARSED: dict[str, Any] = {"size": (128, 96), "frame_num": 9}
 def counted(bench: Bench, task: str, size: str, layers: int | None = None, whole: bool = False) -> None:
     """Bytes in tensors are those that the virtual GPU counts, stage by stage, within 5%."""
     run = _run(bench, task, size, layers, MemoryOptions(**(WHOLE if whole else LOW_VRAM)))
-    count = memory.count(run)
+    count = _count(bench, run)
     bench.needs((count.peak_bytes * 1.3 + CONTEXT) / GIB, 8)
     workspace = _workspace(bench)
     with _least_free(bench) as least_free:
@@ -63,7 +65,7 @@ def capped(bench: Bench, task: str, size: str, layers: int | None = None) -> Non
     """With --low_vram the run goes through in what is counted, and not in a quarter of it, or the cap was none."""
     options: dict[str, Any] = LOW_VRAM
     run = _run(bench, task, size, layers, MemoryOptions(**options))
-    count = memory.count(run)
+    count = _count(bench, run)
     peak = max(count.peak_bytes, *count.reserved.values())
     room = int(ROUNDING * peak) + _workspace(bench) + (0 if bench.rehearse else MARGIN)
     bench.needs((room + CONTEXT) / GIB, 8)
@@ -85,6 +87,14 @@ def _run(bench: Bench, task: str, size: str, layers: int | None, options: Memory
         return memory.Run(f"{task.split('-')[0]}-tiny", **REHEARSED, memory=options, layers=layers)
     width, height = SIZE_CONFIGS[size]
     return memory.Run(task, (width, height), memory=options, layers=layers)
+
+
+def _count(bench: Bench, run: memory.Run) -> memory.Report:
+    """What the virtual GPU counts; in a process of its own where a card is measured, see backend.register()."""
+    if bench.device.type != "cuda":
+        return memory.count(run)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(memory.count, run).result()
 
 
 def _measure(bench: Bench, run: memory.Run, capacity: int | None = None) -> Any:
