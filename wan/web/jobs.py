@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.options import MemoryOptions
-from ..run.request import GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
+from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request, memory_options
 from ..tasks import EXAMPLES
 from ..utils.errors import InputError
 from ..utils.files import replacing
@@ -132,11 +131,11 @@ class Rules:
         memory = {key: value for key, value in given.items() if key in _MEMORY}
         self._place_files(values)
         if planning:
-            values["ckpt_dir"] = "any/checkpoint"
+            values["ckpt_dir"] = ANY_CHECKPOINT
         elif values.get("ckpt_dir") is not None and values["ckpt_dir"] not in self.checkpoints:
             raise InputError("not one that this server was started with", "ckpt_dir", values["ckpt_dir"])
         try:
-            values["memory"] = self._memory(memory)
+            values["memory"] = memory_options(memory, offload_folder=self.offload_folder)
             values["planned"] = tuple(option for option in PLANNED if option not in memory)
             request = Request(
                 **values,
@@ -147,16 +146,6 @@ class Rules:
             raise InputError(f"something is of the wrong kind ({error})") from error
         suffix = "png" if request.facts.still else "mp4"
         return replace(request, save_file=str(self.folder / f"{name}.{suffix}"))
-
-    def _memory(self, values: dict[str, Any]) -> MemoryOptions:
-        hints = typing.get_type_hints(MemoryOptions)
-        for key, value in values.items():
-            kind = hints[key]
-            accepted = typing.get_args(kind) or (kind,)
-            fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
-            if not fitting or (isinstance(value, bool) and bool not in accepted):
-                raise InputError("of the wrong kind", key, value)
-        return MemoryOptions(**values, offload_folder=self.offload_folder)
 
     def _place_files(self, values: dict[str, Any]) -> None:
         """Makes paths of the names of files, none of which is outside."""

@@ -192,7 +192,7 @@ def job_html(job: Job) -> str:
 def result_html(result: Result) -> str:
     """A finished file."""
     settings, name = result.settings, quote(result.name)
-    prompt = escape(str(settings.get("prompt") or result.name))
+    prompt = _title(result)
     when = datetime.fromtimestamp(result.made)
     facts = _facts(settings) if settings else "made elsewhere"
     return (
@@ -205,7 +205,7 @@ def result_html(result: Result) -> str:
 
 
 def _media(result: Result, large: bool = False) -> str:
-    name, prompt = quote(result.name), escape(str(result.settings.get("prompt") or result.name))
+    name, prompt = quote(result.name), _title(result)
     if not result.is_video:
         return f'<img class="media" src="/results/{name}" alt="{prompt}" loading="lazy">'
     loading = 'preload="auto" autoplay' if large else 'preload="none"'
@@ -233,7 +233,15 @@ def _button(job: Job, verb: str, text: str, does: str, kind: str = "") -> str:
 
 
 def _prompt(job: Job) -> str:
-    return escape(" ".join(str(job.request["prompt"] or job.id).split())[:200])
+    return _short(job.request["prompt"] or job.id)
+
+
+def _title(result: Result) -> str:
+    return _short(result.settings.get("prompt") or result.name)
+
+
+def _short(text: str) -> str:
+    return escape(" ".join(text.split())[:200])
 
 
 def _facts(values: dict[str, Any]) -> str:
