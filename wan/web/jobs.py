@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..memory.options import MemoryOptions
 from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request, memory_options
+from ..run.settings import checked
 from ..tasks import EXAMPLES
 from ..utils.errors import InputError
 from ..utils.files import replacing
@@ -48,7 +50,8 @@ class Job:
         request: as Request.to_json gives it.
         status: one of STATUSES.
         place: jobs run in the order of their places.
-        created, started, ended: seconds since 1970; `started` is the last time that it did.
+        number, turn: counts of the queue when it came and when its status changed last: clocks go back.
+        created, started, ended: seconds since 1970, to be shown; `started` is the last time that it did.
         result: path of the finished file.
         error: why it failed, in a line.
         notes: warnings of the run.
@@ -58,6 +61,8 @@ class Job:
     request: dict[str, Any]
     status: str = QUEUED
     place: float = 0.0
+    number: int = 0
+    turn: int = 0
     created: float = 0.0
     started: float | None = None
     ended: float | None = None
@@ -73,7 +78,19 @@ class Job:
 
 def read_job(path: Path) -> Job:
     """A job from its file. Raises ValueError, TypeError or OSError for one that is damaged."""
-    return Job(**json.loads(path.read_text("utf-8")))
+    try:
+        job = Job(**json.loads(path.read_text("utf-8")))
+        checked(job.request)
+        without_weights(job.request)
+    except (LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"of another shape ({type(error).__name__})") from error
+    counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
+    texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
+    if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
+        raise ValueError("a time or a count that is none")
+    if job.id != path.stem or job.status not in STATUSES or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text that is none")
+    return job
 
 
 def new_id() -> str:
@@ -82,7 +99,12 @@ def new_id() -> str:
 
 def request_from(values: Mapping[str, Any]) -> Request:
     """The request that Request.to_json gave."""
-    return Request(**dict(values) | {"memory": MemoryOptions(**values["memory"])})
+    return Request(**dict(values) | {"memory": memory_options(values["memory"])})
+
+
+def without_weights(values: Mapping[str, Any]) -> Request:
+    """That request without its LoRAs and its checkpoint, which need not be there."""
+    return request_from(dict(values) | {"lora": (), "ckpt_dir": ANY_CHECKPOINT})
 
 
 @dataclass(frozen=True)
