@@ -423,7 +423,7 @@ def test_a_run_on_a_device_tells_its_plan_and_what_it_takes(tmp_path, monkeypatc
     from wan.run.request import PLANNED
     from wan.utils.events import Planned, StageStarted
     from wan.web import memory
-    from wan.web.queue import Progress
+    from wan.web.progress import Progress
 
     monkeypatch.chdir(tmp_path)
     device, progress, planned = DEVICE, Progress(), []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .distributed import started_as_one_of_several
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
-from .run.request import GPUS, KEEPING, PLANNED, PLANNING, Request
+from .run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PLANNING, Request
 from .utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
 from .utils.errors import InputError
 from .utils.flags import add_flags, is_option
@@ -168,7 +168,7 @@ def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
     if args["plan"]:
         if args["prompts"] is not None:
             raise InputError("plans one run, leave out --prompts", "plan")
-        given.setdefault("ckpt_dir", _ANY)
+        given.setdefault("ckpt_dir", ANY_CHECKPOINT)
     if args["prompts"] is not None:
         from .run.batch import read_entries
 
@@ -177,7 +177,6 @@ def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
     return _Query(request, args["json"]) if args["plan"] else request
 
 
-_ANY = "Wan-AI/any"  # the name of a checkpoint that is not looked at
 _BUDGET = [field.name for field in fields(Request) if field.metadata.get("group") == PLANNING]
 _OPTIONS = [field.name for field in fields(Request) if is_option(field)]
 _MEMORY = [field.name for field in fields(MemoryOptions)]

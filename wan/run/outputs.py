@@ -40,7 +40,7 @@ def check_outputs(request: Request) -> None:
                 raise InputError("are the same file, give two", (name, other), path)
         if not _may_replace(request, name):
             raise InputError("exists; choose another name, or replace it with --overwrite", name, path)
-    _check_room(request)
+    check_room(request)
     if request.preview:
         _make_folder(request.preview, "preview")
 
@@ -108,7 +108,7 @@ def _may_replace(request: Request, name: str) -> bool:
         return False
 
 
-def _check_room(request: Request) -> None:
+def check_room(request: Request) -> None:
     """Raises InputError for a disk on which the run's files, or those of them that are known, find no room."""
     width, height = request.pixels
     pixels = width * height * request.frame_num

@@ -8,10 +8,11 @@ import os
 import random
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..memory.options import MemoryOptions
 from ..modules.attention import CHOICES as ATTENTION_CHOICES
@@ -34,6 +35,7 @@ GPUS = "several GPUs (torchrun --nproc_per_node N; the same video)"
 SIDE_STEP = 16
 LONGEST_SIDE = 8192
 NO_CACHE = "off"
+ANY_CHECKPOINT = "Wan-AI/any"  # the name of one that is not looked at
 # Memory options that are chosen unless they are given.
 PLANNED = (
     *("t5_stream", "vae_cpu", "vae_tile", "dit_stream", "dit_chunk"),
@@ -376,6 +378,26 @@ class Request:
         size = self.size.replace("*", "x") if sys.platform == "win32" else self.size
         time = datetime.now().strftime("%Y%m%d_%H%M%S")
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"
+
+
+def examples_taken(request: Request, given: Mapping[str, Any]) -> dict[str, str]:
+    """The task's examples that stand in a request for what was not given, by the names of the fields."""
+    names = [name for name in ("prompt", *request.facts.inputs) if given.get(name) is None]
+    return {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+
+
+def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
+    """Memory options of values that anybody may have written, and of own ones.
+
+    Raises InputError, naming the option, for what cannot work or is of the wrong kind.
+    """
+    hints = get_type_hints(MemoryOptions)
+    for name, value in values.items():
+        accepted = get_args(hints[name]) or (hints[name],)
+        fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+        if not fitting or (isinstance(value, bool) and bool not in accepted):
+            raise InputError("of the wrong kind", name, value)
+    return MemoryOptions(**values, **own)
 
 
 def pixels(task: Task, size: str) -> tuple[int, int]:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from .. import __version__
-from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
 from ..utils.video import read_comment
-from .request import GPUS, KEEPING, PLANNING, PROMPT_EXTENSION, Request
+from ..weights.lora import parse_lora
+from .request import (
+    ANY_CHECKPOINT,
+    GPUS,
+    KEEPING,
+    PLANNED,
+    PLANNING,
+    PROMPT_EXTENSION,
+    Request,
+    memory_options,
+)
 
 PROGRAM = "wan-low-memory"
+LONGEST_TEXT = 2**20  # characters in a file's metadata; a .png can hold no more
 # Where it is computed and kept changes nothing; an extended prompt stands among the settings itself.
 _APART = (KEEPING, PLANNING, PROMPT_EXTENSION, GPUS)
 _NAMES = [
@@ -25,6 +35,8 @@ _NAMES = [
     and field.metadata["group"] not in _APART
     and field.name not in ("save_file", "device")
 ]
+
+_DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 
 def settings(request: Request) -> dict[str, Any]:
@@ -41,26 +53,52 @@ def settings_text(request: Request, planned: bool = False) -> str:
     return json.dumps(told)
 
 
-def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
-    """The fields of the Request that a file was made by.
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as `settings` gives them, of values that anybody may have written. The files that they name need not be
+    here; fields that are the same for every request unless they are given need not be there.
 
-    Raises InputError, naming `field`, for a file that cannot be read or has no settings in it.
+    Raises InputError, or what wrong kinds of values lead to, for what does not say all of a Request.
     """
-    return _read(path, field, "settings", _NAMES)
+    given = {name: values[name] for name in _NAMES if values.get(name) is not None}
+    checkpoint, loras = given.get("ckpt_dir", ""), given.get("lora", [])
+    if not isinstance(checkpoint, str) or not isinstance(loras, (list, tuple)):
+        raise InputError("of the wrong kind", ("ckpt_dir", "lora"))
+    for text in loras:
+        parse_lora(text)
+    request = Request(**given | {"ckpt_dir": ANY_CHECKPOINT, "lora": ()})
+    filled = {name: value for name, value in settings(request).items() if name not in ("ckpt_dir", "lora")}
+    varies = [name for name, value in filled.items() if name == "task" or value != _DEFAULTS[name]]
+    missing = [name for name in varies if name not in given]
+    if missing or given["base_seed"] < 0:
+        raise InputError("not there", tuple(missing) or "base_seed")
+    return {"lora": []} | filled | given
+
+
+def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
+    """The fields of the Request that a file was made by, all of them valid.
+
+    Raises InputError, naming `field`, for a file that cannot be read or has no such settings in it.
+    """
+    return _read(path, field)[0]
 
 
 def read_plan(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
     """The memory options that were planned for a file, by name; none if they were not. Raises as read_settings."""
-    return _read(path, field, "memory", [item.name for item in fields(MemoryOptions)])
+    return _read(path, field)[1]
 
 
-def _read(path: str | os.PathLike, field: str, part: str, names: Sequence[str]) -> dict[str, Any]:
+def _read(path: str | os.PathLike, field: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and planned memory options: the one way in which a file's metadata, whoever wrote it, comes in."""
+    comment = read_comment(path, field) or ""
+    wrong = "has no settings in it; give an .mp4 or .png that this program made"
     try:
-        found = json.loads(read_comment(path, field) or "{}")
+        found = json.loads(comment) if len(comment) <= LONGEST_TEXT else {}
         if found["program"] == PROGRAM:
-            values = found["settings"] if part == "settings" else found.get(part, {})
-            return {name: value for name, value in values.items() if name in names}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-    raise InputError("has no settings in it; give an .mp4 or .png that this program made", field, path)
+            memory = {name: value for name, value in found.get("memory", {}).items() if name in PLANNED}
+            memory_options(memory)
+            return checked(found["settings"]), memory
+    except InputError as error:
+        wrong = f"the settings in it cannot be used ({str(error)[:200]}); give another file"
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        pass  # JSON of another shape than this program's
+    raise InputError(wrong, field, path)

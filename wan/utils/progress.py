@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from datetime import datetime
 
@@ -13,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBars:
-    """A listener that draws a bar for whatever has steps, and logs what each stage took and when the run will end."""
+    """A listener that draws a bar for whatever has steps, and logs what each stage took and when the run will end.
+
+    What cannot be drawn, as on a full disk, is left out: that is no reason to stop.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -26,7 +30,8 @@ class ProgressBars:
             self._close()
             self._stage = event.name
         elif isinstance(event, Step):
-            self._draw(event)
+            with contextlib.suppress(OSError):
+                self._draw(event)
         elif isinstance(event, Expected):
             self._tell_end(event.end)
         elif isinstance(event, StageDone):
@@ -63,13 +68,15 @@ class ProgressBars:
         if self._expected is None or abs((end - self._expected).total_seconds()) > max(60, left / 4):
             self._expected = end
             if self._bar is not None:
-                self._bar.clear()
+                with contextlib.suppress(OSError):
+                    self._bar.clear()
             log.info(f"The run will end at about {end:%H:%M:%S}, in {_told(left)}")
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.close()
 
 
 def _told(seconds: float) -> str:

@@ -191,17 +191,22 @@ def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
     _check_file(path, field)
     try:
         with Image.open(path) as file:
-            return file.info.get(COMMENT)
+            comment = file.info.get(COMMENT)
     except UnidentifiedImageError:
-        pass
+        comment = _video_comment(path, field)
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError("not a readable image", field, path) from error
+    return comment if isinstance(comment, str) else None
+
+
+def _video_comment(path: str | os.PathLike[str], field: str) -> str | None:
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(os.fspath(path), metadata_errors="replace") as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
             return tags.get(COMMENT.lower())
-    except av.FFmpegError as error:
-        raise InputError(f"not a readable video ({error.strerror})", field, path) from error
+    except Exception as error:  # beside FFmpeg's, those of names that are not UTF-8
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"not a readable video ({why})", field, path) from error
 
 
 def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
@@ -235,7 +240,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def _check_file(path: str | os.PathLike[str], field: str) -> None:
     if not os.path.isfile(path):
-        wrong = "is a directory" if os.path.isdir(path) else "no such file"
+        wrong = "is no regular file" if os.path.exists(path) else "no such file"
+        wrong = "is a directory" if os.path.isdir(path) else wrong
         raise InputError(f"{wrong}; check the path", field, path)
     if os.path.getsize(path) == 0:
         raise InputError("the file is empty; give another one", field, path)

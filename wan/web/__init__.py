@@ -4,6 +4,8 @@ __main__  the command
 service   what the parts share: folder, queue, planner, gallery
 queue     the jobs, and the one that runs
 jobs      a job and its file; settings to requests
+ledger    those files, also while the disk is full
+progress  how far the running job is
 child     a process of its own, spoken to in lines of JSON
 worker    the program in it: runs requests, or plans them
 memory    what a run takes: samples and their chart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,11 @@ def build_app(service: Service) -> FastAPI:
     async def bad_body(_: Request, error: _BadBody) -> Response:
         return _line(400, str(error))
 
+    @app.exception_handler(OSError)
+    async def failed(_: Request, error: OSError) -> Response:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _line(507 if full else 500, error.strerror or str(error))
+
     @app.post("/jobs")
     async def add(request: Request) -> Response:
         settings = service.settings(await _object(request))
@@ -51,7 +57,8 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/jobs")
     async def jobs() -> Response:
-        return JSONResponse({"jobs": [_told(service, job) for job in service.queue.jobs()]})
+        told = [_told(service, job) for job in service.queue.jobs()]
+        return JSONResponse({"jobs": told, "trouble": service.queue.trouble})
 
     @app.get("/jobs/{name}")
     async def job(name: str) -> Response:
@@ -126,7 +133,7 @@ def build_app(service: Service) -> FastAPI:
         return Response(status_code=204)
 
     @app.get("/live")
-    async def live(known: int = 0) -> Response:
+    async def live(known: str = "") -> Response:
         return JSONResponse(await asyncio.to_thread(views.since, known))
 
     for name, kind in _FILES.items():

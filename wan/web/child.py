@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -70,7 +73,10 @@ class Child:
 
     def _listen(self) -> None:
         for message in read_messages(self._process.stdout):
-            self._on_message(message)
+            try:
+                self._on_message(message)
+            except Exception:  # of one message; those that follow are heard
+                log.exception("What the child process said could not be dealt with")
         self._on_exit(self._process.wait())
 
 

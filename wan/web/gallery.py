@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ from ..utils.video import VideoFile, open_image
 
 SUFFIXES = (".mp4", ".png")
 POSTER = 480  # pixels of its longer side
+LATEST = 2.0**37  # seconds since 1970, in the year 6325: later ones have no date on some systems
+_Key = tuple[str, int, int, int, int]  # name, and what tells two files of it apart
 
 
 @dataclass(frozen=True)
@@ -38,31 +43,31 @@ class Result:
 
 
 class Gallery:
-    """The results in a folder. Any thread may call."""
+    """The results in a folder, whatever else lies there. Any thread may call."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._lock = threading.Lock()
-        self._posters: dict[str, bytes] = {}  # by name
-        self._read: dict[tuple[str, int, int], Result] = {}  # by name, time and size
+        self._posters: dict[_Key, bytes] = {}
+        self._read: dict[_Key, tuple[int, Result]] = {}  # with the number of the look that found it first
+        self._looks = 0
 
     def results(self) -> list[Result]:
-        """All results, newest first."""
-        found: dict[tuple[str, int, int], Result] = {}
+        """All results, newest first: those that came since the start, then by their times."""
+        found: dict[_Key, tuple[int, Result]] = {}
         with self._lock:
             for path in self._folder.iterdir():
-                if path.suffix not in SUFFIXES or path.name.startswith(".") or path.is_symlink():
+                facts = _facts(path)
+                if facts is None:
                     continue
-                try:
-                    facts = path.stat()
-                except OSError:  # gone
-                    continue
-                key = (path.name, facts.st_mtime_ns, facts.st_size)
-                found[key] = self._read.get(key) or Result(path.name, facts.st_mtime, _settings(path))
+                key = (path.name, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
+                made = min(max(0.0, facts.st_mtime), LATEST)
+                found[key] = self._read.get(key) or (self._looks, Result(path.name, made, _settings(path)))
+            self._looks += 1
             self._read = found
-            names = {result.name for result in found.values()}
-            self._posters = {name: poster for name, poster in self._posters.items() if name in names}
-        return sorted(found.values(), key=lambda result: (-result.made, result.name))
+            self._posters = {key: poster for key, poster in self._posters.items() if key in found}
+        there = sorted(found.values(), key=lambda found: (-found[0], -found[1].made, found[1].name))
+        return [result for _, result in there]
 
     def get(self, name: str) -> Result:
         """A result by its name. Raises KeyError for all else, such as a path."""
@@ -76,24 +81,53 @@ class Gallery:
         """The first frame of a video, or a picture, small, as a JPEG. Raises KeyError, or InputError."""
         path = self.path(name)
         with self._lock:
-            if name not in self._posters:
-                if path.suffix == ".mp4":
-                    picture = Image.fromarray(next(VideoFile(path).frames([0])))
-                else:
-                    picture = open_image(path, "image")
-                picture.thumbnail((POSTER, POSTER))
-                file = io.BytesIO()
-                picture.save(file, "JPEG", quality=85)
-                self._posters[name] = file.getvalue()
-            return self._posters[name]
+            key = next((key for key in self._read if key[0] == name), None)
+            if key in self._posters:
+                return self._posters[key]
+        made = _poster(path)
+        with self._lock:
+            if key in self._read:
+                self._posters[key] = made
+        return made
 
     def delete(self, name: str) -> None:
         """Deletes a result. Raises KeyError, or OSError."""
         self.path(name).unlink()
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> os.stat_result | None:
+    """What is known of a file that may be a result; None for what else there is in the folder."""
+    if path.suffix not in SUFFIXES or path.name.startswith("."):
+        return None
     try:
-        return read_settings(path)
-    except InputError:
+        path.name.encode()  # names go out as UTF-8
+        facts = path.lstat()
+    except (OSError, UnicodeEncodeError):
+        return None
+    return facts if stat.S_ISREG(facts.st_mode) else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in a result; empty without, or if they cannot be told as JSON: paths in them may be any bytes."""
+    try:
+        settings = read_settings(path)
+        json.dumps(settings, ensure_ascii=False).encode()
+        return settings
+    except (InputError, UnicodeEncodeError):
         return {}
+
+
+def _poster(path: Path) -> bytes:
+    try:
+        if path.suffix == ".mp4":
+            picture = Image.fromarray(next(VideoFile(path).frames([0])))
+        else:
+            picture = open_image(path, "image")
+        picture.thumbnail((POSTER, POSTER))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise InputError("cannot be shown", "result", path.name) from error
+    return file.getvalue()

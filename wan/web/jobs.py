@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
-import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.options import MemoryOptions
-from ..run.request import GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
+from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request, memory_options
+from ..run.settings import checked
 from ..tasks import EXAMPLES
 from ..utils.errors import InputError
 from ..utils.files import replacing
@@ -49,7 +50,8 @@ class Job:
         request: as Request.to_json gives it.
         status: one of STATUSES.
         place: jobs run in the order of their places.
-        created, started, ended: seconds since 1970; `started` is the last time that it did.
+        number, turn: counts of the queue when it came and when its status changed last: clocks go back.
+        created, started, ended: seconds since 1970, to be shown; `started` is the last time that it did.
         result: path of the finished file.
         error: why it failed, in a line.
         notes: warnings of the run.
@@ -59,6 +61,8 @@ class Job:
     request: dict[str, Any]
     status: str = QUEUED
     place: float = 0.0
+    number: int = 0
+    turn: int = 0
     created: float = 0.0
     started: float | None = None
     ended: float | None = None
@@ -74,7 +78,19 @@ class Job:
 
 def read_job(path: Path) -> Job:
     """A job from its file. Raises ValueError, TypeError or OSError for one that is damaged."""
-    return Job(**json.loads(path.read_text("utf-8")))
+    try:
+        job = Job(**json.loads(path.read_text("utf-8")))
+        checked(job.request)
+        without_weights(job.request)
+    except (LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"of another shape ({type(error).__name__})") from error
+    counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
+    texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
+    if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
+        raise ValueError("a time or a count that is none")
+    if job.id != path.stem or job.status not in STATUSES or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text that is none")
+    return job
 
 
 def new_id() -> str:
@@ -83,7 +99,12 @@ def new_id() -> str:
 
 def request_from(values: Mapping[str, Any]) -> Request:
     """The request that Request.to_json gave."""
-    return Request(**dict(values) | {"memory": MemoryOptions(**values["memory"])})
+    return Request(**dict(values) | {"memory": memory_options(values["memory"])})
+
+
+def without_weights(values: Mapping[str, Any]) -> Request:
+    """That request without its LoRAs and its checkpoint, which need not be there."""
+    return request_from(dict(values) | {"lora": (), "ckpt_dir": ANY_CHECKPOINT})
 
 
 @dataclass(frozen=True)
@@ -132,11 +153,11 @@ class Rules:
         memory = {key: value for key, value in given.items() if key in _MEMORY}
         self._place_files(values)
         if planning:
-            values["ckpt_dir"] = "any/checkpoint"
+            values["ckpt_dir"] = ANY_CHECKPOINT
         elif values.get("ckpt_dir") is not None and values["ckpt_dir"] not in self.checkpoints:
             raise InputError("not one that this server was started with", "ckpt_dir", values["ckpt_dir"])
         try:
-            values["memory"] = self._memory(memory)
+            values["memory"] = memory_options(memory, offload_folder=self.offload_folder)
             values["planned"] = tuple(option for option in PLANNED if option not in memory)
             request = Request(
                 **values,
@@ -147,16 +168,6 @@ class Rules:
             raise InputError(f"something is of the wrong kind ({error})") from error
         suffix = "png" if request.facts.still else "mp4"
         return replace(request, save_file=str(self.folder / f"{name}.{suffix}"))
-
-    def _memory(self, values: dict[str, Any]) -> MemoryOptions:
-        hints = typing.get_type_hints(MemoryOptions)
-        for key, value in values.items():
-            kind = hints[key]
-            accepted = typing.get_args(kind) or (kind,)
-            fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
-            if not fitting or (isinstance(value, bool) and bool not in accepted):
-                raise InputError("of the wrong kind", key, value)
-        return MemoryOptions(**values, offload_folder=self.offload_folder)
 
     def _place_files(self, values: dict[str, Any]) -> None:
         """Makes paths of the names of files, none of which is outside."""

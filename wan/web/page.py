@@ -115,7 +115,9 @@ class Page:
                     settings.pop(key, None)
             job = self._service.queue.add(self._service.settings(settings))
         except (InputError, OSError) as error:
-            return wan(error_html(error.told() if isinstance(error, InputError) else str(error)))
+            return wan(
+                error_html(error.told() if isinstance(error, InputError) else error.strerror or str(error))
+            )
         ahead = sum(
             other.place < job.place and other.status in ("queued", "running")
             for other in self._service.queue.jobs()
@@ -143,7 +145,7 @@ class Page:
 
     def _last_seed(self) -> Any:
         """The seed of the newest job."""
-        newest = max(self._service.queue.jobs(), key=lambda job: job.created, default=None)
+        newest = max(self._service.queue.jobs(), key=lambda job: (job.number, job.created), default=None)
         return str(newest.request["base_seed"]) if newest else gr.skip()
 
     def _fill(self, request: gr.Request) -> list[Any]:

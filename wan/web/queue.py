@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..run.outputs import check_outputs
+from ..run.outputs import check_outputs, check_room
 from ..run.request import Request
 from ..utils.errors import InputError
-from ..utils.files import sweep
 from .child import Child, Message
 from .jobs import (
     CANCELLED,
@@ -35,12 +35,16 @@ from .jobs import (
     Rules,
     check_files,
     new_id,
-    read_job,
+    without_weights,
 )
-from .memory import Series
+from .ledger import Ledger
+from .progress import Progress
+
+log = logging.getLogger(__name__)
 
 WORKER = f"{__package__}.worker"
 IDLE_SECONDS = 300  # without work, before loaded models are given up
+AGAIN_SECONDS = 5  # until what a full disk or a full machine refused is tried again
 ENDED_KEPT = 200  # jobs that are over, whose files stay
 _OVER = (DONE, FAILED, CANCELLED)
 
@@ -49,64 +53,15 @@ class WrongStatus(Exception):
     """What is asked of a job does not fit its status."""
 
 
-@dataclass
-class Progress:
-    """How far the running job is.
-
-    Attributes:
-        stages: seconds of each stage that is done, by name.
-        stage: under way.
-        done, total, seconds_left: of its steps; of `doing`, which is the stage or other work such as loading.
-        end: when the run will be done, seconds since 1970.
-        preview: (path, step) of the last one.
-        plan: how memory is used, in a line; None if nothing was planned.
-        series: of memory.
-    """
-
-    stages: dict[str, float] = field(default_factory=dict)
-    stage: str | None = None
-    doing: str | None = None
-    done: int = 0
-    total: int = 0
-    seconds_left: float | None = None
-    end: float | None = None
-    preview: tuple[str, int] | None = None
-    plan: str | None = None
-    series: Series = field(default_factory=Series)
-
-    def take(self, message: Message) -> None:
-        """Takes an event."""
-        kind = message["event"]
-        if kind == "StageStarted":
-            self.stage = self.doing = message["name"]
-            self.done = self.total = 0
-            self.seconds_left = None
-        elif kind == "Step":
-            self.doing, self.done, self.total = message["stage"], message["done"], message["total"]
-            self.seconds_left = message["seconds_left"]
-        elif kind == "StageDone":
-            self.stages[message["name"]] = message["seconds"]
-            self.stage = None
-        elif kind == "Expected":
-            self.end = message["end"]
-        elif kind == "Previewed":
-            self.preview = message["path"], message["step"]
-        elif kind == "Planned":
-            self.plan = message["line"]
-            self.series.plan, self.series.room = message["stages"], message["room"]
-
-    def to_json(self) -> dict[str, Any]:
-        names = ("stages", "stage", "doing", "done", "total", "seconds_left", "end", "plan")
-        values = {name: getattr(self, name) for name in names}
-        last = self.series.points[-1][2] if self.series.points else {}
-        return values | {"preview_step": self.preview and self.preview[1], "memory": dict(last)}
-
-
 class Queue:
     """The jobs of a folder. Any thread may call.
 
+    What cannot be written does not stop it: jobs go on as they are in memory, the next one waits until there is room,
+    and all is written then.
+
     Attributes:
         progress: of each job that has run since the start, by id.
+        latest: the id of the one that was started last.
         device: what the worker says of its device; None until it does.
 
     Args:
@@ -119,10 +74,11 @@ class Queue:
         self.rules = rules
         self.device: dict[str, Any] | None = None
         self.progress: dict[str, Progress] = {}
-        self._folder = rules.folder / ".wan" / "jobs"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.latest: str | None = None
+        self._ledger = Ledger(rules.folder / ".wan" / "jobs")
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
+        self._turn = 0  # counts what happens: clocks go back
         self._owner = FileLock(rules.folder / ".wan" / "server.lock")
         try:
             self._owner.acquire(timeout=0)
@@ -130,10 +86,13 @@ class Queue:
             raise InputError("another server uses it, give each its own", "out", rules.folder) from None
         self._child: Child | None = None
         self._idle: threading.Timer | None = None
+        self._again: threading.Timer | None = None
+        self._waits_for: str | None = None
         self._closed = False
         self._load()
         with self._lock:
-            self._start_child()
+            with contextlib.suppress(OSError):  # tried again when there is a job
+                self._start_child()  # which tells of the device
             self._advance()
 
     # What is there
@@ -150,10 +109,15 @@ class Queue:
         with self._lock:
             return self._jobs[name]
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the queue waits or its files are not written, in a line; None if all is well."""
+        return self._waits_for or self._ledger.trouble
+
     # What is asked
 
     def add(self, settings: dict[str, Any]) -> Job:
-        """A new job at the end. Raises InputError for settings that cannot work."""
+        """A new job at the end. Raises InputError for settings that cannot work, OSError if its file has no room."""
         name = new_id()
         request = self.rules.request(settings, name)
         check_files(request)
@@ -161,12 +125,13 @@ class Queue:
         return self.add_request(name, request)
 
     def add_request(self, name: str, request: Request) -> Job:
-        """A new job of a checked request."""
+        """A new job of a checked request. Raises OSError if its file has no room."""
         with self._lock:
             values = json.loads(json.dumps(request.to_json()))  # as the file gives it
-            job = Job(name, values, place=self._last_place() + 1, created=time.time())
+            self._turn += 1
+            job = Job(name, values, place=self._last_place() + 1, created=time.time(), number=self._turn)
+            self._ledger.add(job)
             self._jobs[name] = job
-            self._keep(job)
             self._advance()
             return job
 
@@ -215,7 +180,8 @@ class Queue:
             for place, moved in zip(places, line):
                 if moved.place != place:
                     moved.place = place
-                    self._keep(moved)
+                    self._ledger.keep(moved)
+            self._try_again()
             return job
 
     def remove(self, name: str) -> None:
@@ -233,29 +199,25 @@ class Queue:
         with self._lock:
             self._closed = True
             child = self._child
-            if self._idle:
-                self._idle.cancel()
+            for timer in filter(None, (self._idle, self._again)):
+                timer.cancel()
         if child:
             child.finish(seconds)
+        self._ledger.catch_up()
         self._owner.release()
 
     # How it goes on
 
     def _load(self) -> None:
-        sweep(self._folder)
-        for path in sorted(self._folder.glob("*.json")):
-            try:
-                job = read_job(path)
-            except (ValueError, TypeError, OSError):
-                path.rename(path.with_suffix(".damaged"))
-                continue
+        for job in self._ledger.read():
             self._jobs[job.id] = job
+            self._turn = max(self._turn, job.number, job.turn)
+        for job in self.jobs():
             if job.status == RUNNING:
                 self._set(job, QUEUED)
             elif job.status == PAUSING:
                 self._set(job, PAUSED)
-        for job in self.jobs():
-            if job.status == CANCELLED:  # it may have been running when everything ended
+            elif job.status == CANCELLED:  # it may have been running when everything ended
                 self._remove_files(job)
 
     def _start_child(self) -> None:
@@ -281,23 +243,50 @@ class Queue:
         self._child = child
 
     def _advance(self) -> None:
-        """Starts the next job if none runs."""
+        """Starts the next job if none runs; if that cannot be now, it is tried again."""
+        waited_for, self._waits_for = self._waits_for, None
         if self._closed or self._running():
             return
-        line = [job for job in self.jobs() if job.status == QUEUED]
+        job = next((job for job in self.jobs() if job.status == QUEUED), None)
+        if job is None:
+            self._idle = self._idle or _timer(IDLE_SECONDS, self._give_up_models)
+            return
         if self._idle:
             self._idle.cancel()
-        if not line:
-            self._idle = threading.Timer(IDLE_SECONDS, self._give_up_models)
-            self._idle.daemon = True
-            self._idle.start()
-            return
-        if self._child is None:
-            self._start_child()
-        job = line[0]
-        self.progress[job.id] = Progress()
+            self._idle = None
+        try:
+            check_room(without_weights(job.request))
+            if self._child is None:
+                self._start_child()
+        except (InputError, OSError) as error:
+            self._waits_for = f"the queue waits: {error}"
+            if self._waits_for != waited_for:
+                log.warning(self._waits_for)
+        else:
+            self._start(job)
+        self._try_again()
+
+    def _start(self, job: Job) -> None:
+        """Has the worker run a job, if that can be kept."""
+        started, notes = job.started, job.notes
         self._set(job, RUNNING, started=time.time(), notes=[])
+        if self._ledger.trouble:
+            self._set(job, QUEUED, started=started, notes=notes)
+            return
+        self.progress[job.id], self.latest = Progress(), job.id
         self._child.send({"run": job.id, "request": job.request})
+
+    def _try_again(self) -> None:
+        """Comes back to what could not be done, if there is anything."""
+        if self.trouble and not self._again and not self._closed:
+            self._again = _timer(AGAIN_SECONDS, self._catch_up)
+
+    def _catch_up(self) -> None:
+        with self._lock:
+            self._again = None
+            self._ledger.catch_up()
+            self._advance()
+            self._try_again()
 
     def _take(self, message: Message) -> None:
         """What the worker says."""
@@ -350,21 +339,21 @@ class Queue:
         return job
 
     def _set(self, job: Job, status: str, **values: Any) -> None:
-        job.status = status
+        self._turn += 1
+        job.status, job.turn = status, self._turn
         for key, value in values.items():
             setattr(job, key, value)
-        self._keep(job)
-
-    def _keep(self, job: Job) -> None:
-        job.write(self._folder)
-        over = [name for name in sorted(self._jobs) if self._jobs[name].status in _OVER]
-        for name in over[:-ENDED_KEPT]:
-            self._forget(name)
+        self._ledger.keep(job)
+        over = sorted((job for job in self._jobs.values() if job.status in _OVER), key=_recency)
+        for old in over[ENDED_KEPT:]:
+            self._forget(old.id)
+        self._try_again()
 
     def _forget(self, name: str) -> None:
         self._remove_files(self._jobs.pop(name))
         self.progress.pop(name, None)
-        (self._folder / f"{name}.json").unlink(missing_ok=True)
+        self._ledger.forget(name)
+        self._try_again()
 
     def _remove_files(self, job: Job) -> None:
         """Removes what a job needs no more: its states and previews."""
@@ -383,5 +372,13 @@ def _order(job: Job) -> tuple[bool, float]:
     return job.status not in (RUNNING, PAUSING), job.place
 
 
-def _recency(job: Job) -> float:
-    return -(job.ended or 0)
+def _recency(job: Job) -> tuple[int, float]:
+    return -job.turn, -(job.ended or 0)
+
+
+def _timer(seconds: float, do: Callable[[], None]) -> threading.Timer:
+    """Does something later, in a thread that keeps nothing from ending."""
+    timer = threading.Timer(seconds, do)
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -94,8 +94,14 @@ class Service:
 
     def __init__(self, rules: Rules):
         self.rules = rules
-        (rules.folder / UPLOADS).mkdir(parents=True, exist_ok=True)
-        self.queue = Queue(rules)
+        try:
+            (rules.folder / UPLOADS).mkdir(parents=True, exist_ok=True)
+            self.queue = Queue(rules)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"cannot be used ({reason}); give another folder", "out", rules.folder
+            ) from error
         self.planner = Planner()
         self.gallery = Gallery(rules.folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from datetime import datetime
@@ -16,7 +17,7 @@ from .chart import GIB, chart
 from .gallery import Result
 from .jobs import CANCELLED, DONE, FAILED, PAUSED, PAUSING, QUEUED, RUNNING, Job
 from .plans import short_time
-from .queue import Progress
+from .progress import Progress
 from .service import Service
 
 PARTS = ("device", "now", "memory", "queue", "gallery")
@@ -31,44 +32,47 @@ class Views:
         self._service = service
         self._lock = threading.Lock()
         self._made_at = 0.0
+        self._run = secrets.token_hex(4)  # tells this server's versions from an earlier one's
+        self._version = 0
         self._pieces: dict[str, tuple[int, str]] = {}
 
-    def since(self, known: int) -> dict[str, Any]:
-        """{"version", "parts": {name: HTML}}: the pieces that changed after a version, 0 for all."""
+    def since(self, known: str) -> dict[str, Any]:
+        """{"version", "parts": {name: HTML}}: the pieces that changed after a version; all, if it is none of these."""
+        run, _, number = known.partition("-")
         with self._lock:
             if time.monotonic() - self._made_at > _FRESH:
                 self._make()
-            version = max(version for version, _ in self._pieces.values())
-            if known > version:  # of another server, whose clock was ahead
-                known = 0
-            parts = {name: html for name, (changed, html) in self._pieces.items() if changed > known}
-        return {"version": version, "parts": parts}
+            seen = int(number[:18]) if run == self._run and number.isdecimal() else 0
+            parts = {name: html for name, (changed, html) in self._pieces.items() if changed > seen}
+            return {"version": f"{self._run}-{self._version}", "parts": parts}
 
     def _make(self) -> None:
-        now = time.time_ns() // 1000  # a version of a later server is larger
         queue = self._service.queue
         jobs, results = queue.jobs(), self._service.gallery.results()
         current = next((job for job in jobs if job.status in (RUNNING, PAUSING)), None)
         progress = queue.progress.get(current.id) if current else None
-        latest = max((job for job in jobs if job.id in queue.progress), key=_started, default=None)
-        shown = queue.progress[latest.id] if latest else Progress()
+        shown = queue.progress.get(queue.latest) or Progress()
         pieces = {
             "device": device_html(queue.device),
             "now": now_html(current, progress) if current else _idle_html(jobs, results),
             "memory": chart(shown.series),
-            "queue": "".join(job_html(job) for job in jobs if job is not current and job.status != DONE)
-            or '<p class="quiet">Nothing waits.</p>',
+            "queue": _trouble(queue.trouble)
+            + (
+                "".join(job_html(job) for job in jobs if job is not current and job.status != DONE)
+                or '<p class="quiet">Nothing waits.</p>'
+            ),
             "gallery": "".join(result_html(result) for result in results[:SHOWN_RESULTS])
             or '<p class="quiet">Finished videos are kept here.</p>',
         }
+        self._version += 1
         for name, html in pieces.items():
             if name not in self._pieces or self._pieces[name][1] != html:
-                self._pieces[name] = now, html
+                self._pieces[name] = self._version, html
         self._made_at = time.monotonic()
 
 
-def _started(job: Job) -> float:
-    return job.started or 0.0
+def _trouble(line: str | None) -> str:
+    return f'<p class="bad" role="alert" data-key="trouble">{escape(line)}</p>' if line else ""
 
 
 def device_html(device: dict[str, Any] | None) -> str:
@@ -153,11 +157,12 @@ def _doing(progress: Progress) -> str:
 
 
 def _idle_html(jobs: list[Job], results: list[Result]) -> str:
-    done = max((job for job in jobs if job.status == DONE), key=lambda job: job.ended or 0, default=None)
+    done = next((job for job in jobs if job.status == DONE), None)
     shown = done and next((result for result in results if result.name == Path(done.result).name), None)
     if not shown:
         return '<div class="preview empty" data-key="none"><span>Your video appears here while it is made</span></div>'
-    took = f" · made in {time_text(done.ended - done.started)}" if done.started else ""
+    seconds = done.ended - done.started if done.started else -1
+    took = f" · made in {time_text(seconds)}" if seconds >= 0 else ""  # less if the clock went back
     return (
         f'<div data-key="{escape(shown.name)}">{_media(shown, large=True)}'
         f'<p class="prompt">{_prompt(done)}</p><p class="quiet">{_facts(done.request)}{took}</p>'
@@ -192,7 +197,7 @@ def job_html(job: Job) -> str:
 def result_html(result: Result) -> str:
     """A finished file."""
     settings, name = result.settings, quote(result.name)
-    prompt = escape(str(settings.get("prompt") or result.name))
+    prompt = _title(result)
     when = datetime.fromtimestamp(result.made)
     facts = _facts(settings) if settings else "made elsewhere"
     return (
@@ -205,7 +210,7 @@ def result_html(result: Result) -> str:
 
 
 def _media(result: Result, large: bool = False) -> str:
-    name, prompt = quote(result.name), escape(str(result.settings.get("prompt") or result.name))
+    name, prompt = quote(result.name), _title(result)
     if not result.is_video:
         return f'<img class="media" src="/results/{name}" alt="{prompt}" loading="lazy">'
     loading = 'preload="auto" autoplay' if large else 'preload="none"'
@@ -233,7 +238,15 @@ def _button(job: Job, verb: str, text: str, does: str, kind: str = "") -> str:
 
 
 def _prompt(job: Job) -> str:
-    return escape(" ".join(str(job.request["prompt"] or job.id).split())[:200])
+    return _short(job.request["prompt"] or job.id)
+
+
+def _title(result: Result) -> str:
+    return _short(result.settings.get("prompt") or result.name)
+
+
+def _short(text: str) -> str:
+    return escape(" ".join(text.split())[:200])
 
 
 def _facts(values: dict[str, Any]) -> str:

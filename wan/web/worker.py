@@ -11,13 +11,15 @@ Goes out:   {"ready": {...}}    {"event": KIND, "job": ID, ...}    {"memory": {.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import queue
 import sys
 import threading
-import traceback
+import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +40,8 @@ from .memory import Sampler, device_facts
 
 log = logging.getLogger(__name__)
 
+AGAIN_SECONDS = 2  # until a lock is tried again for which there was no room
+
 
 class Worker:
     """Does what messages say, one after the other.
@@ -52,7 +56,7 @@ class Worker:
         self._waiting: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._job: str | None = None
         self._pauses: set[str] = set()  # jobs that are to stop, be they begun or not
-        self._closing = False
+        self.closing = False
         self._interrupts = Interrupts()
         self._bars = ProgressBars()
         self._runner = Runner(self._tell, self._interrupts)
@@ -75,7 +79,7 @@ class Worker:
                     self._interrupts.ask()
             else:
                 self._waiting.put(message)
-        self._closing = True
+        self.closing = True
         self._interrupts.ask()
         self._waiting.put(None)
 
@@ -99,12 +103,12 @@ class Worker:
             self.tell(ended=name, how="paused")
         except Exception as error:
             if not isinstance(error, (InputError, OSError)) and not is_out_of_memory(error):
-                traceback.print_exc()
+                log.exception(f"{name} failed")
             self.tell(ended=name, how="failed", error=told(error))
         finally:
             self._job = None
             self._pauses.discard(name)
-            if not self._closing:
+            if not self.closing:
                 self._interrupts.withdraw()
 
     def _made(self, entry: Entry) -> Path:
@@ -120,7 +124,7 @@ class Worker:
             self.tell(planned=name, plan=beside | {"room": chosen.room, "line": chosen.line()})
         except Exception as error:
             if not isinstance(error, InputError):
-                traceback.print_exc()
+                log.exception("A plan failed")
             self.tell(planned=name, error=told(error))
 
     def _tell(self, event: Event) -> None:
@@ -157,6 +161,22 @@ def told(error: BaseException) -> str:
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
 
 
+@contextlib.contextmanager
+def _alone(path: str, worker: Worker) -> Iterator[None]:
+    """Holds the lock: a worker that was left behind goes to the end of its step first, a full disk is waited for."""
+    lock = FileLock(path)
+    while not lock.is_locked and not worker.closing:
+        try:
+            lock.acquire()
+        except OSError as error:
+            worker.tell(ready={"error": told(error)})
+            time.sleep(AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _listen(worker: Worker, runs: bool) -> None:
     worker.listen(sys.stdin)
     if not runs:
@@ -179,7 +199,7 @@ def main() -> None:
             os.nice(10)  # the run comes first
         worker.work()
         return
-    with FileLock(args.lock):  # one that was left behind goes to the end of its step
+    with _alone(args.lock, worker):
         try:
             worker.tell(ready=device_facts(args.device))
         except InputError as error:

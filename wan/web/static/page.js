@@ -1,7 +1,7 @@
 // Keeps the live parts of the page up to date, and does what their buttons say.
 (() => {
   const EVERY = 1000, HIDDEN_EVERY = 10000;
-  let known = 0, timer = null, parts = {};
+  let known = "", timer = null, parts = {};
 
   // Replaces what a container shows, but keeps children of the same key and contents: a video goes on, focus stays.
   function show(container, html) {
