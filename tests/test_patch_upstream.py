@@ -282,7 +282,7 @@ def test_nothing_stays_on_the_gpu_after_an_exception(make_vae):
 def run(upstream, patched, tmp_path_factory):
     """run(tree, task, **flags) runs a pipeline of "upstream", "patched" or another tree's path; results are kept.
 
-    Flags are arguments of the pipeline's constructor.
+    Flags are arguments of the pipeline's constructor, sampling is of pairs for its generate().
     """
     from wan.tiny import write_checkpoint
 
@@ -309,7 +309,16 @@ def run(upstream, patched, tmp_path_factory):
     vace = {"frames": frames, "mask": mask, "ref_0": frames[:, :1].flip(-1)}
 
     @functools.cache
-    def run(tree, task, capacity=None, find_least=False, offload_model=True, dtype="float32", **init):
+    def run(
+        tree,
+        task,
+        capacity=None,
+        find_least=False,
+        offload_model=True,
+        dtype="float32",
+        sampling=None,
+        **init,
+    ):
         checkpoint = folder / task
         if not checkpoint.exists():
             write_checkpoint(checkpoint, f"{task}-tiny")
@@ -318,7 +327,7 @@ def run(upstream, patched, tmp_path_factory):
             task,
             checkpoint,
             init=init,
-            call={**calls[task], "offload_model": offload_model},
+            call={**calls[task], **dict(sampling or ()), "offload_model": offload_model},
             inputs=vace if task == "vace" else None,
             device="vgpu",
             dtype=dtype,
@@ -379,21 +388,121 @@ def same_picture(measured):
     return check
 
 
+# 0001: where the solver starts
+
+REPEATED = (("sampling_steps", 68), ("shift", 16))  # the fewest steps whose first two times are equal, 999
+BEFORE = (("sampling_steps", 67), ("shift", 16))
+WALKS = (1, 2, 3, 14, 15, 50, 67, 68, 143, 144, 250, 251)
+
+
+def test_the_start_is_one_line_for_each_choice_of_solver(upstream, first_patches):
+    before, after = contents(upstream), contents(first_patches(1))
+    changed = {path.as_posix() for path in after if after[path] != before.get(path)}
+    assert changed == {
+        f"wan/{name}.py" for name in ("text2video", "image2video", "first_last_frame2video", "vace")
+    }
+    for path in changed:
+        added = [
+            line
+            for line in difflib.ndiff(*(text[Path(path)].decode().splitlines() for text in (before, after)))
+            if line[:1] in "+-"
+        ]
+        assert len(added) == after[Path(path)].count(b"retrieve_timesteps(\n")
+        assert all(
+            line[1:].split("  #")[0].strip() == "sample_scheduler.set_begin_index(0)" for line in added
+        )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_repeated_times_no_longer_fail(run, first_patches, task):
+    with pytest.raises(RuntimeError, match="this_order > 0"):
+        run("upstream", task, sampling=REPEATED)
+    assert run(first_patches(1), task, sampling=REPEATED).latents.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "sampling", [BEFORE, (*REPEATED, ("sample_solver", "dpm++"))], ids=["unipc", "dpm++"]
+)
+def test_what_worked_gives_the_same_bits(run, first_patches, sampling):
+    expected, result = (
+        run("upstream", "t2v", sampling=sampling),
+        run(first_patches(1), "t2v", sampling=sampling),
+    )
+    assert torch.equal(result.latents, expected.latents) and torch.equal(result.video, expected.video)
+
+
+@pytest.fixture(scope="module", params=["unipc", "dpm++"])
+def scheduler(request, upstream):
+    """scheduler(steps, shift): one of upstream's own, its times set as the pipelines do."""
+    modules = []
+    for name in "fm_solvers_unipc", "fm_solvers":
+        spec = importlib.util.spec_from_file_location(name, upstream / f"wan/utils/{name}.py")
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    unipc, dpm = modules
+    always = {"num_train_timesteps": 1000, "shift": 1, "use_dynamic_shifting": False}
+
+    def make(steps, shift):
+        if request.param == "unipc":
+            scheduler = unipc.FlowUniPCMultistepScheduler(**always)
+            scheduler.set_timesteps(steps, shift=shift)
+        else:
+            scheduler = dpm.FlowDPMSolverMultistepScheduler(**always)
+            dpm.retrieve_timesteps(scheduler, sigmas=dpm.get_sampling_sigmas(steps, shift))
+        return scheduler
+
+    return make
+
+
+def walked(scheduler):
+    """Where the scheduler's steps lead, the network's part taken by a function of place and time."""
+    place = torch.linspace(-1, 1, 4)[None]
+    for time in scheduler.timesteps:
+        place = scheduler.step(torch.sin(3 * place + time), time, place, return_dict=False)[0]
+    return place
+
+
+@pytest.mark.parametrize("shift", [1, 3, 5, 8, 16, 20])
+def test_every_number_of_steps_starts_where_those_that_worked_did(scheduler, shift):
+    """All walks from the first step are whole; from the second on none is, so that the start decides."""
+    for steps in range(1, 1001):
+        looked_up = scheduler(steps, shift)
+        looked_up._init_step_index(looked_up.timesteps[0])
+        repeated = steps > 1 and looked_up.timesteps[0] == looked_up.timesteps[1]
+        assert looked_up.step_index == repeated
+        if steps in WALKS:
+            told = scheduler(steps, shift)
+            told.set_begin_index(0)
+            result = walked(told)
+            assert result.isfinite().all() and told.step_index == steps
+            if repeated:
+                with pytest.raises(AssertionError):
+                    walked(scheduler(steps, shift))
+            else:
+                assert torch.equal(result, walked(scheduler(steps, shift)))
+
+
 # Part of the series
 
 
 @pytest.fixture(scope="module")
-def order_alone(upstream, tmp_path_factory):
-    """A tree with 0001 only."""
-    tree = Path(shutil.copytree(upstream, tmp_path_factory.mktemp("order") / "Wan2.1"))
-    apply("--only", SERIES[0], tree)
-    return tree
+def first_patches(upstream, tmp_path_factory):
+    """first_patches(count): a tree with so many of them, put in one after the other."""
+
+    @functools.cache
+    def make(count):
+        tree = Path(shutil.copytree(upstream, tmp_path_factory.mktemp(f"first{count}") / "Wan2.1"))
+        for name in SERIES[:count]:
+            apply("--only", name, tree)
+        return tree
+
+    return make
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_order_alone(run, order_alone, task):
+def test_the_order_alone(run, first_patches, task):
     """The first prompt no longer meets the DiT (or CLIP) on the GPU, without any flag, and nothing else changes."""
-    before, after = run("upstream", task), run(order_alone, task)
+    before, after = run("upstream", task), run(first_patches(2), task)
     assert torch.equal(after.latents, before.latents) and torch.equal(after.video, before.video)
     saved = before.report["stages"]["text"] - after.report["stages"]["text"]
     if task in ("i2v", "flf2v"):  # their DiT is built on the CPU
@@ -405,12 +514,10 @@ def test_the_order_alone(run, order_alone, task):
 
 
 @pytest.mark.parametrize("flags", [{"vae_cpu": True}, {"vae_cpu": True, "vae_tile": 64}])
-def test_the_first_patches_alone(run, upstream, patched, same_picture, tmp_path, flags):
+def test_the_first_patches_alone(run, first_patches, patched, same_picture, tmp_path, flags):
     """One after the other put in, or those above taken out: the same tree, which runs."""
-    count = 1 + len(flags)
-    tree = Path(shutil.copytree(upstream, tmp_path / "up" / "Wan2.1"))
-    for name in SERIES[:count]:
-        apply("--only", name, tree)
+    count = 2 + len(flags)
+    tree = first_patches(count)
     other = Path(shutil.copytree(patched, tmp_path / "down" / "Wan2.1"))
     for name in reversed(SERIES[count:]):
         apply("--reverse", "--only", name, other)
@@ -418,7 +525,7 @@ def test_the_first_patches_alone(run, upstream, patched, same_picture, tmp_path,
     same_picture(run(tree, "t2v", **flags).video, run("upstream", "t2v").video)
 
 
-# 0003: tiles
+# 0004: tiles
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -461,7 +568,7 @@ def test_tiled_vae(make_vae, same_picture, measured, offload):
         assert gpu.live == idle and places(vae) == {"cpu" if offload else "vgpu"}
 
 
-# 0004: streaming and chunks
+# 0005: streaming and chunks
 
 STREAM = {"t5_stream": True, "dit_stream": 0.0}
 LOW_VRAM = {"vae_cpu": True, "vae_tile": 64, "dit_chunk": 64, "activation_offload": True, **STREAM}
