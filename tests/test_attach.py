@@ -155,7 +155,7 @@ def test_vae(gpu, measured):
 
 def test_another_vae_is_refused():
     vae = SimpleNamespace(model=tiny_vae_with_another_layer(), scale=None)
-    with pytest.raises(TypeError, match="Tanh is not a layer of Wan2.1's VAE"):
+    with pytest.raises(InputError, match="vae_tile: Tanh is not a layer of Wan2.1's VAE"):
         attach({"vae": vae}, device="cpu", vae_tile=64)
     assert not {"encode", "decode"} & set(vars(vae))
 

@@ -52,7 +52,12 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
     signature = inspect.signature(type(model).forward)
     if "chunk" in signature.parameters:
         return layer_methods(model, "dit_chunk", forward=lambda forward: partial(forward, chunk=tokens))
-    attention = sys.modules[type(model.blocks[0].self_attn).__module__].flash_attention
+    attention = getattr(sys.modules[type(model.blocks[0].self_attn).__module__], "flash_attention", None)
+    missing = [name for name in ("x", "t", "context", "seq_len") if name not in signature.parameters]
+    if missing:
+        raise InputError(f"the model is not called with {', '.join(missing)}, as Wan2.1's is", "dit_chunk")
+    if attention is None:
+        raise InputError("the code of its self attention has no flash_attention", "dit_chunk")
 
     def chunked(*args: Any, place: Place = ON_DEVICE, **kwargs: Any) -> list[torch.Tensor]:
         call = signature.bind(model, *args, **kwargs).arguments

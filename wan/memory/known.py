@@ -15,6 +15,18 @@ _MODEL = {
 }  # fmt: skip
 _BLOCK = {"norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn", "before_proj", "after_proj"}
 
+# What cannot be missing: modules, and what else is read; of norms an identity does.
+_NEEDED = {
+    "model": (
+        {"patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head"},
+        {"freqs", "freq_dim", "text_len", "patch_size"},
+    ),
+    "block": ({"self_attn", "cross_attn", "ffn", "norm1", "norm2"}, {"norm3", "modulation"}),
+    "self attention": ({"q", "k", "v", "o"}, {"norm_q", "norm_k", "num_heads"}),
+    "cross attention": ({"q", "k", "v", "o"}, {"norm_q", "norm_k", "num_heads"}),
+    "head": ({"head", "norm"}, {"modulation"}),
+}
+
 # Arguments of forward by kind of module; those of the model are more where it is this project's own.
 _CALLED_WITH = {
     "model": {
@@ -37,6 +49,8 @@ def check_known(model: nn.Module, field: str) -> None:
     field: the option that asks.
     """
     _check(model, "the model", "model", _MODEL, set(), field)
+    if not len(model.blocks):
+        _refuse("blocks is empty", field)
     for stack in ("blocks", "vace_blocks"):
         for i, block in enumerate(getattr(model, stack, ())):
             name = f"{stack}.{i}"
@@ -59,7 +73,9 @@ def _check(
     }
     for unknown in sorted(held - children | tensors - parameters):
         _refuse(f"{prefix}{unknown} is not a part of Wan2.1's DiT", field)
-    missing = {"head": {"head", "norm"}, "block": {"self_attn", "cross_attn", "ffn"}}.get(kind, set()) - held
+    modules, attributes = _NEEDED[kind]
+    missing = modules - {key for key, _ in module.named_children()}
+    missing |= {name for name in attributes if not hasattr(module, name)}
     for part in sorted(missing):
         _refuse(f"{prefix}{part} is missing", field)
     if "forward" in vars(module) and not _is_ours(vars(module)["forward"]):

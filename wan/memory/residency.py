@@ -16,6 +16,7 @@ from torch import nn
 
 from ..utils.accelerator import release_memory
 from .methods import Undo, layer_methods
+from .vae_tiling import vae_modules
 
 
 class Attachable(Protocol):
@@ -129,9 +130,11 @@ class Component:
 def visit_by_halves(vae: Any, device: torch.device | str) -> Undo:
     """Makes a VAE bring to the device only the half that a call needs: the encoder to encode, the decoder to decode.
 
-    Returns what undoes it. Raises RuntimeError if it is applied already.
+    vae: codes with the modules that are its `model`, or is the bare tree of them.
+
+    Returns what undoes it. Raises InputError for another VAE than Wan2.1's, RuntimeError if it is applied already.
     """
-    model = vae.model
+    model = vae_modules(vae, "vae_cpu")
     encoder = Component([model.encoder, model.conv1], device)
     decoder = Component([model.conv2, model.decoder], device)
     return layer_methods(vae, "visit_by_halves", encode=encoder.around, decode=decoder.around)

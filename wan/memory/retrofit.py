@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..modules.forward import embedding_layers, layer_groups, storage_dtype
-from ..modules.vae_operations import decoder_passes, encoder_passes
 from ..utils.accelerator import release_memory
 from ..utils.errors import InputError
 from .activation_offload import apply_activation_offload
@@ -28,13 +27,24 @@ from .methods import Undo, layer_methods
 from .options import MemoryOptions
 from .residency import Component, visit_by_halves, visit_when_called
 from .streaming import Streamer
-from .vae_tiling import apply_tiling
+from .vae_tiling import apply_tiling, check_layers, vae_modules
 
+ENCODERS = ("text_encoder", "clip")
 DITS = (
     "model",
     "low_noise_model",
     "high_noise_model",
 )  # one, or two experts of which each takes some of the steps
+
+STACKS = ("blocks", "transformer")  # modules in a row
+_TAKERS: dict[str, Sequence[str]] = {
+    "vae_tile": ("vae",),
+    "vae_cpu": ("vae",),
+    "t5_stream": ENCODERS,
+    "dit_stream": DITS,
+    "dit_chunk": DITS,
+    "activation_offload": DITS,
+}
 
 
 def attach(
@@ -53,9 +63,10 @@ def attach(
 
     Args:
         pipeline: an object with some of these attributes, or a mapping of their names: `vae` (what codes: with the
-            modules as its `model`, and `scale`), `text_encoder` and `clip` (with `model`), and `model`, or
-            `low_noise_model` and `high_noise_model`. Modules are named as the checkpoints name them.
-        device: where to compute; default: the pipeline's.
+            modules as its `model`, and `scale`; or the bare tree of modules), `text_encoder` and `clip` (with `model`),
+            and `model`, or `low_noise_model` and `high_noise_model`. Modules are named as the checkpoints name them.
+            Or a VAE alone.
+        device: where to compute; default: the pipeline's. Tiles alone need none.
         dtype: the type that the DiT's autocast computes in; default: the pipeline's `param_dtype`, or fp32.
         vae_tile: decode and encode by tiles: see MemoryOptions; None leaves the VAE's own way.
         vae_cpu: keep the VAE on the CPU; the half that a call needs comes for it.
@@ -68,47 +79,114 @@ def attach(
         types that it computes in.
 
     Raises:
-        InputError: options that cannot work, or that nothing in the pipeline takes.
+        InputError: options that cannot work, or that nothing in the pipeline takes; a part that is made otherwise.
+            Nothing is changed then.
         RuntimeError: an option that is applied already. Nothing is changed then.
-        TypeError: a VAE with other layers than Wan2.1's.
     """
-    parts = SimpleNamespace(**pipeline) if isinstance(pipeline, Mapping) else pipeline
-    device = torch.device(device if device is not None else parts.device)
+    options = MemoryOptions(
+        t5_stream=t5_stream,
+        dit_stream=dit_stream,
+        dit_chunk=dit_chunk,
+        activation_offload=activation_offload,
+    )
+    wanted = {
+        "vae_tile": vae_tile is not None,
+        "vae_cpu": vae_cpu,
+        "t5_stream": t5_stream,
+        "dit_stream": dit_stream is not None,
+        "dit_chunk": dit_chunk,
+        "activation_offload": activation_offload,
+    }
+    parts = _parts_of(pipeline, [option for option, given in wanted.items() if given])
+    given = _held(pipeline, "device") if device is None else device
+    place = torch.device("cpu") if given is None else _checked_device(given)
+    needing = [option for option, value in wanted.items() if value and option != "vae_tile"]
+    if given is None and needing:
+        raise InputError("the pipeline has none: say where to compute", "device")
+    dtype = dtype or _held(pipeline, "param_dtype") or torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise InputError("give a torch.dtype, such as torch.bfloat16", "dtype", dtype)
     with ExitStack() as undo:
-        for option, wanted, takers in (
-            ("vae_tile", vae_tile is not None, ["vae"]),
-            ("vae_cpu", vae_cpu, ["vae"]),
-            ("t5_stream", t5_stream, ["text_encoder", "clip"]),
-            ("dit_stream", dit_stream is not None, DITS),
-            ("dit_chunk", dit_chunk, DITS),
-            ("activation_offload", activation_offload, DITS),
-        ):
-            if wanted and not any(hasattr(parts, name) for name in takers):
-                raise InputError(f"there is no {' or '.join(takers)}", option)
         if vae_tile is not None:
-            decoder_passes(parts.vae.model), encoder_passes(parts.vae.model)  # raise for other layers
             undo.callback(apply_tiling(parts.vae, vae_tile))
         if vae_cpu:
-            undo.callback(visit_by_halves(parts.vae, device))
-            undo.callback(_send_to_cpu(parts.vae.model, device))
-        encoders = [getattr(parts, name).model for name in ("text_encoder", "clip") if hasattr(parts, name)]
-        dits = [getattr(parts, name) for name in DITS if hasattr(parts, name)]
-        for model in (*(encoders if t5_stream else ()), *(dits if dit_stream is not None else ())):
-            undo.callback(_send_to_cpu(model, device))
-        undo.callback(
-            _stream_and_chunk(
-                parts,
-                device,
-                dtype or getattr(parts, "param_dtype", torch.float32),
-                MemoryOptions(
-                    t5_stream=t5_stream,
-                    dit_stream=dit_stream,
-                    dit_chunk=dit_chunk,
-                    activation_offload=activation_offload,
-                ),
-            )
-        )
+            undo.callback(visit_by_halves(parts.vae, place))
+            undo.callback(_send_to_cpu(vae_modules(parts.vae, "vae_cpu"), place))
+        streamed = [getattr(parts, name).model for name in ENCODERS if t5_stream and hasattr(parts, name)]
+        streamed += [getattr(parts, name) for name in DITS if dit_stream is not None and hasattr(parts, name)]
+        for model in streamed:
+            undo.callback(_send_to_cpu(model, place))
+        undo.callback(_stream_and_chunk(parts, place, dtype, options))
         return undo.pop_all().close
+
+
+def _parts_of(pipeline: Any, options: Sequence[str]) -> SimpleNamespace:
+    """What a pipeline has for each of the options, under the names that `attach` gives.
+
+    Raises InputError, naming what is missing or unknown, for a pipeline that has nothing for one of them, or a part
+    that is not made as it wants it.
+    """
+    if pipeline is None or isinstance(pipeline, str | bytes | int | float | Sequence):
+        kind = type(pipeline).__name__
+        raise InputError(f"give a pipeline, a mapping of its parts or a VAE, not {kind}", "pipeline")
+    names = {name for option in options for name in _TAKERS[option]}
+    given = {name: _held(pipeline, name) for name in names}
+    told = f" in {type(pipeline).__name__}"
+    if isinstance(pipeline, Mapping):
+        told = f", but {', '.join(map(str, pipeline))}" if pipeline else ""
+    elif "vae" in names and given["vae"] is None and hasattr(_held(pipeline, "model") or pipeline, "decoder"):
+        given["vae"] = pipeline
+    found = SimpleNamespace()
+    for option in options:
+        there = {name: given[name] for name in _TAKERS[option] if given.get(name) is not None}
+        if not there:
+            raise InputError(f"there is no {' or '.join(_TAKERS[option])}{told}", option)
+        for name, part in there.items():
+            _check(name, part, option)
+        vars(found).update(there)
+    return found
+
+
+def _held(pipeline: Any, name: str) -> Any:
+    """What a pipeline, or a mapping in its place, has under that name; None for nothing."""
+    return pipeline.get(name) if isinstance(pipeline, Mapping) else getattr(pipeline, name, None)
+
+
+def _checked_device(device: Any) -> torch.device:
+    """The device of that name. Raises InputError if there is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError("no such device, give one such as cuda:0", "device", device) from error
+
+
+def _check(name: str, part: Any, option: str) -> None:
+    if option == "vae_tile":
+        check_layers(part)
+    elif option == "vae_cpu":
+        vae_modules(part, option)
+    elif option == "dit_stream":
+        _need(part, name, ["blocks"], option)
+    elif name in DITS:
+        _need(part, name, ["blocks"], option)
+        check_known(part, option)
+    elif name == "clip":
+        _need(getattr(part, "model", None), f"{name}.model", ["visual"], option)
+        _need(part.model.visual, f"{name}.model.visual", ["transformer", "post_norm"], option)
+    else:
+        _need(getattr(part, "model", None), f"{name}.model", ["token_embedding", "blocks"], option)
+        for i, block in enumerate(part.model.blocks):
+            _need(block, f"{name}.model.blocks.{i}", ["attn", "ffn"], option)
+
+
+def _need(module: Any, name: str, parts: Sequence[str], option: str) -> None:
+    """Raises InputError unless `module`, of that name, is one that has these parts."""
+    if not isinstance(module, nn.Module) or next(module.parameters(), None) is None:
+        raise InputError(f"{name} is {type(module).__name__}, not a module with parameters", option)
+    for part in parts:
+        held = getattr(module, part, None)
+        if not isinstance(held, nn.Module) or (part in STACKS and not hasattr(held, "__iter__")):
+            raise InputError(f"{name}, {type(module).__name__}, has no {part}: it is not Wan2.1's", option)
 
 
 ONE_GPU = ("t5_stream", "dit_stream", "dit_chunk", "activation_offload")

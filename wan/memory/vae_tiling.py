@@ -20,6 +20,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 
 from ..modules import vae_forward
 from ..modules.vae_forward import FrameWriter, frames_of, run_pass
-from ..modules.vae_operations import Operation
+from ..modules.vae_operations import Operation, decoder_passes, encoder_passes
 from ..utils.accelerator import is_out_of_memory, release_memory
 from ..utils.errors import InputError
 from .methods import Undo, layer_methods
@@ -72,6 +73,41 @@ def check_tile(value: int | str) -> int | str:
     return value
 
 
+def vae_modules(vae: Any, field: str) -> nn.Module:
+    """The module tree of a VAE: what it has as `model`, or the VAE itself if it is a bare tree.
+
+    field: the option that asks.
+
+    Raises InputError, naming what is missing, unless it has the parts of Wan2.1's.
+    """
+    model = getattr(vae, "model", vae)
+    parts = ("encoder", "conv1", "conv2", "decoder")
+    missing = [part for part in parts if not isinstance(getattr(model, part, None), nn.Module)]
+    if missing or not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise InputError(
+            f"{type(model).__name__} is not Wan2.1's VAE, it has no {', '.join(missing) or 'parameters'}; "
+            "give what Wan2.1's code makes of its VAE checkpoint",
+            field,
+        )
+    return model
+
+
+def check_layers(vae: Any) -> None:
+    """Raises InputError, naming what is missing or unknown, unless a VAE can be run by tiles."""
+    model, field = vae_modules(vae, "vae_tile"), "vae_tile"
+    try:
+        decoder_passes(model), encoder_passes(model)
+    except AttributeError as error:
+        raise InputError(f"{type(error.obj).__name__} of the VAE has no {error.name}", field) from error
+    except TypeError as error:
+        raise InputError(str(error), field) from error
+    except (ValueError, StopIteration) as error:
+        raise InputError("the VAE has no layer that changes the size", field) from error
+    scale = getattr(vae, "scale", None)
+    if vae is not model and not (isinstance(scale, Sequence) and len(scale) == 2):
+        raise InputError("the VAE has no scale, which is [mean, 1 / std] of the latent channels", field)
+
+
 def apply_tiling(
     vae: Any,
     tile: int | str = "auto",
@@ -81,11 +117,13 @@ def apply_tiling(
 ) -> Undo:
     """Gives a VAE tiled `encode` and `decode` of the same signatures: a list or batch in, a list out.
 
+    Of a bare tree they are called with a batch and the scale, and return a batch.
+
     They compute on the device where the weights are when they are called, without autocast, one sample at a
     time. Videos come back on the CPU, latents on the device.
 
     Args:
-        vae: has `model`, the module tree, and `scale`, [mean, 1 / std] of the latent channels.
+        vae: has `model`, the module tree, and `scale`, [mean, 1 / std] of the latent channels; or is the bare tree.
         tile: see `check_tile`. With "auto" each call takes the fewest tiles that fit, see `fitting_tile`.
         capacity: bytes of the device that this process may take, CUDA's own among them, for "auto"; None for the
             whole device.
@@ -96,17 +134,21 @@ def apply_tiling(
         Function that puts the VAE's own `encode` and `decode` back.
 
     Raises:
-        InputError: not a tile size.
+        InputError: not a tile size, or not a VAE made of the layers of Wan2.1's.
         RuntimeError: tiled already, or its methods are replaced already by something that tiles would undo.
     """
     check_tile(tile)
+    check_layers(vae)
     settings = {"tile": tile, "capacity": capacity, "on_frame": on_frame, "share": share}
+
+    def tiled(each: Callable[..., list[torch.Tensor]]) -> Callable[[Callable], Callable]:
+        def of_batch(batch: Iterable[torch.Tensor], scale: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(each(SimpleNamespace(model=vae, scale=scale), batch, **settings))
+
+        return lambda _: of_batch if isinstance(vae, nn.Module) else functools.partial(each, vae, **settings)
+
     return layer_methods(
-        vae,
-        "vae_tile",
-        innermost=True,
-        encode=lambda _: functools.partial(encode_each, vae, **settings),
-        decode=lambda _: functools.partial(decode_each, vae, **settings),
+        vae, "vae_tile", innermost=True, encode=tiled(encode_each), decode=tiled(decode_each)
     )
 
 

@@ -102,7 +102,8 @@ class Worker:
         except Interrupted:
             self.tell(ended=name, how="paused")
         except Exception as error:
-            if not isinstance(error, (InputError, OSError)) and not is_out_of_memory(error):
+            known = is_out_of_memory(error) or lacks_page_locked(error)
+            if not isinstance(error, (InputError, OSError)) and not known:
                 log.exception(f"{name} failed")
             self.tell(ended=name, how="failed", error=told(error))
         finally:
