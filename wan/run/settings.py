@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,11 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 from .. import __version__
-from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
+from ..utils.outside import MISREAD, parse_json
 from ..utils.video import read_comment
-from .request import GPUS, KEEPING, PLANNING, PROMPT_EXTENSION, Request
+from .request import GPUS, KEEPING, PLANNED, PLANNING, PROMPT_EXTENSION, Request
 
 PROGRAM = "wan-low-memory"
 # Where it is computed and kept changes nothing; an extended prompt stands among the settings itself.
@@ -51,16 +52,14 @@ def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any
 
 def read_plan(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
     """The memory options that were planned for a file, by name; none if they were not. Raises as read_settings."""
-    return _read(path, field, "memory", [item.name for item in fields(MemoryOptions)])
+    return _read(path, field, "memory", PLANNED)
 
 
 def _read(path: str | os.PathLike, field: str, part: str, names: Sequence[str]) -> dict[str, Any]:
-    try:
-        found = json.loads(read_comment(path, field) or "{}")
+    comment = read_comment(path, field)
+    with contextlib.suppress(*MISREAD):
+        found = parse_json(comment or "{}")
         if found["program"] == PROGRAM:
             values = found["settings"] if part == "settings" else found.get(part, {})
             return {name: value for name, value in values.items() if name in names}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
     raise InputError("has no settings in it; give an .mp4 or .png that this program made", field, path)

@@ -200,8 +200,8 @@ def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
         with av.open(os.fspath(path)) as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
             return tags.get(COMMENT.lower())
-    except av.FFmpegError as error:
-        raise InputError(f"not a readable video ({error.strerror})", field, path) from error
+    except (av.FFmpegError, UnicodeDecodeError) as error:  # metadata may be any bytes
+        raise InputError("not a readable video", field, path) from error
 
 
 def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:

@@ -31,6 +31,7 @@ from ..run.planning import report
 from ..utils.accelerator import is_out_of_memory
 from ..utils.errors import InputError
 from ..utils.events import Event
+from ..utils.program import log_to
 from ..utils.progress import ProgressBars
 from .child import Message, read_messages, write_message
 from .jobs import request_from
@@ -169,7 +170,7 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that prints disturbs the messages
     worker = Worker(out, args.device)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stderr)
+    log_to(sys.stderr)
     logging.getLogger("wan").addHandler(_Notes(worker))
     threading.Thread(target=_listen, args=(worker, bool(args.lock)), daemon=True).start()
     if not args.lock:
