@@ -159,6 +159,8 @@ def _numbered(path: Path, given: Mapping[str, Any], number: int) -> str:
 
     still = given.get("task") in TASKS and TASKS[given["task"]].still
     base = Path(given.get("save_file") or path.with_suffix(".png" if still else ".mp4").name)
+    if not base.name:
+        raise InputError("is a directory; add a file name", "save_file", base)
     return str(base.with_name(f"{base.stem}_{number:03}{base.suffix}"))
 
 

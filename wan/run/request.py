@@ -266,7 +266,7 @@ class Request:
         for name in PATHS:
             if values[name] is not None:
                 values[name] = os.path.abspath(values[name])
-        if self.ckpt_dir is not None and Path(self.ckpt_dir).is_dir():
+        if self.ckpt_dir is not None and os.path.isdir(self.ckpt_dir):
             values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
         if self.references:
             values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
@@ -338,7 +338,7 @@ class Request:
             )
         check_speed(self.attention, self.compile, self.memory, self.exact)
         for file, _ in self.loras:
-            if not Path(file).is_file():
+            if not os.path.isfile(file):
                 raise InputError("no such file", "lora", file)
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)

@@ -154,7 +154,7 @@ def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]
 
 def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The values and tensors of a state that is whole and this version's."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError("no such file", field, path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:

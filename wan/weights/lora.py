@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,7 @@ class _LoraFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):
             raise InputError("no such file", "lora", path)
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
