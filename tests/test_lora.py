@@ -1,6 +1,7 @@
 """LoRA files: every key of every spelling is applied or named, merged in fp32, the same under every memory option."""
 
 import json
+import os
 import re
 import shutil
 
@@ -21,8 +22,9 @@ from wan.modules.vace_model import VaceWanModel
 from wan.run.state import read_state
 from wan.utils.errors import InputError
 from wan.weights.converted import OffloadFolder
-from wan.weights.lora import Loras, lora_identity, parse_lora
+from wan.weights.lora import Loras, _LoraFile, lora_identity, parse_lora
 from wan.weights.lora_keys import match_changes
+from wan.weights.reading import read_tensors
 
 RANK, ALPHA = 4, 3.0
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -85,8 +87,8 @@ def write_pairs(path, weights, family="diffusion_model, A and B", seed=0, dtype=
     tensors, changes = {}, {}
     for number, (layer, shape) in enumerate(matrices(weights).items()):
         key = spelling.format(layer, layer.replace(".", "_"), as_diffusers(layer))
-        down = normal(seed + 2 * number, RANK, *shape[1:]).to(dtype) * 0.1
-        up = normal(seed + 2 * number + 1, shape[0], RANK, *[1] * len(shape[2:])).to(dtype) * 0.1
+        down = (normal(seed + 2 * number, RANK, *shape[1:]) * 0.1).to(dtype)
+        up = (normal(seed + 2 * number + 1, shape[0], RANK, *[1] * len(shape[2:])) * 0.1).to(dtype)
         tensors |= {f"{key}.{down_key}": down, f"{key}.{up_key}": up}
         if with_alpha:
             tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
@@ -451,6 +453,78 @@ def test_bad_files_end_in_one_line(tmp_path, monkeypatch, capfd, case):
         assert run("--lora", path, *flags) == 2
         [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("generate.py")]
         assert re.search(rf"^generate.py: --lora {re.escape(str(path))}: {message}", line), line
+
+
+def spoilt(path, key="lora_B", value=None, metadata=None, **more):
+    """A file that fits, but for the values of one of its tensors, its settings, or more tensors."""
+    write_pairs(path, weights_of("t2v"), "diffusers", metadata=metadata)
+    tensors = load_file(path)
+    [*_, name] = [name for name in tensors if key in name]
+    if value is not None:
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors | more, path, metadata)
+
+
+def peft(settings):
+    return {"lora_adapter_metadata": settings}
+
+
+UNKNOWN = {f"\x1b[2J{i}.lora_A.weight": torch.zeros(1, 1) for i in range(3000)}
+SPOILT = {
+    "not a number": (lambda path: spoilt(path, value=torch.nan), "infinite or not numbers"),
+    "infinite": (lambda path: spoilt(path, "lora_A", torch.inf), "infinite or not numbers"),
+    "alpha of text": (
+        lambda path: spoilt(path, metadata=peft('{"lora_alpha": "8"}')),
+        "lora_alpha is 8, not",
+    ),
+    "alpha of a list": (lambda path: spoilt(path, metadata=peft('{"lora_alpha": [8]}')), "lora_alpha is"),
+    "alpha that is true": (lambda path: spoilt(path, metadata=peft('{"lora_alpha": true}')), "lora_alpha is"),
+    "alpha of 400 digits": (
+        lambda path: spoilt(path, metadata=peft(f'{{"lora_alpha": {10**400}}}')),
+        "no number that can be used",
+    ),
+    "alpha that is too large": (
+        lambda path: spoilt(path, metadata=peft('{"lora_alpha": 1e300}')),
+        "strength times alpha / rank is",
+    ),
+    "deep settings": (lambda path: spoilt(path, metadata=peft("[" * 10**5)), "nested too deep"),
+    "settings that are none": (lambda path: spoilt(path, metadata=peft("[5]")), "cannot be read"),
+    "many unknown keys": (lambda path: spoilt(path, **UNKNOWN), r"and 2990 more; go on without"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_cannot_be_merged_is_refused_before_any_work(case, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    make, message = SPOILT[case]
+    make(tmp_path / "bad.safetensors")
+    assert run("--lora", "bad.safetensors") == 2
+    out, err = capfd.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("generate.py")]
+    assert line.startswith("generate.py: --lora bad.safetensors: ") and message in line, line
+    assert len(line) < 5000 and "\x1b" not in out + err and "Traceback" not in err
+    assert "Stage" not in out and os.listdir() == ["bad.safetensors"]
+
+
+@pytest.mark.parametrize("kind, size", [("F4", 8), ("F6_E2M3", 12), ("C64", 128)])
+def test_types_that_are_no_numbers_here(kind, size, tmp_path):
+    """Of LoRA files and of checkpoints."""
+    path = tmp_path / "a.safetensors"
+    entry = {"dtype": kind, "shape": [4, 4], "data_offsets": [0, size]}
+    text = json.dumps({"blocks.0.lora_A.weight": entry}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(InputError, match=rf"^lora .*a.safetensors: .* is of type {kind}, which cannot"):
+        _LoraFile(path).check_finite(["blocks.0.lora_A.weight"])
+    ((_, read),) = read_tensors(path)
+    with pytest.raises(InputError, match=f"is of type {kind}, which cannot be read"):
+        read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bfloat16])
+def test_types_that_are_numbers(dtype, tmp_path):
+    path = tmp_path / "a.safetensors"
+    changes = write_pairs(path, weights_of("t2v"), dtype=dtype)
+    assert_weights(load("t2v", [(path, 1)]), by_hand(weights_of("t2v"), (changes, 1.0)))
 
 
 def test_a_damaged_file(tmp_path, monkeypatch, capfd):

@@ -18,9 +18,9 @@ from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
 from .run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PLANNING, Request
 from .utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
-from .utils.errors import InputError
+from .utils.errors import LINE_LENGTH, InputError, shown
 from .utils.flags import add_flags, is_option
-from .utils.program import program_name
+from .utils.program import log_to, program_name
 from .utils.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 for Ctrl-C and 143 for SIGTERM.
     """
     logging.raiseExceptions = False  # a log that nobody reads, or a full disk behind it, is no reason to stop
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     _tell_crashes()
     try:
         with Interrupts() as interrupts:
@@ -203,7 +203,7 @@ def _tell_crashes() -> None:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"{program_name()}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{program_name()}: {shown(' '.join(str(message).split()), LINE_LENGTH)}", file=sys.stderr)
     return code
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.files import replacing
+from ..utils.outside import parse_json
 
 GIGA, TERA = 1e9, 1e12
 TRIALS = 3
@@ -163,6 +164,6 @@ def measure(device: torch.device, others: Rates, side: int = 4096, copied: int =
 
 def _read(cache: Path) -> dict[str, Rates]:
     try:
-        return {name: Rates(**values) for name, values in json.loads(cache.read_text()).items()}
+        return {name: Rates(**values) for name, values in parse_json(cache.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

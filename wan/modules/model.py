@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..utils.errors import InputError
+from ..utils.outside import parse_json
 from ..weights.converted import OffloadFolder
 from ..weights.loading import load_weights
 from ..weights.lora import Loras
@@ -388,7 +389,7 @@ class WanModel(nn.Module):
         if not path.is_file():
             raise InputError(f"{path}: no such file, --ckpt_dir must be a Wan2.1 checkpoint directory")
         try:
-            config = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            config = {k: v for k, v in parse_json(path.read_text()).items() if not k.startswith("_")}
             _check_sizes(config)
             with torch.device("meta"):
                 return cls(**config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..memory.options import MemoryOptions
-from ..utils.errors import InputError
+from ..utils.errors import InputError, listed
 from ..utils.flags import is_option
+from ..utils.outside import parse_json
 from .request import Request
 from .settings import read_settings, settings
 
@@ -61,8 +61,9 @@ def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapp
     path = Path(path)
     try:
         lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    except (OSError, ValueError) as error:  # the latter of a path that no file can have
+        not_text = isinstance(error, UnicodeDecodeError)
+        reason = "it is not UTF-8 text" if not_text else getattr(error, "strerror", error)
         raise InputError(f"cannot be read: {reason}", "prompts", path) from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
@@ -141,14 +142,14 @@ def begun(entry: Entry) -> Request | None:
 
 def _object(line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError("not a JSON object")
     unknown = [name for name in values if name not in _FIELDS]
     if unknown:
-        raise InputError(f"no such setting: {', '.join(unknown)}")
+        raise InputError(f"no such setting: {listed(unknown)}")
     return values
 
 
@@ -158,6 +159,8 @@ def _numbered(path: Path, given: Mapping[str, Any], number: int) -> str:
 
     still = given.get("task") in TASKS and TASKS[given["task"]].still
     base = Path(given.get("save_file") or path.with_suffix(".png" if still else ".mp4").name)
+    if not base.name:
+        raise InputError("is a directory; add a file name", "save_file", base)
     return str(base.with_name(f"{base.stem}_{number:03}{base.suffix}"))
 
 

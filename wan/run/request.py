@@ -84,7 +84,7 @@ class Request:
         "Toy tasks make their own.",
     )
     save_file: str | None = option(None, "Where to save the result (.mp4, or .png for pictures).")
-    prompt: str | None = option(None, "What to show.")
+    prompt: str | None = option(None, "What to show.", empty=True)
     negative_prompt: str | None = option(None, "What to avoid (default: what the model was published with).")
     base_seed: int = option(-1, "Seed of the noise; negative for a random one.", at_most=sys.maxsize)
     sample_solver: str = option("unipc", "Solver.", choices=("unipc", "dpm++", "euler"))
@@ -227,10 +227,12 @@ class Request:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        check_options(self)
+        check_options(self, PATHS)
+        if not isinstance(self.memory, MemoryOptions):
+            raise InputError("give MemoryOptions", "memory", self.memory)
+        if not isinstance(self.planned, (list, tuple)) or any(name not in PLANNED for name in self.planned):
+            raise InputError(f"give a list of {', '.join(PLANNED)}", "planned", self.planned)
         self._fill_in()
-        check_options(self)
         self._check()
 
     @property
@@ -266,7 +268,7 @@ class Request:
         for name in PATHS:
             if values[name] is not None:
                 values[name] = os.path.abspath(values[name])
-        if self.ckpt_dir is not None and Path(self.ckpt_dir).is_dir():
+        if self.ckpt_dir is not None and os.path.isdir(self.ckpt_dir):
             values["ckpt_dir"] = os.path.abspath(self.ckpt_dir)
         if self.references:
             values["src_ref_images"] = ",".join(map(os.path.abspath, self.references))
@@ -338,35 +340,10 @@ class Request:
             )
         check_speed(self.attention, self.compile, self.memory, self.exact)
         for file, _ in self.loras:
-            if not Path(file).is_file():
+            if not os.path.isfile(file):
                 raise InputError("no such file", "lora", file)
         if self.ckpt_dir is not None:
             check_checkpoint(self.ckpt_dir)
-
-    def _check_types(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type == "bool" and not isinstance(value, bool):
-                raise InputError("give true or false", item.name, value)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and str(item.type).startswith("int") and not whole:
-                raise InputError("give a whole number", item.name, value)
-            if value is None or not str(item.type).startswith("str"):
-                continue
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-                self._set(**{item.name: value})
-            if not isinstance(value, str):
-                raise InputError("give text", item.name, value)
-            if not value and item.name != "prompt":
-                raise InputError("is empty, give a value or leave it out", item.name)
-            if "\0" in value:
-                raise InputError("has a zero byte in it", item.name)
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                if item.name not in PATHS:  # names of files may be any bytes
-                    raise InputError("is not UTF-8 text", item.name) from None
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():

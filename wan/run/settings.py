@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..utils.errors import InputError
 from ..utils.flags import is_option
+from ..utils.outside import MISREAD, parse_json
 from ..utils.video import read_comment
 from ..weights.lora import parse_lora
 from .request import (
@@ -92,13 +93,13 @@ def _read(path: str | os.PathLike, field: str) -> tuple[dict[str, Any], dict[str
     comment = read_comment(path, field) or ""
     wrong = "has no settings in it; give an .mp4 or .png that this program made"
     try:
-        found = json.loads(comment) if len(comment) <= LONGEST_TEXT else {}
+        found = parse_json(comment) if len(comment) <= LONGEST_TEXT else {}
         if found["program"] == PROGRAM:
             memory = {name: value for name, value in found.get("memory", {}).items() if name in PLANNED}
             memory_options(memory)
             return checked(found["settings"]), memory
     except InputError as error:
         wrong = f"the settings in it cannot be used ({str(error)[:200]}); give another file"
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+    except MISREAD:
         pass  # JSON of another shape than this program's
     raise InputError(wrong, field, path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..memory.options import MemoryOptions
 from ..pipeline import Conditioning
 from ..utils.errors import InputError
 from ..utils.files import replacing
+from ..utils.outside import MISREAD, parse_json
 from ..weights.writing import write_tensors
 from .request import ON_ONE_GPU, Request
 
@@ -94,21 +96,21 @@ def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any)
     Raises:
         InputError: no such file, damaged, or written by another version of this program.
     """
-    values, tensors = _read(Path(path), field)
-    if values["torch"] != str(torch.__version__):
-        log.warning(f"{path} was written under PyTorch {values['torch']}: the rest may be rounded otherwise")
-    try:
+    with _understood(path, field):
+        values, tensors = _read(Path(path), field)
+        if values["torch"] != str(torch.__version__):
+            log.warning(
+                f"{path} was written under PyTorch {values['torch']}: the rest may be rounded otherwise"
+            )
         conditioning, solver = values["conditioning"], values["solver"]
         return State(
             request=_request(values, Path(path), overrides),
-            weights=values["weights"],
+            weights=dict(values["weights"]),
             conditioning=Conditioning(**_unpack(conditioning, tensors)) if conditioning else None,
             latent=_unpack(values["latent"], tensors),
-            solver=_unpack(solver, tensors) if solver else None,
+            solver=dict(_unpack(solver, tensors)) if solver else None,
             finished=values["finished"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"not a state of this program ({_one_line(error)})", field, path) from error
 
 
 def resumed_request(
@@ -123,10 +125,22 @@ def resumed_request(
     Raises:
         InputError: as read_state, and as the request itself.
     """
-    values, _ = _read(Path(path), "resume")
-    stored = MemoryOptions(**values["request"]["memory"] | dict(memory))
-    planned = [name for name in values["request"]["planned"] if name not in memory]
-    return _request(values, Path(path), {"planned": planned} | dict(overrides) | {"memory": stored})
+    with _understood(path, "resume"):
+        values, _ = _read(Path(path), "resume")
+        stored = MemoryOptions(**values["request"]["memory"] | dict(memory))
+        planned = [name for name in values["request"]["planned"] if name not in memory]
+        return _request(values, Path(path), {"planned": planned} | dict(overrides) | {"memory": stored})
+
+
+@contextlib.contextmanager
+def _understood(path: str | os.PathLike, field: str) -> Iterator[None]:
+    """Inside, values of a state are picked; what is not as it has to be becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MISREAD as error:
+        raise InputError(f"not a state of this program ({_one_line(error)})", field, path) from error
 
 
 def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:
@@ -140,7 +154,7 @@ def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]
 
 def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The values and tensors of a state that is whole and this version's."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError("no such file", field, path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -153,8 +167,10 @@ def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
         text = metadata["state"]
         if metadata["checksum"] != _checksum(text, tensors):
             raise InputError("damaged: its checksum is another", field, path)
-        values = json.loads(text)
-    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        values = parse_json(text)
+    except InputError:
+        raise
+    except (OSError, safetensors.SafetensorError, RuntimeError, *MISREAD) as error:
         raise InputError(f"damaged or not a state ({_one_line(error)})", field, path) from error
     if values["version"] != __version__:
         raise InputError(
@@ -162,7 +178,18 @@ def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
             field,
             path,
         )
+    request = values["request"]
+    if set(request) != _names(Request) or set(request["memory"]) != _names(MemoryOptions):
+        raise InputError(
+            "was made by another version of this program, which has other settings; go on with that version",
+            field,
+            path,
+        )
     return values, tensors
+
+
+def _names(options: type) -> set[str]:
+    return {item.name for item in fields(options)}
 
 
 def _relative(target: str, folder: Path) -> str:

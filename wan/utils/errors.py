@@ -1,6 +1,15 @@
-"""Errors that the user can mend."""
+"""Errors that the user can mend, and how what others wrote is shown in them."""
 
+from __future__ import annotations
+
+import itertools
 import re
+import unicodedata
+from collections.abc import Collection
+
+SHOWN_LENGTH = 300  # characters, of a value
+SHOWN_NAMES = 10  # of a list
+LINE_LENGTH = 4000
 
 
 class InputError(ValueError):
@@ -20,10 +29,32 @@ class InputError(ValueError):
         super().__init__(self.told())
 
     def told(self, prefix: str = "") -> str:
-        """The line, the names of options written with `prefix`."""
-        problem = re.sub(r"--(?=[a-z])", prefix, self.problem)
-        names = [prefix + name for name in self.fields]
-        subject = (" and " if len(names) == 2 else ", ").join(names)
+        """The line, as `shown`, the names of options written with `prefix`."""
+        problem = shown(re.sub(r"--(?=[a-z])", prefix, self.problem), LINE_LENGTH)
+        names = [prefix + shown(name) for name in self.fields]
+        subject = " and ".join(names) if len(names) == 2 else listed(names)
         if subject and self.value is not None:
-            subject += f" {self.value}"
+            subject += f" {shown(self.value)}"
         return f"{subject}: {problem}" if subject else problem
+
+
+def shown(value: object, length: int = SHOWN_LENGTH) -> str:
+    """A value as one line of at most about `length` characters: what is longer lacks its middle, and what does not
+    print, such as what a terminal would obey, is escaped."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no longer numbers
+        text = "a number of thousands of digits"
+    if len(text) > length:
+        text = f"{text[: length * 2 // 3]} ... {text[-length // 3 :]}"
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def listed(names: Collection[str]) -> str:
+    """Names, `shown`, the first few of many and the number of the others."""
+    few = ", ".join(map(shown, itertools.islice(names, SHOWN_NAMES)))
+    more = len(names) - SHOWN_NAMES
+    return few + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -38,6 +40,7 @@ def option(
     also: Sequence[str] = (),
     group: str | None = None,
     shown_default: Any = None,
+    empty: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -53,6 +56,7 @@ def option(
         also: other names of the flag, kept for those who know them.
         group: title of the flag's group in the help text.
         shown_default: the flag's default where the field's is None, "depends on others".
+        empty: whether text may be empty.
     """
     known = locals().copy()
     metadata = {name: known[name] for name in known if name != "default"}
@@ -64,21 +68,52 @@ def is_option(field: dataclasses.Field) -> bool:
     return "help" in field.metadata
 
 
-def check_options(options: Any) -> None:
-    """Raises InputError for a number outside its range or a value that is none of the choices."""
+def check_options(options: Any, paths: Collection[str] = ()) -> None:
+    """Checks what is in a dataclass of options, whoever put it there, and makes text of PathLike values.
+
+    Args:
+        options: the dataclass.
+        paths: options that are the name of one file, which may be any bytes; all other text is UTF-8.
+
+    Raises:
+        InputError: a value that is not of the annotated type, is outside its range or none of the choices.
+    """
+    hints = _hints(options.__class__)
     for field in filter(is_option, dataclasses.fields(options)):
         value, facts = getattr(options, field.name), field.metadata
-        if value is None:
+        kinds = _kinds(hints[field.name])
+        if value is None and type(None) in kinds:
             continue
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+            object.__setattr__(options, field.name, value)
+        if not any(_is_a(kind, value) for kind in kinds):
+            wanted = _range(facts) if float in kinds and _has_range(facts) else _words(kinds, field.default)
+            raise InputError(f"give {wanted}", field.name, value)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str):
+                _check_text(text, field, field.name in paths)
         if facts["choices"] is not None and value not in facts["choices"]:
             raise InputError(f"choose one of {', '.join(facts['choices'])}", field.name, value)
         if _has_range(facts) and not _in_range(value, facts):
             raise InputError(f"give {_range(facts)}", field.name, value)
 
 
+def _check_text(text: str, field: dataclasses.Field, any_bytes: bool) -> None:
+    """Raises InputError for text that says nothing, or cannot be given to a program or be the name of a file."""
+    if not text and not field.metadata["empty"]:
+        raise InputError("is empty, give a value or leave it out", field.name)
+    if "\0" in text:
+        raise InputError("has a zero byte in it", field.name)
+    try:
+        os.fsencode(text) if any_bytes else text.encode()
+    except UnicodeEncodeError:
+        raise InputError("is not UTF-8 text", field.name) from None
+
+
 def add_flags(parser: argparse.ArgumentParser, options: type, only: Sequence[str] | None = None) -> None:
     """Adds a flag for each option of a dataclass, or for those named by `only`, to a parser."""
-    hints = typing.get_type_hints(options)
+    hints = _hints(options)
     groups: dict[str | None, Any] = {None: parser}
     for field in filter(is_option, dataclasses.fields(options)):
         if only is not None and field.name not in only:
@@ -122,10 +157,48 @@ def _flag(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 def _plain_type(hint: Any) -> Callable[[str], Any]:
     """The one type beside None that an annotation allows."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return kinds[0]
-    return hint
+    return next(kind for kind in _kinds(hint) if kind is not type(None))
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+_WORDS = {
+    **{bool: "true or false", int: "a whole number of at most 64 bits", float: "a number", str: "text"},
+    tuple[str, ...]: "a list of texts",
+}
+
+
+def _words(kinds: Sequence[Any], default: Any) -> str:
+    """What may be given; where numbers have a word beside them, that is the default."""
+    words = {**_WORDS, str: default} if isinstance(default, str) and len(kinds) > 1 else _WORDS
+    return " or ".join(words[kind] for kind in kinds if kind in words)
+
+
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    return typing.get_type_hints(options)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type, in what range ever; numbers are finite."""
+    if kind is float:
+        return _is_number(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if kind == tuple[str, ...]:
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    return kind is not type(None) and isinstance(value, kind)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _has_range(facts: Any) -> bool:
@@ -133,8 +206,6 @@ def _has_range(facts: Any) -> bool:
 
 
 def _in_range(value: Any, facts: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return False
     return (
         (facts["at_least"] is None or value >= facts["at_least"])
         and (facts["above"] is None or value > facts["above"])

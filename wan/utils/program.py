@@ -1,11 +1,15 @@
-"""The program as the user started it."""
+"""The program as the user started it, and the log that it writes there."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import LINE_LENGTH, shown
 
 INSTALLED = "wan-generate"  # the command of the installed package
 SCRIPT = "generate.py"  # that of a checkout
@@ -28,3 +32,21 @@ def command() -> list[str]:
         ranks = ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         return [sys.executable, *ranks, *(["--no-python"] if installed else []), *words]
     return words if installed else [sys.executable, *words]
+
+
+def log_to(stream: TextIO) -> None:
+    """Has what is logged written to a stream, unless it goes somewhere already."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Lines("[%(asctime)s] %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _Lines(logging.Formatter):
+    """Each message is one line, as `shown`: file names and settings in it may come from anyone."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shown(record.message, LINE_LENGTH)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(shown(line, LINE_LENGTH) for line in super().formatException(ei).split("\n"))

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from tqdm import tqdm
 
+from .errors import shown
 from .events import Event, Expected, Finished, StageDone, StageStarted, Step
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class ProgressBars:
         ):
             self._close()
             # Steps before the first that is told were taken by an earlier run. Bars of stages stay.
-            title, stays = step.stage[:1].upper() + step.stage[1:], step.stage == self._stage
+            title, stays = shown(step.stage[:1].upper() + step.stage[1:]), step.stage == self._stage
             self._bar = tqdm(total=step.total, desc=title, initial=step.done - 1, leave=stays)
             self._of = step.stage
         self._bar.update(step.done - self._bar.n)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .outside import parse_json
+
 LOCAL_MODELS = {
     "QwenVL2.5_3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "QwenVL2.5_7B": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -356,7 +358,7 @@ def _ask_dashscope(
         },
     )
     try:
-        content = json.loads(reply)["output"]["choices"][0]["message"]["content"]
+        content = parse_json(reply)["output"]["choices"][0]["message"]["content"]
         return name, content if isinstance(content, str) else content[0]["text"]
     except (ValueError, LookupError, TypeError) as error:
         raise RuntimeError(f"{name} gave an answer of an unknown form: {reply[:200]!r}") from error

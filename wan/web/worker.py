@@ -33,6 +33,7 @@ from ..run.planning import report
 from ..utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
 from ..utils.errors import InputError
 from ..utils.events import Event
+from ..utils.program import log_to
 from ..utils.progress import ProgressBars
 from .child import Message, read_messages, write_message
 from .jobs import request_from
@@ -192,7 +193,7 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that prints disturbs the messages
     worker = Worker(out, args.device)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", stream=sys.stderr)
+    log_to(sys.stderr)
     logging.getLogger("wan").addHandler(_Notes(worker))
     threading.Thread(target=_listen, args=(worker, bool(args.lock)), daemon=True).start()
     if not args.lock:

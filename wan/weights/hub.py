@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def check_checkpoint(name: str) -> None:
     """Raises InputError unless `name` is a folder or may be a name on the hub."""
-    if not Path(name).is_dir() and (not _HUB_NAME.fullmatch(name) or Path(name).exists()):
+    if not os.path.isdir(name) and (not _HUB_NAME.fullmatch(name) or os.path.exists(name)):
         raise InputError("no such directory, give the folder with the Wan2.1 checkpoint", "ckpt_dir", name)
 
 
@@ -29,7 +30,7 @@ def find_checkpoint(name: str, config: Any) -> Path:
         InputError: neither a folder nor to be had from the hub.
     """
     check_checkpoint(name)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

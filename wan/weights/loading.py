@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, listed
 from ..utils.events import counted
 from .reading import TensorFile, read_tensors
 
 ALIGNMENT = 64  # bytes, of PyTorch's own allocations
-LISTED_NAMES = 8  # how many tensor names an error message spells out
 
 
 def load_weights(
@@ -69,10 +68,10 @@ def load_weights(
     missing = [name for name in expected if name not in loaded]
     # A tensor of another shape is missing too; say it once.
     if misshaped:
-        raise InputError(f"{path}: tensors of another shape: {_listed(misshaped)}; is it for another task?")
+        raise InputError(f"{path}: tensors of another shape: {listed(misshaped)}; is it for another task?")
     if missing or unexpected:
-        found = [f"missing: {_listed(missing)}"] if missing else []
-        found += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
+        found = [f"missing: {listed(missing)}"] if missing else []
+        found += [f"unexpected: {listed(unexpected)}"] if unexpected else []
         raise InputError(f"{path}: not the expected tensors ({'; '.join(found)}); is it for another task?")
     module.load_state_dict(loaded, strict=True, assign=True)
     module.eval().requires_grad_(False)
@@ -81,8 +80,3 @@ def load_weights(
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor where CPU kernels read it as any other: at an odd address they round otherwise."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - LISTED_NAMES
-    return ", ".join(names[:LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")

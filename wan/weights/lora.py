@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from typing import Any
 import safetensors
 import torch
 
-from ..utils.errors import InputError
-from .lora_keys import Change, is_change, listed, match_changes
+from ..utils.errors import InputError, listed, shown
+from ..utils.outside import parse_json
+from .lora_keys import Change, is_change, match_changes, reasons
+from .reading import read_numbers
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +72,16 @@ class Loras:
         self._loras = list(loras)
         self._changes: dict[str, list[tuple[_LoraFile, float, Change]]] = defaultdict(list)
         for path, strength in self._loras:
-            if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            if not isinstance(strength, (int, float)) or not abs(strength) < math.inf:
                 raise InputError(f"strength {strength!r} is not a number", "lora", path)
             file = _LoraFile(path)
-            for change in file.changes(shapes, skip_unknown):
-                self._changes[change.parameter].append((file, strength * file.scale(change), change))
+            changes = file.changes(shapes, skip_unknown)
+            file.check_finite([key for change in changes for key in change.keys])
+            for change in changes:
+                factor = strength * file.scale(change)
+                if not abs(factor) <= torch.finfo(torch.float32).max:
+                    raise InputError(f"strength times alpha / rank is {factor}", "lora", path)
+                self._changes[change.parameter].append((file, factor, change))
 
     @cached_property
     def identity(self) -> str:
@@ -99,7 +107,7 @@ class _LoraFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):
             raise InputError("no such file", "lora", path)
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
@@ -136,15 +144,28 @@ class _LoraFile:
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor in fp32, a copy."""
-        with safetensors.safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(key).to(torch.float32, copy=True)
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                return read_numbers(file, key).to(torch.float32, copy=True)
+        except InputError as error:
+            raise InputError(error.problem, "lora", self.path) from error
+
+    def check_finite(self, keys: Sequence[str]) -> None:
+        """Raises InputError for tensors, which it names, with values that are infinite or not numbers."""
+        wrong = [key for key in keys if not torch.isfinite(self.read(key)).all()]
+        if wrong:
+            raise InputError(
+                f"has values in it that are infinite or not numbers, download it again: {listed(wrong)}",
+                "lora",
+                self.path,
+            )
 
     def changes(self, shapes: Mapping[str, Sequence[int]], skip_unknown: bool) -> list[Change]:
         """What it changes of a model whose parameters have these shapes; see Loras."""
         changes, unknown = match_changes(self.shapes, shapes)
         if unknown:
             problem = (
-                f"{len(unknown)} of its {len(self.shapes)} tensors do not fit the model: {listed(unknown)}"
+                f"{len(unknown)} of its {len(self.shapes)} tensors do not fit the model: {reasons(unknown)}"
             )
             if not changes:
                 raise InputError(f"is for another model, {problem}", "lora", self.path)
@@ -158,15 +179,19 @@ class _LoraFile:
         if change.rank is None:
             return 1.0
         alpha = self.read(change.alpha).item() if change.alpha else self._settings.get("lora_alpha")
-        return 1.0 if alpha is None else alpha / change.rank
+        if alpha is None:
+            return 1.0
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+            raise InputError(f"its lora_alpha is {shown(alpha)}, not a number", "lora", self.path)
+        return alpha / change.rank
 
     def _peft_settings(self, metadata: Mapping[str, str]) -> dict[str, Any]:
         """PEFT's LoraConfig, which diffusers writes into the file and PEFT beside it."""
         beside = self.path.with_name("adapter_config.json")
         if "lora_adapter_metadata" in metadata:
-            settings = json.loads(metadata["lora_adapter_metadata"])
+            settings = parse_json(metadata["lora_adapter_metadata"])
         elif self.path.name == "adapter_model.safetensors" and beside.is_file():
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = parse_json(beside.read_text(encoding="utf-8"))
         else:
             settings = {}
         return {name.removeprefix("transformer."): value for name, value in settings.items()}

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..utils.errors import SHOWN_NAMES, listed
+
 Shapes = Mapping[str, Sequence[int]]
 
 # What comes before a layer's name, and what after it.
@@ -65,17 +67,20 @@ def match_changes(found: Shapes, shapes: Shapes) -> tuple[list[Change], dict[str
     return min(attempts, key=lambda attempt: len(attempt[1]))
 
 
-def listed(unknown: Mapping[str, str]) -> str:
-    """Keys and why they do not fit; those that differ in the number of their block are told together."""
+def reasons(unknown: Mapping[str, str]) -> str:
+    """Why keys do not fit, and those of each reason; ones that differ in their block's number are told together. Of
+    many reasons, keys and numbers the first few."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for key, reason in unknown.items():
-        block = re.search(r"blocks[._](\d+)", key)
+        block = re.search(r"blocks[._]([0-9]{1,4})(?![0-9])", key)
         pattern = f"{key[: block.start(1)]}N{key[block.end(1) :]}" if block else key
         groups[reason][pattern] += [int(block[1])] if block else []
-    return "; ".join(
-        f"{reason}: " + ", ".join(pattern + _ranges(blocks) for pattern, blocks in patterns.items())
+    told = [
+        f"{reason}: {listed([pattern + _ranges(blocks) for pattern, blocks in patterns.items()])}"
         for reason, patterns in groups.items()
-    )
+    ]
+    more = len(told) - SHOWN_NAMES
+    return "; ".join(told[:SHOWN_NAMES]) + (f"; and {more} more reasons" if more > 0 else "")
 
 
 def _ranges(blocks: Sequence[int]) -> str:
@@ -87,7 +92,7 @@ def _ranges(blocks: Sequence[int]) -> str:
         else:
             runs.append([number])
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f" (N = {', '.join(texts)})" if texts else ""
+    return f" (N = {listed(texts)})" if texts else ""
 
 
 def _parsed(key: str) -> tuple[str, str] | None:

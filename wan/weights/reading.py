@@ -1,6 +1,5 @@
 """Reading checkpoint files: lazily, one tensor at a time."""
 
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 import safetensors
 import torch
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, shown
+from ..utils.outside import MISREAD, parse_json
 
 LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
 # Names in such files.
@@ -42,7 +42,7 @@ class _SafetensorsFile:
 
     def read(self, name: str) -> torch.Tensor:
         with self._open() as file:
-            return file.get_tensor(name)
+            return read_numbers(file, name)
 
 
 class _PickleFile:
@@ -71,6 +71,23 @@ class _PickleFile:
         return self._tensors[name]
 
 
+def read_numbers(file: Any, name: str) -> torch.Tensor:
+    """A tensor of an open safetensors file.
+
+    Raises InputError, which names the tensor, for one of a type that is none of real numbers, or that PyTorch cannot
+    convert.
+    """
+    try:
+        tensor = file.get_tensor(name)
+        if not tensor.is_complex():
+            tensor.flatten()[:1].float()
+            return tensor
+    except (RuntimeError, safetensors.SafetensorError):
+        pass
+    kind = file.get_slice(name).get_dtype()
+    raise InputError(f"{shown(name)} is of type {kind}, which cannot be read; get the file in another type")
+
+
 def _damaged(path: Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:160]
     return InputError(f"{path}: cannot be read as a checkpoint, download it again ({reason})")
@@ -83,10 +100,10 @@ def checkpoint_files(path: Path) -> list[Path]:
     if path.suffix != ".json":
         return [path]
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = sorted(set(parse_json(path.read_text())["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
             raise ValueError("it names files that are not beside it")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except MISREAD as error:
         raise _damaged(path, error) from error
     for shard in shards:
         if not (path.parent / shard).is_file():
@@ -101,11 +118,11 @@ def stored_types(path: Path) -> dict[str, torch.dtype]:
         try:
             with open(file, "rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                entries = json.loads(stream.read(min(length, LONGEST_HEADER)))
+                entries = parse_json(stream.read(min(length, LONGEST_HEADER)))
             types |= {
                 name: DTYPES[entry["dtype"]] for name, entry in entries.items() if name != "__metadata__"
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        except (OSError, MemoryError, *MISREAD):
             continue  # told when it is loaded
     return types
 
