@@ -175,7 +175,6 @@ class Runner:
             if limited:
                 hold_to(device, float(request.vram_limit) * 2**30 - context_bytes(device))
             return request, None
-        configure_allocator(device)
         hold_to_free(device)
         ranks = self._ranks.size if self._ranks else None
         planner, room, steady = planner_for(request, device, self._activation_ram(request), ranks)
