@@ -312,6 +312,26 @@ def test_workspaces_of_cublas(capability, exact, config, expected, monkeypatch):
     assert workspace_bytes(capability, exact) == (expected, 2**20)
 
 
+def test_exact_products_are_those_that_can_be(monkeypatch):
+    """cuBLAS raises at products that must not split their sum."""
+    chosen = ["cublas"]
+
+    def prefer(name=None):
+        if name is not None:
+            chosen.append(name)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", prefer)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    splits = hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k")
+    with exact_arithmetic():
+        assert chosen[-1] == ("cublaslt" if splits else "cublas")
+    assert chosen == (["cublas", "cublaslt", "cublas"] if splits else ["cublas"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with exact_arithmetic():
+        assert chosen[-1] == "cublas"
+
+
 def arithmetic():
     """Everything that exact_arithmetic changes."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul

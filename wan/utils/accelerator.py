@@ -218,8 +218,9 @@ def exact_arithmetic() -> Iterator[None]:
     """Inside, results don't depend on kernels chosen for speed.
 
     fp32 stays fp32 in convolutions and products, algorithms are deterministic where such exist, none is chosen by
-    timing, bf16 and fp16 products neither split their sum nor add in less than fp32, and cuDNN's attention stays out,
-    which is taken or not by the number of queries too. All is as before at the end.
+    timing, bf16 and fp16 products neither split their sum nor add in less than fp32 (cublasLt alone can do that: cuBLAS
+    raises), and cuDNN's attention stays out, which is taken or not by the number of queries too. All is as before at
+    the end.
 
     cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
@@ -235,6 +236,8 @@ def exact_arithmetic() -> Iterator[None]:
         splits = hasattr(matmul, f"{name}_split_k")  # from 2.10 on a pair: less precise sums, split sums
         settings.append((matmul, name, (False, False) if splits else False))
     before = []
+    by_cublaslt = splits and torch.version.cuda
+    products = torch.backends.cuda.preferred_blas_library()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(WORKSPACE_VARIABLE)
@@ -246,6 +249,8 @@ def exact_arithmetic() -> Iterator[None]:
                 old = (old, getattr(owner, f"{name}_split_k"))
             setattr(owner, name, value)
             before.append((owner, name, old))
+        if by_cublaslt:
+            torch.backends.cuda.preferred_blas_library("cublaslt")
         os.environ.setdefault(WORKSPACE_VARIABLE, EXACT_WORKSPACE)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -255,12 +260,15 @@ def exact_arithmetic() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if workspace is None:
             os.environ.pop(WORKSPACE_VARIABLE, None)
+        if by_cublaslt:
+            torch.backends.cuda.preferred_blas_library(products)
         for owner, name, old in reversed(before):
             setattr(owner, name, old)
 
 
 def workspace_bytes(capability: tuple[int, int], exact: bool = False) -> tuple[int, int]:
-    """What cuBLAS and cublasLt keep of PyTorch's allocator from their first products on, cublasLt's those with a bias.
+    """What cuBLAS and cublasLt keep of PyTorch's allocator from their first products on; cublasLt's are those with a
+    bias, in exact_arithmetic all.
 
     One of each for a stream on which a thread multiplies, and only one thread does, on one stream. As
     ATen/cuda/CublasHandlePool.cpp chooses them: of its versions that which takes most. Newer ones than 2.10 give

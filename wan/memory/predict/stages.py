@@ -235,12 +235,14 @@ class Predictor:
             yield 4 * math.prod(shape.latent)
 
     def _workspaces(self, options: MemoryOptions) -> dict[str, list[int]]:
-        """Those of cuBLAS that a stage makes, and leaves. Only the text encoder's products have no bias; the VAE's
-        convolutions and its attention need none."""
-        products, with_bias = self.card.workspaces
-        of_text = [] if options.t5_cpu or not products else [products]
-        rest = [nbytes for nbytes in (products, with_bias) if nbytes][len(of_text) :]
-        return {"text": of_text, "image" if "image" in self.names else "denoise": rest}
+        """Those of cuBLAS and cublasLt that a stage makes, and leaves. Only the text encoder's products have no bias;
+        the VAE's convolutions and its attention need none."""
+        both = self.card.workspaces
+        of_text = 0 if options.t5_cpu else 2 if self.card.exact else 1
+        later = "image" if "image" in self.names else "denoise"
+        return {
+            name: [n for n in made if n] for name, made in (("text", both[:of_text]), (later, both[of_text:]))
+        }
 
     def _staying(self, name: str, options: MemoryOptions) -> Iterator[int]:
         """Weights that a stage leaves on the device if models stay."""
