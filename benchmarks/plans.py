@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from wan.memory.plan import GIB, Plan, time_text
-from wan.memory.rates import usual
 from wan.memory.vae_tiling import CONTEXT
 from wan.run import Request
-from wan.run.planning import planner_of
+from wan.run.planning import planner_within
 
 CARDS = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # GiB
 WORK = (
@@ -27,11 +26,11 @@ def main() -> None:
     for card in CARDS:
         cells = []
         for request in requests:
-            planner = planner_of(request, usual(card * GIB), ram=RAM)
+            planner = planner_within(request, card * GIB, RAM)
             plan, whole = (planner.plan(room) for room in (card * GIB - CONTEXT, math.inf))
             cells.append(f"{_chosen(plan)}; {time_text(plan.seconds)} ({plan.seconds / whole.seconds:.3f})")
         print(_row(str(card), cells), flush=True)
-    least = (planner_of(request, usual(0), ram=RAM).least() + CONTEXT for request in requests)
+    least = (planner_within(request, 0, RAM).least() + CONTEXT for request in requests)
     print(_row("least", [f"{nbytes / GIB:.2f}" for nbytes in least]))
 
 

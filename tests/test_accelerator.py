@@ -18,6 +18,7 @@ from wan.utils.accelerator import (
     initialise,
     is_out_of_memory,
     require_accelerator,
+    workspace_bytes,
 )
 from wan.utils.errors import InputError
 
@@ -205,7 +206,13 @@ def test_a_device_that_cannot_be_held_is_not(cards, monkeypatch):
 def allocator(monkeypatch):
     """The settings that the allocator is given, on a Linux machine with CUDA where nobody set a variable."""
     settings = []
+
+    def snapshot():
+        return {"allocator_settings": {"expandable_segments": settings[-1:] == ["expandable_segments:True"]}}
+
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
     monkeypatch.setattr(accelerator.platform, "release", lambda: "6.1.0-31-amd64")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
@@ -239,12 +246,35 @@ def test_the_allocator_is_left_as_it_is_where_it_must_be(allocator, monkeypatch,
     assert allocator == []
 
 
+@pytest.mark.parametrize("variable", accelerator.ALLOCATOR_VARIABLES)
+@pytest.mark.parametrize(
+    ("backend", "grow"), [("native", True), ("native", False), ("cudaMallocAsync", True)]
+)
+def test_what_a_user_set_is_asked_for(allocator, monkeypatch, variable, backend, grow):
+    """Not read from the variable; another allocator has no segments, whatever is set."""
+    monkeypatch.setenv(variable, "max_split_size_mb:64")
+    told = {"allocator_settings": {"expandable_segments": grow}}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: told)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: backend)
+    assert configure_allocator("cuda:0") == (grow and backend == "native") and allocator == []
+
+
+def test_segments_that_grow_are_left_so(allocator, monkeypatch):
+    """A second plan in a full card tries nothing that could fail there."""
+    assert configure_allocator("cuda:0")
+    monkeypatch.setattr(torch, "empty", lambda *_, device: fails("out of memory")())
+    assert configure_allocator("cuda:0") and allocator == ["expandable_segments:True"]
+
+
 def test_torch_takes_the_allocator_setting():
     """In a process of its own, since it stays."""
     code = (
         "import torch; from wan.utils.accelerator import configure_allocator\n"
         "torch.empty = lambda *_, device: None\n"
-        "assert configure_allocator('cuda:0')"
+        "if not torch.backends.cuda.is_built(): torch.cuda.memory.get_allocator_backend = lambda: 'none'\n"
+        "assert configure_allocator('cuda:0') == torch.backends.cuda.is_built()\n"
+        "told = getattr(torch._C, '_accelerator_getAllocatorSettings', lambda: 'expandable_segments:True')()\n"
+        "assert told == 'expandable_segments:True', told"
     )
     environment = {k: v for k, v in os.environ.items() if k not in accelerator.ALLOCATOR_VARIABLES}
     if not hasattr(torch._C, "_accelerator_setAllocatorSettings") and not torch.backends.cuda.is_built():
@@ -252,6 +282,54 @@ def test_torch_takes_the_allocator_setting():
     if accelerator.in_wsl() or sys.platform != "linux" or torch.version.hip:
         pytest.skip("no such setting here")
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "exact", "config", "expected"),
+    [
+        ((7, 5), False, None, 8519680),  # all as PyTorch 2.10 chose them, on its own code
+        ((8, 6), False, None, 8519680),
+        ((8, 9), False, None, 8519680),
+        ((9, 0), False, None, 33554432),
+        ((8, 6), True, None, 33554432),
+        ((9, 0), True, None, 33554432),
+        ((12, 0), False, None, 33554432),  # of newer ones
+        ((8, 6), True, ":16:8", 131072),
+        ((8, 6), False, ":4096:8", 33554432),
+        ((8, 6), False, ":4096:2:16:8", 8519680),
+        ((8, 6), False, " :64:1,:8:3", 90112),
+        ((8, 6), False, ":0:0", 0),
+        ((9, 0), False, ":16:8", 131072),
+        ((9, 0), False, "x", 33554432),
+        ((8, 6), False, "", 8519680),
+        ((8, 6), False, ":4096", 8519680),
+    ],
+)
+def test_workspaces_of_cublas(capability, exact, config, expected, monkeypatch):
+    monkeypatch.delenv(accelerator.WORKSPACE_VARIABLE, raising=False)
+    if config is not None:
+        monkeypatch.setenv(accelerator.WORKSPACE_VARIABLE, config)
+    assert workspace_bytes(capability, exact) == (expected, 2**20)
+
+
+def test_exact_products_are_those_that_can_be(monkeypatch):
+    """cuBLAS raises at products that must not split their sum."""
+    chosen = ["cublas"]
+
+    def prefer(name=None):
+        if name is not None:
+            chosen.append(name)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", prefer)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    splits = hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k")
+    with exact_arithmetic():
+        assert chosen[-1] == ("cublaslt" if splits else "cublas")
+    assert chosen == (["cublas", "cublaslt", "cublas"] if splits else ["cublas"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with exact_arithmetic():
+        assert chosen[-1] == "cublas"
 
 
 def arithmetic():

@@ -18,6 +18,7 @@ from typing import Any
 
 from .options import LOW_VRAM, MemoryOptions
 from .plan import GIB, Plan
+from .predict.card import NOT_CUDA, Card
 from .predict.forward import Way, tokens_of
 from .predict.ram import activation_bytes
 from .predict.seconds import denoise_seconds, group_bytes
@@ -44,6 +45,7 @@ class Planner:
             is in RAM; "hybrid": whatever is fastest.
         ram: bytes that activations in RAM may take; None for no limit.
         expandable: whether the allocator's segments can grow.
+        card: that computes.
     """
 
     work: Work
@@ -52,10 +54,11 @@ class Planner:
     mode: str = "hybrid"
     ram: float | None = None
     expandable: bool = True
+    card: Card = NOT_CUDA
 
     @functools.cached_property
     def predictor(self) -> Predictor:
-        return Predictor(self.work, self.rates, self.expandable)
+        return Predictor(self.work, self.rates, self.expandable, self.card)
 
     def plan(self, room: float, steady: float | None = None) -> Plan:
         """The fastest plan that fits so many bytes; if none does, the leanest there is.

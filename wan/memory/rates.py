@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..modules.attention import flash_attention
 from ..utils.files import replacing
 from ..utils.outside import parse_json
+from .predict.card import Card
 
 GIGA, TERA = 1e9, 1e12
 TRIALS = 3
@@ -81,25 +83,35 @@ def nominal(capability: tuple[int, int]) -> Rates:
     return NOMINAL[max(known, default=min(NOMINAL))]
 
 
+def usual_capability(card_bytes: float) -> tuple[int, int]:
+    """Of a card that is usual at a size: up to 14 GiB one of 8.6, up to 40 of 8.9, then of 9.0."""
+    return (8, 6) if card_bytes <= 14 * GIB else (8, 9) if card_bytes <= 40 * GIB else (9, 0)
+
+
 def usual(card_bytes: float) -> Rates:
-    """Built-in rates of a card that is usual at a size: up to 14 GiB one of 8.6, up to 40 of 8.9, then of 9.0."""
-    return NOMINAL[(8, 6) if card_bytes <= 14 * GIB else (8, 9) if card_bytes <= 40 * GIB else (9, 0)]
+    """Built-in rates of a card that is usual at a size."""
+    return NOMINAL[usual_capability(card_bytes)]
 
 
-def rates_of(device: torch.device, cache: Path) -> Rates:
+def rates_of(device: torch.device, cache: Path, card: Card, choice: str = "auto") -> Rates:
     """The rates of a CUDA device: measured in a few seconds the first time, then read from the file `cache`.
 
     A device that cannot be measured gets its capability's.
+
+    Args:
+        card: the device; by what it computes is what is measured, so that runs otherwise measure anew.
+        choice: of attention's kernels, which led to the card's.
     """
     properties = torch.cuda.get_device_properties(device)
     key = (
-        f"{properties.name}, {properties.multi_processor_count} multiprocessors, PyTorch {torch.__version__}"
+        f"{properties.name}, {properties.multi_processor_count} multiprocessors, PyTorch {torch.__version__}, "
+        f"attention: {card.kernel}{', exact' * card.exact}"
     )
     known = _read(cache)
     if key in known:
         return known[key]
     try:
-        rates = measure(device, nominal((properties.major, properties.minor)))
+        rates = measure(device, nominal((properties.major, properties.minor)), choice)
     except RuntimeError as error:
         log.warning(f"The card's rates could not be measured: {' '.join(str(error).split())[:160]}")
         return nominal((properties.major, properties.minor))
@@ -116,8 +128,13 @@ def rates_of(device: torch.device, cache: Path) -> Rates:
     return rates
 
 
-def measure(device: torch.device, others: Rates, side: int = 4096, copied: int = 64 << 20) -> Rates:
-    """Rates measured in some seconds; what takes longer (CPU, disk) is taken from `others`."""
+def measure(
+    device: torch.device, others: Rates, choice: str = "auto", side: int = 4096, copied: int = 64 << 20
+) -> Rates:
+    """Rates measured in some seconds, within half a GiB; what takes longer (CPU, disk) is taken from `others`.
+
+    Attention is that of the models, by the kernel that runs there.
+    """
     ran = torch.get_device_module(device)
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -137,8 +154,8 @@ def measure(device: torch.device, others: Rates, side: int = 4096, copied: int =
     with torch.no_grad():
         a = zeros(side, side)
         products = 2 * side**3 / seconds(lambda: a @ a)
-        q, k = zeros(1, 12, side, 128), zeros(1, 12, 4 * side, 128)
-        attended = seconds(lambda: F.scaled_dot_product_attention(q, k, k))
+        q, k = zeros(1, side, 12, 128), zeros(1, 4 * side, 12, 128)
+        attended = seconds(lambda: flash_attention(q, k, k, choice=choice))
         picture, kernel = (
             zeros(1, 96, 256, 256, dtype=torch.float32),
             zeros(96, 96, 3, 3, dtype=torch.float32),

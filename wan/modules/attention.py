@@ -163,8 +163,7 @@ def choose_kernel(
         width: of a head.
         capability: of the device.
         flash_attn: versions that can be imported.
-        fused: whether PyTorch has a kernel for the call that holds no scores. In bf16 it has none below capability
-            8.0.
+        fused: whether PyTorch has a kernel for the call that holds no scores, see fused_on.
 
     Returns:
         "flash-attn 3", "flash-attn 2", FUSED or IN_PIECES.
@@ -175,6 +174,19 @@ def choose_kernel(
         if 2 in flash_attn and capability >= (8, 0):
             return "flash-attn 2"
     return FUSED if fused else IN_PIECES
+
+
+def fused_on(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a kernel that holds no scores on such a card, for heads of usual widths. kernel_of asks it
+    about a card that is there."""
+    return dtype != torch.bfloat16 or capability >= (8, 0)
+
+
+def piece_of(rows: int, keys: int, heads: int, itemsize: int = 4, batch: int = 1) -> tuple[int, int]:
+    """(rows, heads) that attend_in_pieces takes at a time; itemsize: bytes of a score."""
+    row_bytes = batch * keys * itemsize
+    step = max(1, min(rows, SCORE_BYTES // row_bytes))
+    return step, max(1, min(heads, SCORE_BYTES // (row_bytes * rows)))
 
 
 def attend_in_pieces(
@@ -189,9 +201,7 @@ def attend_in_pieces(
     """
     rows, keys = q.size(1), k.size(1)
     compute = torch.float32 if q.dtype in HALF else q.dtype
-    row_bytes = q.size(0) * keys * compute.itemsize
-    step = max(1, min(rows, SCORE_BYTES // row_bytes))
-    heads = max(1, SCORE_BYTES // (row_bytes * rows))
+    step, heads = piece_of(rows, keys, q.size(2), compute.itemsize, q.size(0))
     out = torch.empty(*q.shape[:-1], v.size(-1), dtype=q.dtype, device=q.device)
     for h in range(0, q.size(2), heads):
         group = slice(h, h + heads)
@@ -204,7 +214,9 @@ def attend_in_pieces(
                 positions = torch.arange(keys, device=q.device)
                 mask = positions <= positions[piece, None]
             result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-            out[:, piece, group] = result.transpose(1, 2).to(out.dtype)
+            out[:, piece, group] = result.transpose(1, 2)
+            del query, result  # before the next ones come
+        del key, value
     return out
 
 

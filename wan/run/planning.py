@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,24 @@ from PIL import Image, UnidentifiedImageError
 from ..configs.encoders import UMT5_XXL, VIT_H_14
 from ..memory.plan import GIB, Plan, options_text, time_text
 from ..memory.planner import Planner
+from ..memory.predict.card import NOT_CUDA, Card
 from ..memory.predict.forward import Shape
 from ..memory.predict.stages import Predictor
 from ..memory.predict.work import Work, meta_model
-from ..memory.rates import Rates, rates_of, usual
+from ..memory.rates import Rates, rates_of, usual, usual_capability
 from ..memory.vae_tiling import CONTEXT
+from ..modules.attention import check_attention, choose_kernel, fused_on, kernel_of
 from ..modules.model import WanModel
 from ..modules.vace_model import VaceWanModel
 from ..modules.vae import VAE
 from ..speed import needed_options
-from ..utils.accelerator import LIBRARY_BYTES, choose_device, in_wsl, initialise
+from ..utils.accelerator import (
+    LIBRARY_BYTES,
+    choose_device,
+    configure_allocator,
+    exact_arithmetic,
+    initialise,
+)
 from ..utils.errors import InputError
 from ..utils.vace_processor import processor_of
 from ..utils.video import fitted_size
@@ -54,7 +61,7 @@ def plan(request: Request, vram: float | None = None, ram: float | None = None) 
         planner, room, steady = planner_for(request, device_of(request), ram)
         return planner.plan(room, steady)
     limit = float(request.vram_limit) * GIB if vram is None else float(vram)
-    return planner_of(request, usual(limit), ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
+    return planner_within(request, limit, ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
 
 
 def planner_of(
@@ -63,6 +70,7 @@ def planner_of(
     ram: float | None = None,
     expandable: bool = True,
     ranks: int | None = None,
+    card: Card = NOT_CUDA,
 ) -> Planner:
     """The Planner of a request; of so many ranks, or as many as it asks for."""
     planned = request.planned or PLANNED
@@ -72,7 +80,14 @@ def planner_of(
     kept |= {"t5_stream": False, "t5_cpu": False} if request.t5_fsdp else {}
     check_mode(request.memory_mode, kept)
     ram = psutil.virtual_memory().available / 2 if ram is None else ram
-    return Planner(work_of(request, ranks), rates, kept, request.memory_mode, ram, expandable)
+    return Planner(work_of(request, ranks), rates, kept, request.memory_mode, ram, expandable, card)
+
+
+def planner_within(request: Request, limit: float, ram: float | None = None) -> Planner:
+    """The Planner of a request for a card that is usual at a size of so many bytes, flash-attn not installed."""
+    capability, dtype = usual_capability(limit), request.facts.config.param_dtype
+    kernel = choose_kernel(dtype, _head_width(request), capability, (), fused_on(capability, dtype))
+    return planner_of(request, usual(limit), ram, card=Card(capability, kernel, request.exact))
 
 
 def planner_for(
@@ -85,9 +100,32 @@ def planner_for(
     """
     room, steady = room_on(request, device)
     total = torch.get_device_module(device).mem_get_info(device)[1]
-    rates = rates_of(device, RATES_FILE.expanduser()) if device.type == "cuda" else usual(total)
-    planner = planner_of(request, rates, ram, expandable=_expandable(device), ranks=ranks)
-    return planner, room, steady
+    expandable, card, rates = configure_allocator(device), card_of(request, device), usual(total)
+    if card.capability:
+        # The first product of a process decides on the size of cuBLAS' workspace: it is one as the run's are.
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            rates = rates_of(device, RATES_FILE.expanduser(), card, request.attention)
+    return planner_of(request, rates, ram, expandable, ranks, card), room, steady
+
+
+def card_of(request: Request, device: torch.device) -> Card:
+    """A device, asked for the attention that will run there. Raises InputError if the kernels of choice cannot."""
+    if device.type != "cuda":
+        return NOT_CUDA
+    kernel = _kernel_on(device, request.facts.config.param_dtype, _head_width(request), request.attention)
+    return Card(torch.cuda.get_device_capability(device), kernel, request.exact)
+
+
+@functools.cache  # asked before a run, and told again when its memory is full
+def _kernel_on(device: torch.device, dtype: torch.dtype, width: int, choice: str) -> str:
+    check_attention(choice, device, dtype)
+    row = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
+    return kernel_of(row, row, row, choice=choice)
+
+
+def _head_width(request: Request) -> int:
+    dit, _ = _models(request.task)
+    return dit.dim // dit.num_heads
 
 
 def room_on(request: Request, device: torch.device) -> tuple[float, float]:
@@ -110,11 +148,6 @@ def room_on(request: Request, device: torch.device) -> tuple[float, float]:
 def context_bytes(device: torch.device) -> int:
     """What a device's libraries take beside all tensors."""
     return CONTEXT if device.type == "cuda" else 0
-
-
-def _expandable(device: torch.device) -> bool:
-    """Whether the allocator's segments can grow, as configure_allocator leaves it."""
-    return device.type == "cuda" and sys.platform == "linux" and not in_wsl() and not torch.version.hip
 
 
 def check_mode(mode: str, kept: dict[str, Any]) -> None:
@@ -233,7 +266,7 @@ def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, 
         limit = room + CONTEXT
     else:
         limit = float(request.vram_limit) * GIB
-        planner = planner_of(request, usual(limit), ram)
+        planner = planner_within(request, limit, ram)
         room = steady = request.vram_fraction * max(0.0, limit - CONTEXT)
     chosen = planner.plan(room, steady)
     beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
@@ -254,7 +287,7 @@ def longest(request: Request, planner: Planner, room: float) -> int:
 
     def fits(number: int, surely: bool) -> bool:
         work = work_of(replace(request, frame_num=4 * number + 1))
-        predictor = Predictor(work, planner.rates, planner.expandable)
+        predictor = Predictor(work, planner.rates, planner.expandable, planner.card)
         if surely:
             return all(predictor.surely_fits(name, options, room) for name in predictor.names)
         return all(predictor.live(name, options) <= room for name in predictor.names)

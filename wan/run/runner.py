@@ -176,7 +176,6 @@ class Runner:
                 room, steady = room_on(request, device)
                 hold_to(device, steady if limited else room)
             return request, None
-        configure_allocator(device)
         hold_to_free(device)
         ranks = self._ranks.size if self._ranks else None
         planner, room, steady = planner_for(request, device, self._activation_ram(request), ranks)

@@ -29,6 +29,8 @@ NO_PAGE_LOCKED = (
 )
 LIBRARY_BYTES = 256 * 2**20  # what CUDA's libraries may still load outside PyTorch's allocator; an estimate
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+EXACT_WORKSPACE = ":4096:8"  # buffers of so many KiB, and how many
 
 _BUILT = {
     "cuda": torch.backends.cuda.is_built,  # ROCm's builds, too
@@ -144,17 +146,19 @@ def configure_allocator(device: torch.device | str) -> bool:
     """Lets the allocator's segments grow where CUDA can map memory, so that less of it is lost to gaps.
 
     To be called before the first allocation. A user who set PyTorch's variable for it has decided. Windows and ROCm
-    have no such segments; under WSL drivers announce them and then fail. Returns whether they are on.
+    have no such segments; under WSL drivers announce them and then fail. Returns whether they are on then.
     """
     device = torch.device(device)
+    if device.type != "cuda":
+        return False
     if (
-        device.type != "cuda"
+        _segments_grow()
         or torch.version.hip
         or sys.platform != "linux"
         or in_wsl()
         or any(name in os.environ for name in ALLOCATOR_VARIABLES)
     ):
-        return False
+        return _segments_grow()
     # The variables are read as PyTorch is loaded: too late for os.environ.
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     configure = configure or torch.cuda.memory._set_allocator_settings  # what older versions have
@@ -163,8 +167,7 @@ def configure_allocator(device: torch.device | str) -> bool:
         torch.empty(1, device=device)
     except RuntimeError:  # some virtualised and embedded GPUs cannot map memory, whatever they call it
         configure("expandable_segments:False")
-        return False
-    return True
+    return _segments_grow()
 
 
 def hold_to_free(device: torch.device | str) -> int | None:
@@ -247,8 +250,9 @@ def exact_arithmetic() -> Iterator[None]:
     """Inside, results don't depend on kernels chosen for speed.
 
     fp32 stays fp32 in convolutions and products, algorithms are deterministic where such exist, none is chosen by
-    timing, bf16 and fp16 products neither split their sum nor add in less than fp32, and cuDNN's attention stays out,
-    which is taken or not by the number of queries too. All is as before at the end.
+    timing, bf16 and fp16 products neither split their sum nor add in less than fp32 (cublasLt alone can do that: cuBLAS
+    raises), and cuDNN's attention stays out, which is taken or not by the number of queries too. All is as before at
+    the end.
 
     cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
@@ -264,9 +268,11 @@ def exact_arithmetic() -> Iterator[None]:
         splits = hasattr(matmul, f"{name}_split_k")  # from 2.10 on a pair: less precise sums, split sums
         settings.append((matmul, name, (False, False) if splits else False))
     before = []
+    by_cublaslt = splits and torch.version.cuda
+    products = torch.backends.cuda.preferred_blas_library()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    workspace = os.environ.get(WORKSPACE_VARIABLE)
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         for owner, name, value in settings:
@@ -275,7 +281,9 @@ def exact_arithmetic() -> Iterator[None]:
                 old = (old, getattr(owner, f"{name}_split_k"))
             setattr(owner, name, value)
             before.append((owner, name, old))
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if by_cublaslt:
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+        os.environ.setdefault(WORKSPACE_VARIABLE, EXACT_WORKSPACE)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_cudnn_sdp(False)
         yield
@@ -283,9 +291,29 @@ def exact_arithmetic() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+            os.environ.pop(WORKSPACE_VARIABLE, None)
+        if by_cublaslt:
+            torch.backends.cuda.preferred_blas_library(products)
         for owner, name, old in reversed(before):
             setattr(owner, name, old)
+
+
+def workspace_bytes(capability: tuple[int, int], exact: bool = False) -> tuple[int, int]:
+    """What cuBLAS and cublasLt keep of PyTorch's allocator from their first products on; cublasLt's are those with a
+    bias, in exact_arithmetic all.
+
+    One of each for a stream on which a thread multiplies, and only one thread does, on one stream. As
+    ATen/cuda/CublasHandlePool.cpp chooses them: of its versions that which takes most. Newer ones than 2.10 give
+    capability 10 and 12 what 9 has, and cublasLt nothing of its own.
+
+    Args:
+        capability: of the card.
+        exact: whether the products are in exact_arithmetic.
+    """
+    config = os.environ.get(WORKSPACE_VARIABLE, EXACT_WORKSPACE if exact else "")
+    by_default = [(4096, 8)] if capability >= (9, 0) else [(4096, 2), (16, 8)]
+    buffers = re.findall(r":(\d+):(\d+)", config) or by_default
+    return sum(int(size) * int(count) for size, count in buffers) * 2**10, 2**20
 
 
 def spills_to_ram() -> bool:
@@ -295,6 +323,13 @@ def spills_to_ram() -> bool:
 
 def in_wsl() -> bool:
     return sys.platform == "linux" and "microsoft" in platform.release().lower()
+
+
+def _segments_grow() -> bool:
+    """Whether those of CUDA's allocator do, as it is set now, by whomever."""
+    if torch.cuda.memory.get_allocator_backend() != "native":
+        return False
+    return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
 
 
 def _has_fp64(device: torch.device) -> bool:

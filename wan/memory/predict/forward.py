@@ -17,6 +17,7 @@ from torch import nn
 from ...modules.forward import finished
 from ...modules.tokens import spans
 from ..activation_offload import ATTENTION_BYTES, SLOTS
+from .card import NOT_CUDA, Card, beside_attention
 from .conditions import IMAGE_TOKENS, Conditions
 from .image import layer_norm
 from .ledger import Ledger
@@ -51,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """How the DiT works: memory options as MemoryOptions has them."""
+    """How the DiT works, and on what: memory options as MemoryOptions has them."""
 
     stream: float | None = None  # GiB that stay
     buffers: int = 2
@@ -60,6 +61,7 @@ class Way:
     together: bool = False
     ranks: int = 1  # that share the weights out
     exchanges: bool = False  # whether ranks trade heads for tokens
+    card: Card = NOT_CUDA
 
 
 def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
@@ -273,10 +275,11 @@ class _Walk(Conditions):
         ledger.drop(*[tensor for pair in contents for tensor in pair])
 
     def attention(self, rows: int, heads: int, keys: int) -> int:
-        """The result; in fp32, for which there is no fused kernel, the scores are there for a moment."""
-        out = self.ledger.take(rows * heads * self.dim // self.heads * self.itemsize)
-        if not self.narrow:
-            self.ledger.drop(self.ledger.take(4 * heads * rows * keys))
+        """The result; what the kernel makes beside it is there for a moment."""
+        width = self.dim // self.heads
+        out = self.ledger.take(rows * heads * width * self.itemsize)
+        beside = beside_attention(self.way.card, heads, rows, keys, width, self.itemsize)
+        self.ledger.drop(*self.ledger.arrive(beside))
         return out
 
     def _modulated(self, span: int, first: bool) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...modules.attention import FUSED
+from .card import NOT_CUDA, Card, beside_attention
 from .ledger import Ledger
 from .weights import Sizes, attach, few
 
@@ -17,6 +19,7 @@ def image_stage(
     streamed: bool = False,
     buffers: int = 2,
     stays: bool = False,
+    card: Card = NOT_CUDA,
 ) -> None:
     """Encodes pictures of (width, height) pixels; their features stay.
 
@@ -25,6 +28,7 @@ def image_stage(
         itemsize: bytes of a number of the weights, and of what is computed.
         streamed: whether the layers pass through `buffers` buffers.
         stays: whether the weights do not leave.
+        card: that computes.
     """
     embeddings, groups = weight_sizes(config, itemsize)
     weights = ledger.arrive(embeddings)
@@ -33,7 +37,7 @@ def image_stage(
     else:
         weights += ledger.arrive([size for group in groups for size in group])
     whole = [ledger.take(4 * 3 * width * height) for width, height in pictures]
-    _encode(ledger, config, len(pictures), itemsize)
+    _encode(ledger, config, len(pictures), itemsize, card)
     ledger.drop(*whole)
     if not stays:
         ledger.drop(*weights)
@@ -56,7 +60,7 @@ def _tokens(config: Mapping[str, Any]) -> int:
     return 1 + (config["image_size"] // config["patch_size"]) ** 2
 
 
-def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: int) -> int:
+def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: int, card: Card) -> int:
     pixels = 4 * 3 * config["image_size"] ** 2
     scaled = [ledger.take(pixels) for _ in range(pictures)]
     images = ledger.become(pictures * pixels, *scaled)
@@ -76,20 +80,26 @@ def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: 
     ledger.drop(x)
     x = first
     for _ in range(few(config["num_hidden_layers"] - 1)):
-        before, x = x, _layer(ledger, config, tokens, itemsize)
+        before, x = x, _layer(ledger, config, tokens, itemsize, card)
         ledger.drop(before if before != first else None)
     ledger.drop(first if first != x else None, normed, *statistics)
     return x
 
 
-def _layer(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int) -> int:
+def _layer(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int, card: Card) -> int:
     width, hidden = config["hidden_size"], config["intermediate_size"]
     row = width * itemsize
     normed = _norm(ledger, tokens, width, itemsize)
     query, key, value = (ledger.take(tokens * row) for _ in range(3))
     attended = ledger.take(tokens * row)
-    if itemsize == 4:  # without a fused kernel the scores are there, too, and the result comes head by head
-        ledger.drop(ledger.take(4 * config["num_attention_heads"] * tokens * _tokens(config)))
+    heads, fused = (
+        config["num_attention_heads"],
+        card._replace(kernel=FUSED),
+    )  # always PyTorch's, of fp16 or fp32
+    ledger.drop(
+        *ledger.arrive(beside_attention(fused, heads, tokens, _tokens(config), width // heads, itemsize))
+    )
+    if itemsize == 4:  # the result comes head by head
         attended = ledger.become(tokens * row, attended)
     out = ledger.become(tokens * row, attended, query, key, value, normed)
     x = ledger.become(tokens * row, out)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..options import MemoryOptions
 from ..rates import Rates
 from . import image, text
+from .card import NOT_CUDA, Card
 from .dit import denoise_stage, not_shared, weights_of
 from .forward import Way
 from .ledger import LARGE_PAGE, SMALL_PAGE, Device, Known, Ledger
@@ -43,9 +44,16 @@ Key = tuple[Any, ...]
 # The options that decide what a stage needs, beside where the VAE is.
 _DECIDES = {
     "text": ("t5_cpu", "t5_stream", "stream_buffers"),
-    "image": ("t5_stream", "stream_buffers"),
+    "image": ("t5_cpu", "t5_stream", "stream_buffers"),
     "encode": ("vae_tile",),
-    "denoise": ("dit_stream", "stream_buffers", "dit_chunk", "activation_offload", "guidance_together"),
+    "denoise": (
+        "t5_cpu",
+        "dit_stream",
+        "stream_buffers",
+        "dit_chunk",
+        "activation_offload",
+        "guidance_together",
+    ),
     "decode": ("vae_tile",),
 }
 _STAYS = ("t5_cpu", "t5_stream", "stream_buffers", "dit_stream")  # and if models stay what other stages left
@@ -58,13 +66,14 @@ class Predictor:
         work: what is to be done.
         rates: of the machine.
         expandable: whether the allocator's segments can grow.
+        card: that computes.
 
     Attributes:
         names: of the stages that there are, in order.
     """
 
-    def __init__(self, work: Work, rates: Rates, expandable: bool = True):
-        self.work, self.rates, self.expandable = work, rates, expandable
+    def __init__(self, work: Work, rates: Rates, expandable: bool = True, card: Card = NOT_CUDA):
+        self.work, self.rates, self.expandable, self.card = work, rates, expandable, card
         there = {"image": work.image is not None, "encode": bool(work.encoded)}
         self.names = [name for name in STAGES if there.get(name, True)]
         self._parts: dict[Key, Ledger] = {}
@@ -178,6 +187,7 @@ class Predictor:
         key = (*_key(name, options), *few)
         if key not in self._parts:
             self._parts[key] = Ledger()
+            self._parts[key].arrive(self._workspaces(options).get(name, ()))
             getattr(self, f"_{name}")(self._parts[key], options, *few)
         return self._parts[key]
 
@@ -208,6 +218,9 @@ class Predictor:
     def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
         """What other stages left when a stage starts."""
         work, shape = self.work, self.work.shape
+        made = self._workspaces(options)
+        for other in STAGES[: STAGES.index(name)]:
+            yield from made.get(other, ())
         if not options.offload_model:
             for other in STAGES[: STAGES.index(name)]:
                 yield from self._staying(other, options)
@@ -220,6 +233,16 @@ class Predictor:
             yield 4 * shape.joined * math.prod(shape.latent[1:])
         if name == "decode":
             yield 4 * math.prod(shape.latent)
+
+    def _workspaces(self, options: MemoryOptions) -> dict[str, list[int]]:
+        """Those of cuBLAS and cublasLt that a stage makes, and leaves. Only the text encoder's products have no bias;
+        the VAE's convolutions and its attention need none."""
+        both = self.card.workspaces
+        of_text = 0 if options.t5_cpu else 2 if self.card.exact else 1
+        later = "image" if "image" in self.names else "denoise"
+        return {
+            name: [n for n in made if n] for name, made in (("text", both[:of_text]), (later, both[of_text:]))
+        }
 
     def _staying(self, name: str, options: MemoryOptions) -> Iterator[int]:
         """Weights that a stage leaves on the device if models stay."""
@@ -259,7 +282,13 @@ class Predictor:
     def _image(self, ledger: Ledger, options: MemoryOptions) -> None:
         work, stays = self.work, not options.offload_model
         image.image_stage(
-            ledger, work.image, work.pictures, work.image_itemsize, *_streamed(options), stays=stays
+            ledger,
+            work.image,
+            work.pictures,
+            work.image_itemsize,
+            *_streamed(options),
+            stays=stays,
+            card=self.card,
         )
 
     def _encode(self, ledger: Ledger, options: MemoryOptions, most_tiles: int | None = None) -> None:
@@ -292,7 +321,7 @@ class Predictor:
 
     def _denoise(self, ledger: Ledger, options: MemoryOptions) -> None:
         work, stays = self.work, not options.offload_model
-        way = replace(way_of(options), ranks=work.dit_ranks, exchanges=work.ranks > 1)
+        way = replace(way_of(options), ranks=work.dit_ranks, exchanges=work.ranks > 1, card=self.card)
         if self._dit_shards and stays:
             ledger.play(cut(self._dit_shards))
         denoise_stage(ledger, work.dit, work.shape, way, work.dtype, stays)
