@@ -378,7 +378,7 @@ def test_json_over_http(fake, tmp_path):
         assert bad.status_code == 422 and "image boat.PNG: not a readable image" in bad.json()["error"]
         assert client.post("/uploads", params={"field": "bogus", "name": "x"}, content=b"").status_code == 400
         assert len(list((tmp_path / "uploads").iterdir())) == 1
-        i2v = client.post("/jobs", json={"task": "i2v-tiny", "image": path})
+        i2v = client.post("/jobs", json={"task": "i2v-tiny", "image": path, "prompt": "a boat"})
         assert i2v.status_code == 201
         for outside in (
             "/uploads/..%2f.wan%2fserver.lock",

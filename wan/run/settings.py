@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .. import __version__
+from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
 from ..utils.video import read_comment
@@ -21,7 +22,6 @@ from .request import (
     PLANNING,
     PROMPT_EXTENSION,
     Request,
-    memory_options,
 )
 
 PROGRAM = "wan-low-memory"
@@ -51,6 +51,20 @@ def settings_text(request: Request, planned: bool = False) -> str:
     if planned:
         told["memory"] = {name: getattr(request.memory, name) for name in request.planned}
     return json.dumps(told)
+
+
+def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
+    """Memory options of values that anybody may have written, and of own ones.
+
+    Raises InputError, naming the option, for what cannot work or is of the wrong kind.
+    """
+    hints = get_type_hints(MemoryOptions)
+    for name, value in values.items():
+        accepted = get_args(hints[name]) or (hints[name],)
+        fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+        if not fitting or (isinstance(value, bool) and bool not in accepted):
+            raise InputError("of the wrong kind", name, value)
+    return MemoryOptions(**values, **own)
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.options import MemoryOptions
-from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request, memory_options
-from ..run.settings import checked
-from ..tasks import EXAMPLES
+from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
+from ..run.settings import checked, memory_options
+from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS
 from ..utils.errors import InputError
 from ..utils.files import replacing
 from ..utils.flags import is_option
@@ -141,9 +141,10 @@ class Rules:
         Args:
             settings: see above; what is None is not given.
             name: of the result.
-            planning: whether it is only to be planned, which needs no checkpoint.
+            planning: whether it is only to be planned, which needs no checkpoint, no prompt and no files.
 
-        Raises InputError for what cannot work or is not to be decided from outside.
+        Raises InputError for what cannot work, is not to be decided from outside, or is not there: a server takes no
+        examples.
         """
         unknown = [key for key in settings if key not in _REQUEST and key not in _MEMORY]
         if unknown:
@@ -157,6 +158,16 @@ class Rules:
         elif values.get("ckpt_dir") is not None and values["ckpt_dir"] not in self.checkpoints:
             raise InputError("not one that this server was started with", "ckpt_dir", values["ckpt_dir"])
         try:
+            task = values.get("task", DEFAULT_TASK)
+            needed = TASKS[task].needed if task in TASKS else ()
+            missing = [key for key in needed if not str(values.get(key) or "").strip()]
+            if missing and not planning:
+                raise InputError(
+                    f"missing, {task} needs {'them' if len(missing) > 1 else 'it'}", tuple(missing)
+                )
+            values |= dict.fromkeys(
+                missing, os.devnull
+            )  # no picture: it is taken to be as large as the video
             values["memory"] = memory_options(memory, offload_folder=self.offload_folder)
             values["planned"] = tuple(option for option in PLANNED if option not in memory)
             request = Request(
