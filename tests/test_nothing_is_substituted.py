@@ -146,7 +146,9 @@ def test_the_command_line_says_first_which_examples_it_takes(tmp_path, monkeypat
     assert code == 0 and lines[0] == f"--prompt is not given, an example is taken: {TASKS['t2i-tiny'].prompt}"
     code, lines, _ = first_lines(capsys, caplog, "--like", "b.png", "--save_file", "c.png")
     assert code == 0 and not any("example" in line for line in lines)
-    Path("list.jsonl").write_text(json.dumps({"task": "t2i-tiny", "sample_steps": 1, "save_file": "d.png"}) + "\n")
+    Path("list.jsonl").write_text(
+        json.dumps({"task": "t2i-tiny", "sample_steps": 1, "save_file": "d.png"}) + "\n"
+    )
     code, lines, _ = first_lines(capsys, caplog, "--prompts", "list.jsonl")
     assert code == 0 and lines[0].startswith("Line 1: --prompt is not given, an example is taken: ")
 

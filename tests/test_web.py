@@ -183,6 +183,7 @@ def test_a_job_file_gives_its_request_back(queue):
         ({"task": "vace-tiny", "src_ref_images": "uploads/bad.png"}, "not a readable image"),
         ({"lora": ["uploads/bad.png:0.5"]}, "lora"),
         ({"image": 7}, "image: give the name of a file"),
+        ({"prompt": None}, "prompt: missing, t2v-tiny needs it"),
     ],
 )
 def test_settings_are_checked_as_the_command_line_checks(queue, settings, line):
@@ -190,7 +191,7 @@ def test_settings_are_checked_as_the_command_line_checks(queue, settings, line):
     (uploads / "bad.png").write_text("no picture")
     (uploads / "link.png").symlink_to("/etc/hosts")
     with pytest.raises(InputError) as error:
-        queue.add({"task": "t2v-tiny"} | settings)
+        queue.add({"task": "t2v-tiny", "prompt": "a ball"} | settings)
     assert line in str(error.value) and "\n" not in str(error.value)
     assert not queue.jobs()
 

@@ -161,13 +161,11 @@ class Rules:
             task = values.get("task", DEFAULT_TASK)
             needed = TASKS[task].needed if task in TASKS else ()
             missing = [key for key in needed if not str(values.get(key) or "").strip()]
-            if missing and not planning:
-                raise InputError(
-                    f"missing, {task} needs {'them' if len(missing) > 1 else 'it'}", tuple(missing)
-                )
-            values |= dict.fromkeys(
-                missing, os.devnull
-            )  # no picture: it is taken to be as large as the video
+            if planning:  # what is no picture is taken to be as large as the video
+                values |= dict.fromkeys(missing, os.devnull)
+            elif missing:
+                them = "them" if len(missing) > 1 else "it"
+                raise InputError(f"missing, {task} needs {them}", tuple(missing))
             values["memory"] = memory_options(memory, offload_folder=self.offload_folder)
             values["planned"] = tuple(option for option in PLANNED if option not in memory)
             request = Request(

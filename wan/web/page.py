@@ -154,8 +154,8 @@ class Page:
             settings = await asyncio.to_thread(self._form.settings, named)
             card, limit = self._service.has_card, self._service.planned_limit(settings.get("vram_limit"))
             found = self._service.plan(settings)
-        except InputError as error:
-            yield wan(error_html(error.told()))
+        except (InputError, OSError) as error:
+            yield wan(error_html(told(error)))
             return
         if not found.done():
             yield wan(planning_html(card))
