@@ -140,6 +140,41 @@ def test_jobs_outlive_the_server(queue, fake):
         again.close()
 
 
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("", "status", "flying"),
+        ("", "id", "other"),
+        ("", "place", None),
+        ("", "place", float("nan")),
+        ("", "place", 10**400),
+        ("", "ended", "now"),
+        ("", "notes", [1]),
+        ("", "notes", None),
+        ("", "error", "\ud800"),
+        ("", "request", []),
+        ("request", "task", "t3v"),
+        ("request", "size", 7),
+        ("request", "save_file", None),
+        ("request", "base_seed", -1),
+        ("request", "memory", {"vae_cpu": "yes"}),
+    ],
+)
+def test_a_damaged_job_is_put_aside(queue, fake, part, name, value):
+    """The others go on."""
+    damaged, whole = queue.add(TOY), queue.add(TOY)
+    path = queue.rules.folder / ".wan" / "jobs" / f"{damaged.id}.json"
+    values = json.loads(path.read_text())
+    (values[part] if part else values)[name] = value
+    path.write_text(json.dumps(values))
+    queue._owner.release()
+    again = Queue(queue.rules)
+    try:
+        assert statuses(again) == {whole.id: "running"} and path.with_suffix(".damaged").exists()
+    finally:
+        again.close()
+
+
 def test_a_job_file_gives_its_request_back(queue):
     settings = TOY | {"vram_limit": 6.5, "dit_chunk": 64, "task": "vace-tiny", "negative_prompt": "noise"}
     job = queue.add(settings)

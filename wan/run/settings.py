@@ -112,7 +112,8 @@ def _read(path: str | os.PathLike, field: str) -> tuple[dict[str, Any], dict[str
             memory_options(memory)
             return checked(found["settings"]), memory
     except InputError as error:
-        wrong = f"the settings in it cannot be used ({str(error)[:200]}); give another file"
+        why = " ".join(str(error).split())[:200]
+        wrong = f"the settings in it cannot be used ({why}); give another file"
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         pass  # JSON of another shape than this program's
     raise InputError(wrong, field, path)

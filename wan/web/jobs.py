@@ -82,14 +82,15 @@ def read_job(path: Path) -> Job:
         job = Job(**json.loads(path.read_text("utf-8")))
         checked(job.request)
         without_weights(job.request)
+        counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
+        texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
+        fits = all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts)
+        fits = fits and all(isinstance(text, str) for text in texts)
+        json.dumps(asdict(job), ensure_ascii=False, allow_nan=False).encode()  # as it is told
     except (LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"of another shape ({type(error).__name__})") from error
-    counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
-    texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
-    if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
-        raise ValueError("a time or a count that is none")
-    if job.id != path.stem or job.status not in STATUSES or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a text that is none")
+    if not fits or job.id != path.stem or job.status not in STATUSES:
+        raise ValueError("something is of the wrong kind")
     return job
 
 
