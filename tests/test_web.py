@@ -140,6 +140,41 @@ def test_jobs_outlive_the_server(queue, fake):
         again.close()
 
 
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("", "status", "flying"),
+        ("", "id", "other"),
+        ("", "place", None),
+        ("", "place", float("nan")),
+        ("", "place", 10**400),
+        ("", "ended", "now"),
+        ("", "notes", [1]),
+        ("", "notes", None),
+        ("", "error", "\ud800"),
+        ("", "request", []),
+        ("request", "task", "t3v"),
+        ("request", "size", 7),
+        ("request", "save_file", None),
+        ("request", "base_seed", -1),
+        ("request", "memory", {"vae_cpu": "yes"}),
+    ],
+)
+def test_a_damaged_job_is_put_aside(queue, fake, part, name, value):
+    """The others go on."""
+    damaged, whole = queue.add(TOY), queue.add(TOY)
+    path = queue.rules.folder / ".wan" / "jobs" / f"{damaged.id}.json"
+    values = json.loads(path.read_text())
+    (values[part] if part else values)[name] = value
+    path.write_text(json.dumps(values))
+    queue._owner.release()
+    again = Queue(queue.rules)
+    try:
+        assert statuses(again) == {whole.id: "running"} and path.with_suffix(".damaged").exists()
+    finally:
+        again.close()
+
+
 def test_a_job_file_gives_its_request_back(queue):
     settings = TOY | {"vram_limit": 6.5, "dit_chunk": 64, "task": "vace-tiny", "negative_prompt": "noise"}
     job = queue.add(settings)
@@ -183,6 +218,7 @@ def test_a_job_file_gives_its_request_back(queue):
         ({"task": "vace-tiny", "src_ref_images": "uploads/bad.png"}, "not a readable image"),
         ({"lora": ["uploads/bad.png:0.5"]}, "lora"),
         ({"image": 7}, "image: give the name of a file"),
+        ({"prompt": None}, "prompt: missing, t2v-tiny needs it"),
     ],
 )
 def test_settings_are_checked_as_the_command_line_checks(queue, settings, line):
@@ -190,7 +226,7 @@ def test_settings_are_checked_as_the_command_line_checks(queue, settings, line):
     (uploads / "bad.png").write_text("no picture")
     (uploads / "link.png").symlink_to("/etc/hosts")
     with pytest.raises(InputError) as error:
-        queue.add({"task": "t2v-tiny"} | settings)
+        queue.add({"task": "t2v-tiny", "prompt": "a ball"} | settings)
     assert line in str(error.value) and "\n" not in str(error.value)
     assert not queue.jobs()
 
@@ -378,7 +414,7 @@ def test_json_over_http(fake, tmp_path):
         assert bad.status_code == 422 and "image boat.PNG: not a readable image" in bad.json()["error"]
         assert client.post("/uploads", params={"field": "bogus", "name": "x"}, content=b"").status_code == 400
         assert len(list((tmp_path / "uploads").iterdir())) == 1
-        i2v = client.post("/jobs", json={"task": "i2v-tiny", "image": path})
+        i2v = client.post("/jobs", json={"task": "i2v-tiny", "image": path, "prompt": "a boat"})
         assert i2v.status_code == 201
         for outside in (
             "/uploads/..%2f.wan%2fserver.lock",

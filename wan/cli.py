@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .distributed import started_as_one_of_several
 from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
-from .run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PLANNING, Request
+from .run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PLANNING, Request, tell_examples
 from .utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
 from .utils.errors import LINE_LENGTH, InputError, shown
 from .utils.flags import add_flags, is_option
@@ -174,6 +174,8 @@ def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
 
         return read_entries(args["prompts"], given, memory)
     request = Request(**given, memory=MemoryOptions(**memory))
+    if not args["json"]:
+        tell_examples(request, given)
     return _Query(request, args["json"]) if args["plan"] else request
 
 

@@ -64,6 +64,11 @@ class Task:
         return _imported(self.pipeline)
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """What a run cannot be without: the prompt, and inputs."""
+        return ("prompt", *(self.inputs if self.all_inputs else ()))
+
+    @property
     def dit_config(self) -> dict[str, Any]:
         """The contents of the DiT's config.json, as published."""
         if "dit_config" in self.config:

@@ -14,7 +14,7 @@ from ..memory.options import MemoryOptions
 from ..utils.errors import InputError, listed
 from ..utils.flags import is_option
 from ..utils.outside import parse_json
-from .request import Request
+from .request import Request, tell_examples
 from .settings import read_settings, settings
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapp
                 raise InputError("belongs to one run, leave it out", ("resume", "decode_latents"))
         except (InputError, TypeError) as error:
             raise InputError(f"line {number}: {error}", "prompts", path) from error
+        tell_examples(request, values, f"Line {number}: ")
         unset = {"base_seed"} if int(values.get("base_seed", -1)) < 0 else set()
         if request.use_prompt_extend:
             unset.add("prompt")

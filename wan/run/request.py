@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import random
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from ..memory.options import MemoryOptions
 from ..modules.attention import CHOICES as ATTENTION_CHOICES
@@ -23,6 +24,8 @@ from ..utils.files import user_cache
 from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
+
+log = logging.getLogger(__name__)
 
 SOURCES = "inputs"
 SPEED = "speed (not the same bits)"
@@ -357,24 +360,18 @@ class Request:
         return f"{self.task}_{size}_{prompt}_{time}.{'png' if self.facts.still else 'mp4'}"
 
 
-def examples_taken(request: Request, given: Mapping[str, Any]) -> dict[str, str]:
-    """The task's examples that stand in a request for what was not given, by the names of the fields."""
-    names = [name for name in ("prompt", *request.facts.inputs) if given.get(name) is None]
-    return {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+def tell_examples(request: Request, given: Mapping[str, Any], whose: str = "") -> None:
+    """Logs which of the task's examples stand in a request for what was not given.
 
-
-def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
-    """Memory options of values that anybody may have written, and of own ones.
-
-    Raises InputError, naming the option, for what cannot work or is of the wrong kind.
+    Args:
+        request: made from `given`.
+        given: fields of it.
+        whose: what the lines begin with.
     """
-    hints = get_type_hints(MemoryOptions)
-    for name, value in values.items():
-        accepted = get_args(hints[name]) or (hints[name],)
-        fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
-        if not fitting or (isinstance(value, bool) and bool not in accepted):
-            raise InputError("of the wrong kind", name, value)
-    return MemoryOptions(**values, **own)
+    for name in ("prompt", *request.facts.inputs):
+        value = getattr(request, name)
+        if given.get(name) is None and value is not None:
+            log.info(f"{whose}--{name} is not given, an example is taken: {value}")
 
 
 def pixels(task: Task, size: str) -> tuple[int, int]:

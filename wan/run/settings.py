@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .. import __version__
+from ..memory.options import MemoryOptions
 from ..utils.errors import InputError
 from ..utils.flags import is_option
 from ..utils.outside import MISREAD, parse_json
@@ -22,7 +23,6 @@ from .request import (
     PLANNING,
     PROMPT_EXTENSION,
     Request,
-    memory_options,
 )
 
 PROGRAM = "wan-low-memory"
@@ -52,6 +52,20 @@ def settings_text(request: Request, planned: bool = False) -> str:
     if planned:
         told["memory"] = {name: getattr(request.memory, name) for name in request.planned}
     return json.dumps(told)
+
+
+def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
+    """Memory options of values that anybody may have written, and of own ones.
+
+    Raises InputError, naming the option, for what cannot work or is of the wrong kind.
+    """
+    hints = get_type_hints(MemoryOptions)
+    for name, value in values.items():
+        accepted = get_args(hints[name]) or (hints[name],)
+        fitting = isinstance(value, accepted) or (float in accepted and isinstance(value, int))
+        if not fitting or (isinstance(value, bool) and bool not in accepted):
+            raise InputError("of the wrong kind", name, value)
+    return MemoryOptions(**values, **own)
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +113,8 @@ def _read(path: str | os.PathLike, field: str) -> tuple[dict[str, Any], dict[str
             memory_options(memory)
             return checked(found["settings"]), memory
     except InputError as error:
-        wrong = f"the settings in it cannot be used ({str(error)[:200]}); give another file"
+        why = " ".join(str(error).split())[:200]
+        wrong = f"the settings in it cannot be used ({why}); give another file"
     except MISREAD:
         pass  # JSON of another shape than this program's
     raise InputError(wrong, field, path)

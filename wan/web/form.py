@@ -36,14 +36,17 @@ FILES = (*PICTURES, *VIDEOS, MANY_PICTURES, "lora")
 _SEVERAL = (MANY_PICTURES, "lora")
 _WHOLE = ("frame_num", "sample_steps")
 # What a plan does not depend on: it is not made anew when these change.
-UNPLANNED = ("prompt", "negative_prompt", "base_seed", "sample_shift", "lora", "lora_strengths")
+UNPLANNED = ("prompt", "negative_prompt", "base_seed", "sample_shift", "lora", "lora_strengths", "owed")
+# What may be empty: it says so itself, or whether it is needed depends on the task.
+_EMPTY = ("prompt", "negative_prompt", "base_seed", "lora_strengths", "owed", *FILES)
 
 
 class Form:
     """The controls of a job, each under the name of its setting.
 
     Attributes:
-        fields: the controls, and `lora_strengths` beside `lora`.
+        fields: the controls, `lora_strengths` beside `lora`, and `owed`: files that settings which were taken over
+            name and that are not here, by their fields.
         shown: what is shown of the files of a field.
 
     Args:
@@ -52,7 +55,8 @@ class Form:
 
     def __init__(self, service: Service):
         self._service = service
-        self._kept: dict[str, str] = {}  # names of uploads, by where Gradio has put them
+        # Names of uploads, or why they are refused, by where Gradio has put them and their fields.
+        self._kept: dict[tuple[str, str], str | InputError] = {}
         self.fields: dict[str, Any] = {}
         self.shown: dict[str, Any] = {}
 
@@ -65,6 +69,7 @@ class Form:
         fields["task"] = gr.Dropdown(
             [(self._task_name(task), task) for task in tasks], value=tasks[0], label="Task", elem_id="task"
         )
+        fields["owed"] = gr.State({})
         fields["prompt"] = gr.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt")
         for key, title in TITLES.items():
             self._file(key, title, visible=key in first.inputs)
@@ -174,11 +179,11 @@ class Form:
         """What a field does with what is uploaded."""
 
         def check(value: str | list[str] | None) -> tuple[Any, str]:
-            """Keeps what was uploaded, or says why it can't be used."""
+            """Keeps what was uploaded, or says why it can't be used: it stays in the field, and in the way."""
             try:
                 names = [self._keep(path, key) for path in _several(value)]
-            except InputError as error:
-                return None, wan(error_html(error.told()))
+            except (InputError, OSError) as error:
+                return gr.skip(), wan(error_html(told(error)))
             return gr.skip(), wan(_thumbs(names))
 
         return check
@@ -186,7 +191,14 @@ class Form:
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a job, from what the controls hold. Raises InputError for what cannot be."""
         facts = TASKS[values["task"]]
-        given = {key: value for key, value in values.items() if value not in (None, "", [])}
+        for key, value in values.items():
+            if value in (None, "") and key not in _EMPTY:
+                raise InputError("is empty, give a value", key)
+        for key, names in (values.get("owed") or {}).items():
+            if not values.get(key) and (key == "lora" or key in facts.inputs):
+                wrong = "is not here; upload it again, or open the page anew without these settings"
+                raise InputError(wrong, key, ", ".join(names))
+        given = {key: value for key, value in values.items() if value not in (None, "", []) and key != "owed"}
         strengths = [text.strip() for text in str(given.pop("lora_strengths", "")).split(",")]
         for key in FILES:
             if key in given and (key == "lora" or key in facts.inputs):
@@ -215,17 +227,22 @@ class Form:
         """What all controls hold, what is shown of files, and a line that tells of it."""
         facts = TASKS[settings["task"]]
         values: list[Any] = []
-        missing = []
         files: dict[str, list[str]] = {}
+        owed: dict[str, list[str]] = {}
         for key in FILES:
             texts = settings.get(key) or []
             texts = [parse_lora(text)[0] for text in texts] if key == "lora" else str(texts or "").split(",")
-            files[key] = [text for text in texts if text and self._service.rules.may_read(text)]
-            missing += [text for text in texts if text and text not in files[key]]
+            names = [text for text in texts if text]
+            here = all(map(self._service.rules.may_read, names))
+            files[key] = names if here else []
+            if not here:
+                owed[key] = names
         for key in self.fields:
             if key in FILES:
                 there = files[key] if key in _SEVERAL else next(iter(files[key]), None)
                 values.append(gr.update(value=there or None, visible=key == "lora" or key in facts.inputs))
+            elif key == "owed":
+                values.append(owed)
             elif key == "lora_strengths":
                 values.append(", ".join(f"{parse_lora(text)[1]:g}" for text in settings.get("lora", ())))
             elif key == "base_seed":
@@ -241,15 +258,25 @@ class Form:
             else:
                 values.append(settings.get(key, False if key in _SWITCHES else ""))
         thumbs = [gr.update(value=wan(_thumbs(files[key])), visible=True) for key in FILES]
-        told = f"Upload these again: {', '.join(missing)}" if missing else ""
-        return [*values, *thumbs, wan(error_html(told)) if told else wan("<p>Settings are taken over.</p>")]
+        return [*values, *thumbs, wan("<p>Settings are taken over.</p>")]
 
     def _keep(self, path: str, key: str) -> str:
         """The name of an upload in the folder. Raises InputError for one that the field cannot be."""
-        if path not in self._kept:
-            with open(path, "rb") as file:
-                self._kept[path] = self._service.upload(file, Path(path).name, key)
-        return self._kept[path]
+        if (path, key) not in self._kept:
+            try:
+                with open(path, "rb") as file:
+                    self._kept[path, key] = self._service.upload(file, Path(path).name, key)
+            except InputError as error:
+                self._kept[path, key] = error
+        kept = self._kept[path, key]
+        if isinstance(kept, InputError):
+            raise InputError(kept.problem, kept.fields, kept.value)
+        return kept
+
+
+def told(error: InputError | OSError) -> str:
+    """An error in a line."""
+    return error.told() if isinstance(error, InputError) else error.strerror or str(error)
 
 
 def wan(html: str) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.options import MemoryOptions
-from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request, memory_options
-from ..run.settings import checked
-from ..tasks import EXAMPLES
+from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
+from ..run.settings import checked, memory_options
+from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS
 from ..utils.errors import InputError
 from ..utils.files import replacing
 from ..utils.flags import is_option
@@ -82,14 +82,15 @@ def read_job(path: Path) -> Job:
         job = Job(**json.loads(path.read_text("utf-8")))
         checked(job.request)
         without_weights(job.request)
+        counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
+        texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
+        fits = all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts)
+        fits = fits and all(isinstance(text, str) for text in texts)
+        json.dumps(asdict(job), ensure_ascii=False, allow_nan=False).encode()  # as it is told
     except (LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"of another shape ({type(error).__name__})") from error
-    counts = (job.place, job.number, job.turn, job.created, job.started or 0, job.ended or 0)
-    texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
-    if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
-        raise ValueError("a time or a count that is none")
-    if job.id != path.stem or job.status not in STATUSES or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a text that is none")
+    if not fits or job.id != path.stem or job.status not in STATUSES:
+        raise ValueError("something is of the wrong kind")
     return job
 
 
@@ -141,9 +142,10 @@ class Rules:
         Args:
             settings: see above; what is None is not given.
             name: of the result.
-            planning: whether it is only to be planned, which needs no checkpoint.
+            planning: whether it is only to be planned, which needs no checkpoint, no prompt and no files.
 
-        Raises InputError for what cannot work or is not to be decided from outside.
+        Raises InputError for what cannot work, is not to be decided from outside, or is not there: a server takes no
+        examples.
         """
         unknown = [key for key in settings if key not in _REQUEST and key not in _MEMORY]
         if unknown:
@@ -157,6 +159,14 @@ class Rules:
         elif values.get("ckpt_dir") is not None and values["ckpt_dir"] not in self.checkpoints:
             raise InputError("not one that this server was started with", "ckpt_dir", values["ckpt_dir"])
         try:
+            task = values.get("task", DEFAULT_TASK)
+            needed = TASKS[task].needed if task in TASKS else ()
+            missing = [key for key in needed if not str(values.get(key) or "").strip()]
+            if planning:  # what is no picture is taken to be as large as the video
+                values |= dict.fromkeys(missing, os.devnull)
+            elif missing:
+                them = "them" if len(missing) > 1 else "it"
+                raise InputError(f"missing, {task} needs {them}", tuple(missing))
             values["memory"] = memory_options(memory, offload_folder=self.offload_folder)
             values["planned"] = tuple(option for option in PLANNED if option not in memory)
             request = Request(

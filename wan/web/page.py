@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..utils.errors import InputError
-from .form import FILES, UNPLANNED, Form, wan
+from .form import FILES, UNPLANNED, Form, told, wan
 from .plans import error_html, plan_html, planning_html
 from .service import Service
 
@@ -63,6 +63,7 @@ class Page:
                         self._make_button = gr.Button(
                             "Make video", variant="primary", elem_classes="make", elem_id="make"
                         )
+                        self._needs = gr.HTML('<div class="wan" aria-live="polite"></div>', elem_id="needs")
                         self._again = gr.Button(
                             "Take the last seed again", size="sm", elem_classes="plain", elem_id="again"
                         )
@@ -96,6 +97,17 @@ class Page:
             self._fill, None, [*every, *(form.shown[key] for key in FILES), self._message], **hidden
         )
         filled.then(self._planned, planned, self._plan, concurrency_limit=None, **hidden)
+        may_make = [self._make_button, self._needs]
+        filled.then(self._may_make, every, may_make, concurrency_limit=None, **hidden)
+        gr.on(
+            [component.change for component in every],
+            self._may_make,
+            every,
+            may_make,
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            **hidden,
+        )
         gr.on(
             [component.change for component in planned],
             self._planned,
@@ -106,24 +118,34 @@ class Page:
             **hidden,
         )
 
+    def _settings(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """The settings of the job that the controls describe. Raises InputError, or OSError."""
+        settings = self._form.settings(dict(zip(self._form.fields, values)))
+        if not self._service.has_card:  # nothing to be limited: the plan was only to be looked at
+            for key in ("vram_limit", "vram_fraction", "memory_mode"):
+                settings.pop(key, None)
+        return self._service.settings(settings)
+
+    def _may_make(self, *values: Any) -> tuple[Any, str]:
+        """Whether the button can be pressed, and if not, why: by what `_make` is going to check."""
+        try:
+            self._service.rules.request(self._settings(values))
+        except (InputError, OSError) as error:
+            return gr.update(interactive=False), wan(error_html(told(error)))
+        return gr.update(interactive=True), ""
+
     def _make(self, *values: Any) -> str:
         """Puts a job into the queue."""
         try:
-            settings = self._form.settings(dict(zip(self._form.fields, values)))
-            if not self._service.has_card:  # nothing to be limited: the plan was only to be looked at
-                for key in ("vram_limit", "vram_fraction", "memory_mode"):
-                    settings.pop(key, None)
-            job = self._service.queue.add(self._service.settings(settings))
+            job = self._service.queue.add(self._settings(values))
         except (InputError, OSError) as error:
-            return wan(
-                error_html(error.told() if isinstance(error, InputError) else error.strerror or str(error))
-            )
+            return wan(error_html(told(error)))
         ahead = sum(
             other.place < job.place and other.status in ("queued", "running")
             for other in self._service.queue.jobs()
         )
-        told = f"In the queue, {ahead} before it." if ahead else "It starts."
-        return wan(f'<p role="status">{told} Seed {job.request["base_seed"]}.</p>')
+        line = f"In the queue, {ahead} before it." if ahead else "It starts."
+        return wan(f'<p role="status">{line} Seed {job.request["base_seed"]}.</p>')
 
     async def _planned(self, *values: Any) -> AsyncIterator[str]:
         """The plan of what the controls hold."""
@@ -132,8 +154,8 @@ class Page:
             settings = await asyncio.to_thread(self._form.settings, named)
             card, limit = self._service.has_card, self._service.planned_limit(settings.get("vram_limit"))
             found = self._service.plan(settings)
-        except InputError as error:
-            yield wan(error_html(error.told()))
+        except (InputError, OSError) as error:
+            yield wan(error_html(told(error)))
             return
         if not found.done():
             yield wan(planning_html(card))
