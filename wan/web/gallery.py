@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..run.settings import read_settings
 from ..utils.errors import InputError
+from ..utils.files import is_plain_file
 from ..utils.video import VideoFile, open_image
 
 SUFFIXES = (".mp4", ".png")
@@ -51,7 +52,7 @@ class Gallery:
         found: dict[tuple[str, int, int], Result] = {}
         with self._lock:
             for path in self._folder.iterdir():
-                if path.suffix not in SUFFIXES or path.name.startswith(".") or path.is_symlink():
+                if path.suffix not in SUFFIXES or path.name.startswith(".") or not is_plain_file(path):
                     continue
                 try:
                     facts = path.stat()
