@@ -1,13 +1,18 @@
 """The page attacked: a server in a process of its own, as it is started, and clients that keep to no rule."""
 
+import errno
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -144,7 +149,13 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
     print(f"{len(events)} events, {len(sent) * (turn + 1)} forged values")
     assert len(sent) > len(values)  # so every turn sends them all
     for path in (*secrets, link, *out.rglob("*")):
-        for before in ("/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy=", "/static/", "/uploads/"):
+        for before in (
+            "/gradio_api/file=",
+            "/gradio_api/file/",
+            "/gradio_api/proxy=",
+            "/static/",
+            "/uploads/",
+        ):
             server.ask("GET", before + str(path))
             server.ask("GET", before + path.name)
     for path in ("/jobs", "/results", "/live?known=0", "/config", "/gradio_api/file=" + address):
@@ -155,3 +166,256 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
     copies = [path for path in out.rglob("*") if path.is_file() and path != link]
     assert not [path for path in copies if TOKEN in path.read_bytes()]
     assert server.ask("GET", "/jobs").json() == {"jobs": []}
+
+
+def test_files_are_served_as_files(server, tmp_path):
+    """Whatever an upload is called, and wherever it is asked for, it is no page; and no link leads out."""
+    told = PngInfo()
+    told.add_text("Comment", "<script>alert(1)</script>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=told)
+    picture = (tmp_path / "x.png").read_bytes()
+    for name in ("x.html", "x.svg", "x.png.HTML", "x", ".html", "x.xhtml", "x.js", "x.png"):
+        answer = server.ask("POST", "/uploads", params={"field": "image", "name": name}, content=picture)
+        path = answer.json()["path"]
+        assert path.endswith(".png")
+        sent = {"files": (name, picture, "text/html")}
+        (kept,) = server.ask("POST", "/gradio_api/upload", files=sent).json()
+        for address, kind in ((f"/{path}", "image/png"), (f"/gradio_api/file={kept}", None)):
+            served = server.ask("GET", address)
+            assert served.status_code == 200 and served.content == picture
+            assert served.headers["content-disposition"].startswith("attachment")
+            assert served.headers["content-type"] == (kind or served.headers["content-type"])
+            assert served.headers["content-type"] in ("image/png", "application/octet-stream")
+            assert served.headers["x-content-type-options"] == "nosniff"
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(TOKEN)
+    uploads = server.out / "uploads"
+    (uploads / "link.png").symlink_to(secret)
+    (uploads / "folder.png").mkdir()
+    (server.out / ".wan" / "gradio" / "out").symlink_to(tmp_path)
+    links = [uploads / "link.png", server.out / ".wan" / "gradio" / "out" / "secret.png", secret]
+    asked = [f"/gradio_api/file={path}" for path in links]
+    for path in (
+        *asked,
+        "/uploads/link.png",
+        "/uploads/folder.png",
+        "/uploads/none.png",
+        "/gradio_api/file=%00",
+    ):
+        answer = server.ask("GET", path)
+        assert answer.status_code == 404 and set(answer.json()) == {"error"}
+
+
+def raw(server, method, path, headers, body=b""):
+    """The status and the JSON of an answer to a request that no library would send."""
+    host, port = server.url.removeprefix("http://").split(":")
+    headers = {"host": "localhost", "connection": "close", "content-type": "application/json"} | headers
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    with socket.create_connection((host, int(port)), 60) as sock:
+        sock.sendall("\r\n".join(lines).encode() + body)
+        answer = b""
+        while piece := sock.recv(65536):
+            answer += piece
+    head, _, told = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), told
+
+
+@pytest.mark.parametrize(
+    "path", ["/jobs", "/plan", "/uploads", "/gradio_api/queue/join", "/gradio_api/upload"]
+)
+def test_no_body_is_without_a_limit(server, path):
+    """Nothing of it is read: its length alone, or that there is none, is the reason."""
+    takes_files = path in ("/uploads", "/gradio_api/upload")
+    for headers, status in [
+        ({"content-length": str(2**33)}, 413),
+        ({"content-length": str(2**21)}, 413 if not takes_files else None),
+        ({"transfer-encoding": "chunked"}, 411),
+    ]:
+        if status:
+            found, told = raw(server, "POST", path, headers)
+            assert found == status and set(json.loads(told)) == {"error"}
+
+
+@pytest.mark.parametrize("path", ["gradio_api/run/predict", "gradio_api/api/_make", "gradio_api/call/_make"])
+def test_events_come_in_one_way(server, path):
+    for address in (f"/{path}", f"//{path}", f"/x/../{path}"):
+        assert raw(server, "POST", address, {"content-length": "11"}, b'{"data":[]}')[0] == 404
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"host": "["}, 400),
+        ({"host": "evil.example"}, 403),
+        ({"host": "[::1"}, 400),
+        ({"origin": "http://["}, 400),
+        ({"origin": "null"}, 403),
+    ],
+)
+def test_headers_that_are_no_addresses(server, headers, status):
+    found, told = raw(server, "POST", "/jobs", {"content-length": "0"} | headers)
+    assert found == status and set(json.loads(told)) == {"error"}
+
+
+def bomb(path, side):
+    """A picture of side x side, in a few kilobytes."""
+    Image.new("1", (side, side)).save(path)
+    return path.read_bytes()
+
+
+def test_pictures_are_measured_before_they_are_decoded(server, tmp_path):
+    for side, line in ((13300, "is 13300x13300"), (20000, "too many pixels")):
+        small = bomb(tmp_path / "bomb.png", side)
+        assert len(small) < 100_000
+        begun = time.monotonic()
+        answer = server.ask("POST", "/uploads", params={"field": "image", "name": "bomb.png"}, content=small)
+        assert answer.status_code == 422 and line in answer.json()["error"]
+        assert time.monotonic() - begun < 2
+
+
+@pytest.fixture
+def json_client(tmp_path, monkeypatch):
+    """A client of the JSON interface in this process, behind its guard; jobs and plans are not carried out."""
+    from starlette.testclient import TestClient
+
+    from wan.web import queue, service
+    from wan.web.api import build_app
+    from wan.web.guard import Guard
+    from wan.web.jobs import Rules
+
+    class Idle:
+        def __init__(self, module, arguments, on_message, on_exit):
+            self.on_message = on_message
+
+        def send(self, message):
+            if "plan" in message:
+                threading.Thread(target=self.on_message, args=[{"error": "is not planned here"}]).start()
+
+        def kill(self, seconds=None):
+            pass
+
+        finish = kill
+
+    monkeypatch.setattr(queue, "Child", Idle)
+    monkeypatch.setattr(service, "Child", Idle)
+    made = service.Service(Rules(tmp_path / "out"))
+    app = Guard(build_app(made), None, True)
+    yield TestClient(app, "http://localhost", raise_server_exceptions=False, headers=JSON)
+    made.close(0)
+
+
+JSON = {"content-type": "application/json"}
+DEEP = "[" * 50_000 + "]" * 50_000
+NOT_JSON = [
+    *("", "{", "[1]", "7", "null", DEEP, '{"task": ' + DEEP + "}", '{"prompt": "\\ud800"}', '{"\\udfff": 1}'),
+    *('{"base_seed": NaN}', '{"sample_shift": Infinity}', '{"sample_shift": 1e999}'),
+    *(f'{{"base_seed": {"9" * digits}}}' for digits in (310, 5000)),
+]
+WRONG = [
+    *({"task": value} for value in (["x"], {}, {"x": []}, 5, True, "t3v", "", "\x00")),
+    *({"size": value} for value in (["x"], 5, "9" * 5000, "\u0661\u0662*16")),
+    *({"lora": value} for value in (5, [5], [["x"]], {"x": 1}, "x", [""], [":"], ["x:1e999"], ["\0"])),
+    *({"src_ref_images": value} for value in (5, ["x"], {"x": 1}, ",", "\0")),
+    *({"image": value} for value in (5, ["x"], {}, "", "\0", "x" * 5000, "uploads")),
+    *({"vram_limit": value} for value in ([], {}, "", "nan", -1)),
+    *({"dit_stream": value} for value in ([], "x", -1)),
+    *({"vae_tile": value} for value in ([], "x")),
+    *({"ckpt_dir": value} for value in ([], 5, "/etc", "")),
+    *({"sample_shift": value} for value in ([], "5", 10**308, -0.0)),
+    *({"frame_num": value} for value in (10**308, 5.0, "5", [5])),
+    *({"base_seed": value} for value in (10**308, "5", [5], 0.5)),
+    *({"memory_mode": value} for value in ([], {}, 5)),
+    {"planned": ["x"]},
+]
+
+
+def is_line(answer):
+    """Whether an answer is an error that its asker made, told in one line of JSON."""
+    told = answer.json()
+    return answer.status_code // 100 == 4 and set(told) == {"error"} and "\n" not in told["error"]
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/plan"])
+def test_what_is_wrong_in_json_takes_a_line(json_client, path):
+    for body in NOT_JSON:
+        answer = json_client.post(path, content=body)
+        assert answer.status_code == 400 and is_line(answer), body[:50]
+    for values in WRONG:
+        answer = json_client.post(path, json={"task": "i2v-tiny", "frame_num": 5} | values)
+        assert answer.status_code == 422 and is_line(answer), values
+    assert json_client.get("/jobs").json() == {"jobs": []}
+
+
+def test_any_json_takes_a_line_or_is_a_job(json_client):
+    """Settings of any kind under the names of settings, and JSON that is none."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    from wan.web.jobs import _MEMORY, _REQUEST
+
+    text = st.text(st.characters(exclude_categories=[]), max_size=8)
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | text | st.sampled_from([10**308, 1e308])
+    values = st.recursive(
+        plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3)
+    )
+    names = st.sampled_from(sorted(_REQUEST | set(_MEMORY))) | text
+    statuses = Counter()
+
+    @settings(max_examples=2000 if EVERY else 150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(names, values, max_size=3), values, text)
+    def attack(wrong, other, name):
+        bodies = [json.dumps({"task": "t2v-tiny"} | wrong), json.dumps(other)]
+        asked = [("POST", path, {"content": body}) for path in ("/jobs", "/plan") for body in bodies]
+        asked += [
+            (method, path + quote(name, safe="", errors="surrogatepass") + verb, {})
+            for path in ("/jobs/", "/results/", "/uploads/", "/live?known=", "/uploads?name=x&field=")
+            for method, verb in [
+                ("GET", ""),
+                ("DELETE", ""),
+                ("POST", ""),
+                ("POST", "/cancel"),
+                ("GET", "/poster"),
+            ]
+        ]
+        for method, path, sent in asked:
+            answer = json_client.request(method, path, **sent)
+            statuses[answer.status_code] += 1
+            assert answer.status_code in (200, 201) or is_line(answer), (method, path, sent, answer.text)
+
+    attack()
+    print(f"{sum(statuses.values())} requests: {dict(statuses)}")
+    assert statuses[422] and statuses[400] and statuses[404] and statuses[201]
+
+
+def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch):
+    """A full disk, files that are no files, two that delete at once."""
+    from wan.web import api, gallery
+
+    out = tmp_path / "out"
+    (out / "folder.mp4").mkdir()
+    os.mkfifo(out / "pipe.mp4")
+    (out / "there.mp4").write_bytes(b"no video")
+    for name in ("folder.mp4", "pipe.mp4", "none.mp4", "there.mp4/x"):
+        for method, after in (("GET", ""), ("GET", "/poster"), ("DELETE", "")):
+            answer = json_client.request(method, f"/results/{name}{after}")
+            assert answer.status_code == 404 and is_line(answer)
+    assert is_line(json_client.get("/results/there.mp4/poster"))
+    find = gallery.Gallery.path
+    with monkeypatch.context() as patched:  # the other one has just deleted it
+        patched.setattr(gallery.Gallery, "path", lambda self, name: find(self, name).with_name("gone.mp4"))
+        for method in ("DELETE", "GET"):
+            answer = json_client.request(method, "/results/there.mp4")
+            assert answer.status_code == 404 and is_line(answer)
+    for code, status in ((errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EACCES, 409)):
+
+        def refuse(*_, code=code, **__):
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(api.tempfile, "TemporaryFile", refuse)
+            answer = json_client.post("/uploads?field=image&name=x.png", content=b"x")
+            assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
+        with monkeypatch.context() as patched:
+            patched.setattr("wan.web.jobs.replacing", refuse)
+            answer = json_client.post("/jobs", json={"task": "t2v-tiny"})
+            assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}

@@ -24,6 +24,7 @@ from .service import Service
 from .views import Views
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+LONGEST_LINE = 1000  # characters of an error, which may repeat what was sent
 _HERE = Path(__file__).parent / "static"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
@@ -107,7 +108,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/results/{name}")
     async def result(name: str) -> Response:
-        return FileResponse(await asyncio.to_thread(service.gallery.path, name))
+        return _file(await asyncio.to_thread(service.gallery.path, name))
 
     @app.get("/results/{name}/poster")
     async def poster(name: str) -> Response:
@@ -147,11 +148,18 @@ def _told(service: Service, job: Job) -> dict[str, Any]:
 
 def _attachment(folder: Path, name: str) -> Response:
     """A file in a folder, or below it: to be saved, not to be opened as a page. Raises KeyError for all else."""
-    path, root = Path(os.path.abspath(folder / name)), Path(os.path.realpath(folder))
-    if not is_plain_file(path) or not Path(os.path.realpath(path)).is_relative_to(root):
+    path = folder / name
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise KeyError(name)
     kind = TYPES.get(path.suffix.lower(), "application/octet-stream")
-    return FileResponse(path, media_type=kind, filename=path.name)
+    return _file(path, media_type=kind, filename=path.name)
+
+
+def _file(path: Path, **told: str) -> Response:
+    """A regular file. Raises KeyError for all else, links among it."""
+    if not is_plain_file(path):
+        raise KeyError(path.name)
+    return FileResponse(path, **told)
 
 
 async def _object(request: Request) -> dict[str, Any]:
@@ -164,7 +172,7 @@ async def _object(request: Request) -> dict[str, Any]:
 
 
 def _line(status: int, line: str) -> Response:
-    return JSONResponse({"error": line}, status)
+    return JSONResponse({"error": " ".join(line.split())[:LONGEST_LINE]}, status)
 
 
 async def _bad_input(_: Request, error: InputError) -> Response:

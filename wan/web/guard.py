@@ -172,8 +172,9 @@ async def _checked_body(scope: Any, headers: dict[str, str], receive: Any) -> An
 
 
 async def _refuse(send: Any, refused: Refused) -> None:
-    headers = [(b"content-type", b"application/json"), (b"x-content-type-options", b"nosniff")]
+    body = json.dumps({"error": refused.line}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b'Basic realm="wan", charset="UTF-8"'))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": refused.line}).encode()})
+    await send({"type": "http.response.body", "body": body})
