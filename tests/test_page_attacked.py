@@ -275,13 +275,13 @@ def test_pictures_are_measured_before_they_are_decoded(server, tmp_path):
 
 @pytest.fixture
 def json_client(tmp_path, monkeypatch):
-    """A client of the JSON interface in this process, behind its guard; jobs and plans are not carried out."""
+    """A client of a page in this process, behind its guard; jobs, plans and events are not carried out."""
     from starlette.testclient import TestClient
 
     from wan.web import queue, service
-    from wan.web.api import build_app
     from wan.web.guard import Guard
     from wan.web.jobs import Rules
+    from wan.web.page import build_site
 
     class Idle:
         def __init__(self, module, arguments, on_message, on_exit):
@@ -298,8 +298,9 @@ def json_client(tmp_path, monkeypatch):
 
     monkeypatch.setattr(queue, "Child", Idle)
     monkeypatch.setattr(service, "Child", Idle)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # and back, as build_site sets it
     made = service.Service(Rules(tmp_path / "out"))
-    app = Guard(build_app(made), None, True)
+    app = Guard(build_site(made), None, True)
     yield TestClient(app, "http://localhost", raise_server_exceptions=False, headers=JSON)
     made.close(0)
 
@@ -358,17 +359,26 @@ def test_any_json_takes_a_line_or_is_a_job(json_client):
     values = st.recursive(
         plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3)
     )
-    names = st.sampled_from(sorted(_REQUEST | set(_MEMORY))) | text
+    join = {"data": [], "session_hash": "x", "fn_index": 1}
+    names = st.sampled_from(sorted(_REQUEST | set(_MEMORY)) + [*join, "event_data", "trigger_id"]) | text
     statuses = Counter()
 
-    @settings(max_examples=2000 if EVERY else 150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=2000 if EVERY else 40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(names, values, max_size=3), values, text)
     def attack(wrong, other, name):
         bodies = [json.dumps({"task": "t2v-tiny"} | wrong), json.dumps(other)]
         asked = [("POST", path, {"content": body}) for path in ("/jobs", "/plan") for body in bodies]
+        asked.append(("POST", "/gradio_api/queue/join", {"content": json.dumps(join | wrong)}))
         asked += [
             (method, path + quote(name, safe="", errors="surrogatepass") + verb, {})
-            for path in ("/jobs/", "/results/", "/uploads/", "/live?known=", "/uploads?name=x&field=")
+            for path in (
+                "/jobs/",
+                "/results/",
+                "/uploads/",
+                "/live?known=",
+                "/uploads?name=x&field=",
+                "/gradio_api/",
+            )
             for method, verb in [
                 ("GET", ""),
                 ("DELETE", ""),
@@ -414,6 +424,12 @@ def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch
         with monkeypatch.context() as patched:
             patched.setattr(api.tempfile, "TemporaryFile", refuse)
             answer = json_client.post("/uploads?field=image&name=x.png", content=b"x")
+            assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
+        with monkeypatch.context() as patched:
+            patched.setattr("gradio.routes.upload_fn", refuse)
+            answer = json_client.post(
+                "/gradio_api/upload", files={"files": b"x"}, headers={"content-type": "x/y"}
+            )
             assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
         with monkeypatch.context() as patched:
             patched.setattr("wan.web.jobs.replacing", refuse)

@@ -17,14 +17,13 @@ from starlette.exceptions import HTTPException
 
 from ..utils.errors import InputError
 from ..utils.files import is_plain_file
-from .guard import parsed
+from .guard import parsed, told
 from .jobs import FILES, TYPES, UPLOADS, Job, settings_of
 from .queue import WrongStatus
 from .service import Service
 from .views import Views
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-LONGEST_LINE = 1000  # characters of an error, which may repeat what was sent
 _HERE = Path(__file__).parent / "static"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
@@ -172,7 +171,7 @@ async def _object(request: Request) -> dict[str, Any]:
 
 
 def _line(status: int, line: str) -> Response:
-    return JSONResponse({"error": " ".join(line.split())[:LONGEST_LINE]}, status)
+    return JSONResponse(told(line), status)
 
 
 async def _bad_input(_: Request, error: InputError) -> Response:

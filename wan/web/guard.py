@@ -21,6 +21,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+LONGEST_LINE = 1000  # characters
 MOST_SENT = 2**20  # bytes of a body
 MOST_UPLOADED = 4 * 2**30  # of one that is a file
 _TAKE_FILES = ("/uploads", "/gradio_api/upload")
@@ -102,6 +103,11 @@ class Guard:
             raise Refused(401, "give user and password")
 
 
+def told(line: str) -> dict[str, str]:
+    """An error as it is answered: one line, whatever it repeats of what was sent."""
+    return {"error": " ".join(line.split())[:LONGEST_LINE]}
+
+
 def parsed(body: bytes) -> Any:
     """The value of JSON that can be written again: no number that is not finite, no half of a surrogate pair.
 
@@ -172,7 +178,7 @@ async def _checked_body(scope: Any, headers: dict[str, str], receive: Any) -> An
 
 
 async def _refuse(send: Any, refused: Refused) -> None:
-    body = json.dumps({"error": refused.line}).encode()
+    body = json.dumps(told(refused.line)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.status == 401:
         headers.append((b"www-authenticate", b'Basic realm="wan", charset="UTF-8"'))
