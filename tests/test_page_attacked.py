@@ -148,7 +148,8 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
         assert all(server.events(*bare, event_data=values[turn]))
     print(f"{len(events)} events, {len(sent) * (turn + 1)} forged values")
     assert len(sent) > len(values)  # so every turn sends them all
-    for path in (*secrets, link, *out.rglob("*")):
+    for path in (*secrets, link, *out.rglob("*"), address):
+        server.ask("HEAD", f"/gradio_api/file={path}")
         for before in (
             "/gradio_api/file=",
             "/gradio_api/file/",
@@ -157,8 +158,8 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
             "/uploads/",
         ):
             server.ask("GET", before + str(path))
-            server.ask("GET", before + path.name)
-    for path in ("/jobs", "/results", "/live?known=0", "/config", "/gradio_api/file=" + address):
+            server.ask("GET", before + Path(path).name)
+    for path in ("/jobs", "/results", "/live?known=0", "/config"):
         server.ask("GET", path)
     with pytest.raises(BlockingIOError):
         listening.accept()
@@ -166,6 +167,27 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
     copies = [path for path in out.rglob("*") if path.is_file() and path != link]
     assert not [path for path in copies if TOKEN in path.read_bytes()]
     assert server.ask("GET", "/jobs").json() == {"jobs": []}
+
+
+def test_gradio_checks_paths_too(json_client, secrets, monkeypatch):
+    """Without the page's own check."""
+    import asyncio
+
+    from gradio.context import LocalContext
+    from gradio.exceptions import InvalidPathError
+
+    from wan.web import gate
+
+    monkeypatch.setattr(gate, "checked", lambda field, value: value)
+    blocks = json_client.app._app.routes[-1].app.get_blocks()
+    event = next(fn for fn in blocks.fns.values() if fn.name == "choose_task")
+
+    async def attack():
+        LocalContext.blocks.set(blocks)
+        await blocks.preprocess_data(event, [forged(secrets[0], "x")[0], ""], None)
+
+    with pytest.raises(InvalidPathError):
+        asyncio.run(attack())
 
 
 def test_files_are_served_as_files(server, tmp_path):
@@ -238,7 +260,7 @@ def test_no_body_is_without_a_limit(server, path):
 
 @pytest.mark.parametrize("path", ["gradio_api/run/predict", "gradio_api/api/_make", "gradio_api/call/_make"])
 def test_events_come_in_one_way(server, path):
-    for address in (f"/{path}", f"//{path}", f"/x/../{path}"):
+    for address in (f"/{path}", f"//{path}", f"/x/../{path}", f"/./{path}", f"/%67{path[1:]}"):
         assert raw(server, "POST", address, {"content-length": "11"}, b'{"data":[]}')[0] == 404
 
 
@@ -306,6 +328,7 @@ def json_client(tmp_path, monkeypatch):
 
 
 JSON = {"content-type": "application/json"}
+NESTED = "[" * 900 + "]" * 900  # which can be read
 DEEP = "[" * 50_000 + "]" * 50_000
 NOT_JSON = [
     *("", "{", "[1]", "7", "null", DEEP, '{"task": ' + DEEP + "}", '{"prompt": "\\ud800"}', '{"\\udfff": 1}'),
@@ -341,6 +364,10 @@ def test_what_is_wrong_in_json_takes_a_line(json_client, path):
     for body in NOT_JSON:
         answer = json_client.post(path, content=body)
         assert answer.status_code == 400 and is_line(answer), body[:50]
+    nested = json_client.post(path, content='{"task": ' + NESTED + "}")
+    joined = f'{{"data": [], "session_hash": "x", "fn_index": 1, "event_data": {NESTED}}}'
+    assert nested.status_code == 422 and is_line(nested)
+    assert json_client.post("/gradio_api/queue/join", content=joined).status_code == 200
     for values in WRONG:
         answer = json_client.post(path, json={"task": "i2v-tiny", "frame_num": 5} | values)
         assert answer.status_code == 422 and is_line(answer), values

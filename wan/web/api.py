@@ -95,7 +95,7 @@ def build_app(service: Service) -> FastAPI:
     async def uploaded(name: str) -> Response:
         return _attachment(service.rules.folder / UPLOADS, name)
 
-    @app.get("/gradio_api/file={name:path}")
+    @app.api_route("/gradio_api/file={name:path}", methods=["GET", "HEAD"])
     async def shown(name: str) -> Response:
         """What Gradio keeps of uploads; in its own place this would fetch addresses, and serve more."""
         return _attachment(service.rules.gradio_folder, name)
@@ -154,11 +154,11 @@ def _attachment(folder: Path, name: str) -> Response:
     return _file(path, media_type=kind, filename=path.name)
 
 
-def _file(path: Path, **told: str) -> Response:
+def _file(path: Path, **named: str) -> Response:
     """A regular file. Raises KeyError for all else, links among it."""
     if not is_plain_file(path):
         raise KeyError(path.name)
-    return FileResponse(path, **told)
+    return FileResponse(path, **named)
 
 
 async def _object(request: Request) -> dict[str, Any]:
@@ -191,7 +191,7 @@ async def _wrong_status(_: Request, error: WrongStatus) -> Response:
 
 
 async def _http(_: Request, error: HTTPException) -> Response:
-    return _line(error.status_code, str(error.detail))
+    return JSONResponse(told(str(error.detail)), error.status_code, error.headers)
 
 
 async def _system(_: Request, error: OSError) -> Response:

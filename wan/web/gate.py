@@ -40,14 +40,15 @@ def checked(field: Any, value: Any) -> Any:
         if value is None or (several and isinstance(value, list)):
             return value and [_uploaded(field, one) for one in value]
         return _uploaded(field, value)
-    kind = field.api_info()["type"]
-    fits = isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
-    if isinstance(field, gr.Dropdown) and not field.allow_custom_value:
-        fits = fits and value in [choice for _, choice in field.choices]
-    elif value is None:
+    closed = isinstance(field, gr.Dropdown) and not field.allow_custom_value
+    if value is None and not closed and not isinstance(field, gr.Slider):
         return None
-    if not fits or (not isinstance(value, str) and not math.isfinite(value)):
+    kind = field.api_info()["type"]
+    fits = isinstance(value, _TYPES[kind]) and isinstance(value, bool) == (kind == "boolean")
+    if not fits or (closed and value not in [choice for _, choice in field.choices]):
         raise _refused(field, "of the wrong kind")
+    if not isinstance(value, str) and not math.isfinite(value):
+        raise _refused(field, "not a finite number")
     return value
 
 

@@ -28,10 +28,7 @@ _TAKE_FILES = ("/uploads", "/gradio_api/upload")
 # What Gradio's page asks of its own interface. The rest of it is not answered: it runs events in other ways, fetches
 # addresses and converts recordings.
 _GRADIO = "/gradio_api/"
-_ASKED = (
-    *("queue/join", "queue/data", "upload", "upload_progress", "startup-events", "theme.css", "info"),
-    *("cancel", "reset"),
-)
+_ASKED = ("queue/join", "queue/data", "cancel", "reset", "upload", "upload_progress")
 _ASKED_BELOW = ("heartbeat/", "file=")
 
 
@@ -140,8 +137,8 @@ def _split(address: str) -> Any:
 
 
 def _check_path(path: str) -> None:
-    _, found, asked = path.partition(_GRADIO)
-    if found and asked not in _ASKED and not asked.startswith(_ASKED_BELOW):
+    before, found, asked = path.partition(_GRADIO)
+    if found and (before or asked not in _ASKED and not asked.startswith(_ASKED_BELOW)):
         raise Refused(404, f"there is no {path}")
 
 
