@@ -1,6 +1,7 @@
 """The page's queue, jobs, chart, plans and JSON interface, without a browser."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -263,7 +264,7 @@ def answered(app, **request):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     headers = [(name.encode(), value.encode()) for name, value in request.pop("headers", {}).items()]
-    scope = {"type": "http", "method": "GET", "headers": headers} | request
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers} | request
     asyncio.run(Guard(plain, **app)(scope, None, send))
     return told["status"], told["headers"]
 
@@ -289,6 +290,11 @@ def test_the_guard():
         (["--host", "0.0.0.0"], "--host 0.0.0.0: lets other machines in"),
         (["--port", "70000"], "--port 70000: give 0 to 65535"),
         (["--auth", "me"], "--auth: give USER:PASSWORD"),
+        (["--auth", ":"], "--auth: give USER:PASSWORD"),
+        (["--auth", "me:x", "--auth_file", "x"], "--auth and --auth_file: give one of them"),
+        (["--auth_file", "none.txt"], "--auth_file none.txt: cannot be read (No such file"),
+        (["--auth_file", "/"], "--auth_file /: cannot be read ("),
+        (["--auth_file", "/dev/null"], "--auth_file /dev/null: give USER:PASSWORD in its first line"),
         (["--ckpt_dir", "nowhere"], "--ckpt_dir nowhere: no such directory"),
         (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be made a folder"),
     ],
@@ -300,6 +306,46 @@ def test_bad_arguments_take_one_line(arguments, line, capsys, tmp_path, monkeypa
     assert main([*arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("wan-web: " + line) and error.count("\n") == 1
+
+
+def password_of(*arguments):
+    """What the command asks for: USER:PASSWORD, or None."""
+    from wan.web import __main__ as command
+
+    return command._auth(command.build_parser().parse_args(arguments))
+
+
+def test_the_password_need_not_be_an_argument(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "auth"
+    for text, found in [
+        (b"me:secret", "me:secret"),
+        (b"me:se:cret \r\nother:line\n", "me:se:cret "),
+        (b"\xef\xbb\xbfm\xc3\xa9:x\n", "m\u00e9:x"),
+    ]:
+        file.write_bytes(text)
+        assert password_of("--auth_file", str(file)) == found
+    for text, line in [
+        (b"", "give USER:PASSWORD in its first line"),
+        (b"\nme:secret", "give USER:PASSWORD in its first line"),
+        (b"me:\x00\n", "give USER:PASSWORD in its first line"),
+        (b"\xff:x", "is not UTF-8 text"),
+        (b"x" * 10**6, "give USER:PASSWORD in its first line"),
+    ]:
+        file.write_bytes(text)
+        with pytest.raises(InputError, match=line):
+            password_of("--auth_file", str(file))
+    assert password_of() is None
+    monkeypatch.setenv("WAN_WEB_AUTH", "you:secret")
+    assert password_of() == "you:secret"
+    assert "WAN_WEB_AUTH" not in os.environ  # nor for the processes that are started
+    assert not capsys.readouterr().err
+    for wrong in ("", "you"):
+        monkeypatch.setenv("WAN_WEB_AUTH", wrong)
+        with pytest.raises(InputError, match=r"give USER:PASSWORD in \$WAN_WEB_AUTH"):
+            password_of()
+    assert password_of("--auth", "me:x") == "me:x"
+    told = capsys.readouterr().err
+    assert "wan-web: --auth shows the password" in told and "me:x" not in told and told.count("\n") == 1
 
 
 def test_nothing_but_the_page_imports_it():
@@ -373,7 +419,8 @@ def test_json_over_http(fake, tmp_path):
     from wan.web.service import Service
 
     service = Service(Rules(tmp_path))
-    client = TestClient(build_app(service), raise_server_exceptions=False)
+    app = Guard(build_app(service), None, True)
+    client = TestClient(app, "http://localhost", raise_server_exceptions=False)
     try:
         answer = client.post("/jobs", json=TOY)
         assert answer.status_code == 201

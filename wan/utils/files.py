@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -40,6 +41,14 @@ def check_target(path: str | os.PathLike, field: str) -> None:
             temporary.touch(exist_ok=False)
     except OSError as error:
         raise InputError(f"{error.strerror}; choose another place", field, path) from error
+
+
+def is_plain_file(path: str | os.PathLike) -> bool:
+    """Whether a regular file is there itself: no link to one, no folder or pipe."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):  # no such file; a name that cannot be one
+        return False
 
 
 def user_cache(name: str) -> Path:

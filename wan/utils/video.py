@@ -6,6 +6,7 @@ either complete or untouched. Readers turn whatever is wrong with a file into an
 
 import io
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -209,14 +210,16 @@ def _video_comment(path: str | os.PathLike[str], field: str) -> str | None:
         raise InputError(f"not a readable video ({why})", field, path) from error
 
 
-def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
+def open_image(path: str | os.PathLike[str], field: str, most_pixels: float = math.inf) -> Image.Image:
     """The picture at `path` as PIL RGB, read completely.
 
-    Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read.
+    Raises InputError, naming `field` and the file, if it is missing, empty or not a picture that can be read, or if its
+    header says that it has more than `most_pixels`.
     """
     _check_file(path, field)
     try:
         with Image.open(path) as file:
+            _check_pixels(file.width, file.height, most_pixels, field, path)
             if file.getexif().get(ORIENTATION, 1) != 1:
                 log.warning(
                     f"{path} is stored turned (EXIF) and is used as it is stored; turn it first if need be"
@@ -224,11 +227,22 @@ def open_image(path: str | os.PathLike[str], field: str) -> Image.Image:
             if "A" in file.getbands() or "transparency" in file.info:
                 log.warning(f"{path} has transparent parts, which are used as if they were not")
             image = _to_8_bits(file).convert("RGB")
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError("has too many pixels; make it smaller first", field, path) from error
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError("not a readable image; give a PNG or JPEG file", field, path) from error
     if 0 in image.size:
         raise InputError(f"the image is {image.width}x{image.height}; give one that has pixels", field, path)
     return image
+
+
+def _check_pixels(width: int, height: int, most: float, field: str, path: str | os.PathLike[str]) -> None:
+    if width * height > most:
+        raise InputError(
+            f"is {width}x{height}; make it smaller first, at most {most:,} pixels are taken", field, path
+        )
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -257,13 +271,19 @@ class VideoFile:
             from the stream's start.
         height, width: pixels, as shown (a rotation stored in the file is applied).
 
-    Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames.
+    Args:
+        path, field: see above.
+        most_pixels: of a frame.
+
+    Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames, or if
+    its header says that they have more than `most_pixels`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], field: str = "video"):
+    def __init__(self, path: str | os.PathLike[str], field: str = "video", most_pixels: float = math.inf):
         self.path, self.field = path, field
         _check_file(path, field)
         with self._open() as (container, stream):
+            _check_pixels(stream.width, stream.height, most_pixels, field, path)
             packets = [
                 (packet.pts, packet.duration or 0)
                 for packet in container.demux(stream)

@@ -11,7 +11,8 @@ worker    the program in it: runs requests, or plans them
 memory    what a run takes: samples and their chart
 views     what the page shows of all that, as HTML
 gallery   finished results, known from their files alone
-guard     who may ask, and what the browser may load
+guard     who may ask, what may be sent, and what the browser may load
 api       JSON over HTTP
+gate      what the page's events may carry
 page      the form
 """

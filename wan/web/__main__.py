@@ -11,12 +11,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..utils.errors import InputError
 from .guard import Guard, is_loopback
 
 NAME = "wan-web"
+AUTH = "WAN_WEB_AUTH"  # in the environment
 MISSING = (
     'the page needs Gradio, install it with: pip install "wan-low-memory[web]", or ".[web]" in a checkout'
 )
@@ -31,10 +31,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", help="Address to listen at (default 127.0.0.1, this machine alone)."
     )
     parser.add_argument(
-        "--auth", metavar="USER:PASSWORD", help="Asked for at the page and at the JSON interface."
+        "--auth_file",
+        metavar="FILE",
+        help="A file whose first line is USER:PASSWORD, which the page and the JSON interface then ask for. Or set "
+        f"{AUTH} to it in the environment.",
     )
     parser.add_argument(
-        "--open_to_all", action="store_true", help="Listen for other machines without --auth, all the same."
+        "--auth", metavar="USER:PASSWORD", help="The same, for whoever lists processes to see, too."
+    )
+    parser.add_argument(
+        "--open_to_all",
+        action="store_true",
+        help="Listen for other machines without a password, all the same.",
     )
     parser.add_argument(
         "--ckpt_dir",
@@ -56,14 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves until it is interrupted. Returns the exit code: 2 for bad input, 1 for a port that cannot be had."""
     args = build_parser().parse_args(argv)
     try:
-        _check(args)
+        auth = _auth(args)
+        _check(args, auth)
         sock = _bound(args.host, args.port)
     except InputError as error:
         return _complain(error.told("--"), 2)
     except OSError as error:
         return _complain(f"{args.host}:{args.port}: {error.strerror or error}", 1)
     try:
-        serve(args, sock)
+        serve(args, auth, sock)
     except ImportError as error:
         if error.name not in ("gradio", "fastapi", "uvicorn"):
             raise
@@ -73,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(args: argparse.Namespace, sock: socket.socket) -> None:
-    """Serves on a socket that is bound. Raises InputError for a folder or a checkpoint that cannot be used."""
+def serve(args: argparse.Namespace, auth: str | None, sock: socket.socket) -> None:
+    """Serves on a socket that is bound, to whoever knows `auth` (see Guard).
+
+    Raises InputError for a folder or a checkpoint that cannot be used.
+    """
     from ..memory.options import MemoryOptions
     from ..weights.hub import check_checkpoint
     from .jobs import Rules
@@ -86,29 +98,13 @@ def serve(args: argparse.Namespace, sock: socket.socket) -> None:
     checkpoints = tuple(os.path.abspath(name) if Path(name).is_dir() else name for name in args.ckpt_dir)
     offload = args.offload_folder and os.path.abspath(args.offload_folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / ".wan" / "gradio")
-    import gradio
     import uvicorn
 
-    from .api import build_app
-    from .page import HEAD, Page, theme
+    from .page import build_site
     from .service import Service
 
     service = Service(Rules(folder, checkpoints, args.device, offload))
-    app: Any = gradio.mount_gradio_app(
-        build_app(service),
-        Page(service).blocks,
-        path="/",
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        allowed_paths=[str(path) for path in service.rules.readable],
-        theme=theme(),
-        head=HEAD,
-    )
-    guarded = Guard(app, args.auth, is_loopback(args.host))
+    guarded = Guard(build_site(service), auth, is_loopback(args.host))
     # Tabs keep a stream open each, which is cut at the end.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Cancel "))
     server = uvicorn.Server(
@@ -130,16 +126,45 @@ def serve(args: argparse.Namespace, sock: socket.socket) -> None:
         service.close(0)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _auth(args: argparse.Namespace) -> str | None:
+    """USER:PASSWORD of --auth, --auth_file or the environment, which child processes then do not get; or None.
+
+    Raises InputError for what is none.
+    """
+    given, named = os.environ.pop(AUTH, None), f" in ${AUTH}"
+    where: tuple[str, ...] = ()
+    if args.auth is not None and args.auth_file is not None:
+        raise InputError("give one of them", ("auth", "auth_file"))
+    if args.auth is not None:
+        given, named, where = args.auth, "", ("auth",)
+    elif args.auth_file is not None:
+        given, named, where = _first_line(args.auth_file), " in its first line", ("auth_file", args.auth_file)
+    if given is None:
+        return None
+    user, _, password = given.partition(":")
+    if not user or not password or not given.isprintable():
+        raise InputError(f"give USER:PASSWORD{named}", *where)
+    if args.auth is not None:
+        _say(f"--auth shows the password to whoever lists processes; --auth_file FILE and ${AUTH} do not")
+    return given
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.readline(4096).rstrip("\r\n")
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", "auth_file", path) from error
+    except ValueError as error:
+        raise InputError("is not UTF-8 text", "auth_file", path) from error
+
+
+def _check(args: argparse.Namespace, auth: str | None) -> None:
     if not 0 <= args.port <= 65535:
         raise InputError("give 0 to 65535", "port", args.port)
-    if args.auth is not None and (
-        ":" not in args.auth or args.auth.startswith(":") or args.auth.endswith(":")
-    ):
-        raise InputError("give USER:PASSWORD", "auth")
-    if not is_loopback(args.host) and not args.auth and not args.open_to_all:
+    if not is_loopback(args.host) and not auth and not args.open_to_all:
         raise InputError(
-            "lets other machines in: give --auth USER:PASSWORD, or --open_to_all if that is meant",
+            "lets other machines in: give --auth_file FILE, or --open_to_all if that is meant",
             "host",
             args.host,
         )
@@ -167,8 +192,12 @@ def _made(out: str) -> Path:
     return Path(os.path.realpath(folder))
 
 
+def _say(line: str) -> None:
+    print(f"{NAME}: {line}", file=sys.stderr)
+
+
 def _complain(message: str, code: int) -> int:
-    print(f"{NAME}: {message}", file=sys.stderr)
+    _say(message)
     return code
 
 

@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from ..utils.errors import InputError
-from .jobs import MANY_PICTURES, PICTURES, UPLOADS, VIDEOS, Job, settings_of
+from ..utils.files import is_plain_file
+from .guard import parsed, told
+from .jobs import FILES, TYPES, UPLOADS, Job, settings_of
 from .queue import WrongStatus
 from .service import Service
 from .views import Views
 
-MOST_UPLOADED = 4 * 2**30  # bytes of a file
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HERE = Path(__file__).parent / "static"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
 
 def build_app(service: Service) -> FastAPI:
     """The application that answers for a service."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=HANDLERS)
     views = Views(service)
-
-    @app.exception_handler(InputError)
-    async def bad_input(_: Request, error: InputError) -> Response:
-        return _line(422, error.told())
-
-    @app.exception_handler(KeyError)
-    async def unknown(_: Request, error: KeyError) -> Response:
-        return _line(404, f"there is no {error.args[0]}")
-
-    @app.exception_handler(WrongStatus)
-    async def wrong_status(_: Request, error: WrongStatus) -> Response:
-        return _line(409, str(error))
-
-    @app.exception_handler(_BadBody)
-    async def bad_body(_: Request, error: _BadBody) -> Response:
-        return _line(400, str(error))
-
-    @app.exception_handler(OSError)
-    async def failed(_: Request, error: OSError) -> Response:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _line(507 if full else 500, error.strerror or str(error))
 
     @app.post("/jobs")
     async def add(request: Request) -> Response:
@@ -100,10 +84,8 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/uploads")
     async def upload(request: Request) -> Response:
         field, name = request.query_params.get("field", ""), request.query_params.get("name", "")
-        if field not in (*PICTURES, *VIDEOS, MANY_PICTURES, "lora") or not name:
-            raise _BadBody("say ?field=FIELD&name=FILE of what is uploaded")
-        if int(request.headers.get("content-length") or MOST_UPLOADED + 1) > MOST_UPLOADED:
-            return _line(413, "too large, or of no stated length")
+        if field not in FILES or not name:
+            raise HTTPException(400, "say ?field=FIELD&name=FILE of what is uploaded")
         with tempfile.TemporaryFile(dir=service.rules.folder / UPLOADS) as file:
             async for piece in request.stream():
                 file.write(piece)
@@ -112,7 +94,12 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get(f"/{UPLOADS}/{{name}}")
     async def uploaded(name: str) -> Response:
-        return _inside(service.rules.folder / UPLOADS, name)
+        return _attachment(service.rules.folder / UPLOADS, name)
+
+    @app.api_route("/gradio_api/file={name:path}", methods=["GET", "HEAD"])
+    async def shown(name: str) -> Response:
+        """What Gradio keeps of uploads; in its own place this would fetch addresses, and serve more."""
+        return _attachment(service.rules.gradio_folder, name)
 
     @app.get("/results")
     async def results() -> Response:
@@ -121,7 +108,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/results/{name}")
     async def result(name: str) -> Response:
-        return FileResponse(await asyncio.to_thread(service.gallery.path, name))
+        return _file(await asyncio.to_thread(service.gallery.path, name))
 
     @app.get("/results/{name}/poster")
     async def poster(name: str) -> Response:
@@ -159,29 +146,66 @@ def _told(service: Service, job: Job) -> dict[str, Any]:
     return values
 
 
-def _inside(folder: Path, name: str) -> Response:
-    """A file of a folder, not below it."""
-    if name not in {path.name for path in folder.iterdir() if path.is_file()}:
+def _attachment(folder: Path, name: str) -> Response:
+    """A file in a folder, or below it: to be saved, not to be opened as a page. Raises KeyError for all else."""
+    path = folder / name
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise KeyError(name)
-    return FileResponse(folder / name)
+    kind = TYPES.get(path.suffix.lower(), "application/octet-stream")
+    return _file(path, media_type=kind, filename=path.name)
 
 
-class _BadBody(Exception):
-    """What was sent is not what is expected."""
+def _file(path: Path, **named: Any) -> Response:
+    """A regular file. Raises KeyError for all else, links among it."""
+    if not is_plain_file(path):
+        raise KeyError(path.name)
+    return FileResponse(path, **named)
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    """The JSON object that was sent."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise _BadBody("send a JSON object, as application/json")
-    try:
-        values = await request.json()
-    except ValueError as error:
-        raise _BadBody(f"not JSON ({error})") from error
+    """The JSON object that was sent. The guard has seen that it is JSON."""
+    body = await request.body()
+    values = parsed(body) if body else None
     if not isinstance(values, dict):
-        raise _BadBody("not a JSON object")
+        raise HTTPException(400, "not a JSON object")
     return values
 
 
 def _line(status: int, line: str) -> Response:
-    return JSONResponse({"error": line}, status)
+    return JSONResponse(told(line), status)
+
+
+async def _bad_input(_: Request, error: InputError) -> Response:
+    return _line(422, error.told())
+
+
+async def _bad_query(_: Request, error: RequestValidationError) -> Response:
+    return _line(422, "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()))
+
+
+async def _unknown(_: Request, error: KeyError) -> Response:
+    return _line(404, f"there is no {error.args[0]}")
+
+
+async def _wrong_status(_: Request, error: WrongStatus) -> Response:
+    return _line(409, str(error))
+
+
+async def _http(_: Request, error: HTTPException) -> Response:
+    return JSONResponse(told(str(error.detail)), error.status_code, error.headers)
+
+
+async def _system(_: Request, error: OSError) -> Response:
+    status = 404 if isinstance(error, FileNotFoundError) else 507 if error.errno in _FULL else 409
+    return _line(status, error.strerror or str(error))
+
+
+# What is answered to what is raised, in the page's own application and in Gradio's.
+HANDLERS: dict[Any, Any] = {
+    InputError: _bad_input,
+    RequestValidationError: _bad_query,
+    KeyError: _unknown,
+    WrongStatus: _wrong_status,
+    HTTPException: _http,
+    OSError: _system,
+}

@@ -14,7 +14,7 @@ from ..run.request import Request
 from ..tasks import TASKS
 from ..utils.errors import InputError
 from ..weights.lora import parse_lora
-from .jobs import MANY_PICTURES, PICTURES, UPLOADS, VIDEOS
+from .jobs import FILES, MANY_PICTURES, TYPES, UPLOADS
 from .plans import error_html
 from .service import CARDS, Service
 
@@ -32,7 +32,6 @@ _SWITCHES = {
     "compile": "Compile (rounds otherwise)",
     "lora_skip_unknown": "Leave out what a LoRA has beyond the model",
 }
-FILES = (*PICTURES, *VIDEOS, MANY_PICTURES, "lora")
 _SEVERAL = (MANY_PICTURES, "lora")
 _WHOLE = ("frame_num", "sample_steps")
 # What a plan does not depend on: it is not made anew when these change.
@@ -303,10 +302,10 @@ def _thumbs(names: list[str]) -> str:
     shown = []
     for name in names:
         path = Path(name)
-        kept, suffix = path.parent.name == UPLOADS, path.suffix.lower()
-        if kept and suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
+        kept, kind = path.parent.name == UPLOADS, TYPES.get(path.suffix.lower(), "")
+        if kept and kind.startswith("image/"):
             shown.append(f'<img src="/{UPLOADS}/{escape(path.name)}" alt="what was uploaded">')
-        elif kept and suffix in (".mp4", ".mov", ".webm"):
+        elif kept and kind.startswith("video/"):
             shown.append(
                 f'<video src="/{UPLOADS}/{escape(path.name)}" controls muted aria-label="what was uploaded"></video>'
             )

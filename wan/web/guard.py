@@ -1,10 +1,12 @@
-"""Who may ask, and what the browser may load: around the page and the JSON interface alike."""
+"""Who may ask, what may be sent, and what the browser may load: around the page and the JSON interface alike."""
 
 from __future__ import annotations
 
 import base64
 import hmac
 import ipaddress
+import json
+import math
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +21,23 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+LONGEST_LINE = 1000  # characters
+MOST_SENT = 2**20  # bytes of a body
+MOST_UPLOADED = 4 * 2**30  # of one that is a file
+_TAKE_FILES = ("/uploads", "/gradio_api/upload")
+# What Gradio's page asks of its own interface. The rest of it is not answered: it runs events in other ways, fetches
+# addresses and converts recordings.
+_GRADIO = "/gradio_api/"
+_ASKED = ("queue/join", "queue/data", "cancel", "reset", "upload", "upload_progress")
+_ASKED_BELOW = ("heartbeat/", "file=")
+
+
+class Refused(Exception):
+    """What was asked is refused: the status of the answer, and its line."""
+
+    def __init__(self, status: int, line: str):
+        self.status, self.line = status, line
+        super().__init__(line)
 
 
 def is_loopback(host: str) -> bool:
@@ -34,8 +53,8 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """An ASGI application around another.
 
-    It asks for the password, refuses what other web sites send through the user's browser, and forbids the browser to
-    load anything from elsewhere.
+    It asks for the password, refuses what other web sites send through the user's browser, bodies that are too long
+    or no JSON, and what the page does not need of Gradio, and forbids the browser to load anything from elsewhere.
 
     Args:
         app: the application.
@@ -52,10 +71,13 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal and scope["type"] == "http":
-            return await _refuse(send, *refusal)
-        if refusal:
+        try:
+            self._check_sender(scope, headers)
+            _check_path(scope["path"])
+            receive = await _checked_body(scope, headers, receive)
+        except Refused as refused:
+            if scope["type"] == "http":
+                return await _refuse(send, refused)
             return await send({"type": "websocket.close", "code": 1008})
 
         async def send_guarded(message: Any) -> None:
@@ -66,23 +88,96 @@ class Guard:
 
         await self._app(scope, receive, send_guarded)
 
-    def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, str] | None:
-        """The status and the line of a refusal, or None."""
+    def _check_sender(self, scope: Any, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return 403, f"{host} is no name of this machine"
+        if self._local and not is_loopback(_split(f"//{host}").hostname or ""):
+            raise Refused(403, f"{host} is no name of this machine")
         origin = headers.get("origin")
-        if origin and scope.get("method") not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
-            return 403, "another web site sent this"
+        if origin and scope.get("method") not in ("GET", "HEAD") and _split(origin).netloc != host:
+            raise Refused(403, "another web site sent this")
         given = headers.get("authorization", "")
         if self._auth and not hmac.compare_digest(given.encode(), self._auth.encode()):
-            return 401, "give user and password"
-        return None
+            raise Refused(401, "give user and password")
 
 
-async def _refuse(send: Any, status: int, line: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
-    if status == 401:
+def told(line: str) -> dict[str, str]:
+    """An error as it is answered: one line, whatever it repeats of what was sent."""
+    return {"error": " ".join(line.split())[:LONGEST_LINE]}
+
+
+def parsed(body: bytes) -> Any:
+    """The value of JSON that can be written again: no number that is not finite, no half of a surrogate pair.
+
+    Raises ValueError for all else, JSON that is nested too deep included.
+    """
+    try:
+        value = json.loads(body, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return float(text)
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _split(address: str) -> Any:
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise Refused(400, f"{address} is no address") from None
+
+
+def _check_path(path: str) -> None:
+    before, found, asked = path.partition(_GRADIO)
+    if found and (before or asked not in _ASKED and not asked.startswith(_ASKED_BELOW)):
+        raise Refused(404, f"there is no {path}")
+
+
+async def _checked_body(scope: Any, headers: dict[str, str], receive: Any) -> Any:
+    """What gives the body to the application. Raises Refused for one that it is not to get."""
+    if "transfer-encoding" in headers:
+        raise Refused(411, "of no stated length")
+    try:
+        length = int(headers.get("content-length", "0"))
+    except ValueError:
+        raise Refused(400, "content-length: not a number of bytes") from None
+    takes_files = scope["path"] in _TAKE_FILES
+    most = MOST_UPLOADED if takes_files else MOST_SENT
+    if length > most:
+        raise Refused(413, f"too large, at most {most} bytes are taken")
+    if takes_files or not length:
+        return receive
+    if headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise Refused(400, "send JSON, as application/json")
+    body, message = b"", {"more_body": True}
+    while message.get("more_body"):
+        message = await receive()
+        body += message.get("body", b"")
+    try:
+        parsed(body)
+    except ValueError as error:
+        raise Refused(400, f"not JSON ({error})") from error
+    left = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return left.pop() if left else await receive()
+
+    return again
+
+
+async def _refuse(send: Any, refused: Refused) -> None:
+    body = json.dumps(told(refused.line)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refused.status == 401:
         headers.append((b"www-authenticate", b'Basic realm="wan", charset="UTF-8"'))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": line.encode()})
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

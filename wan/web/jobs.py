@@ -39,6 +39,25 @@ PICTURES = ("image", "first_frame", "last_frame")
 VIDEOS = ("src_video", "src_mask")
 MANY_PICTURES = "src_ref_images"
 UPLOADS = "uploads"  # folder, in the output folder
+_PICTURE = {
+    **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"},
+    **{".gif": "image/gif", ".bmp": "image/bmp", ".tif": "image/tiff", ".tiff": "image/tiff"},
+}
+_VIDEO = {
+    **{".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm"},
+    **{".mkv": "video/x-matroska", ".avi": "video/x-msvideo"},
+}
+_LORA = {".safetensors": "application/octet-stream"}
+# The fields that are files: the suffixes that an upload may have, the first where its name has another one, and the
+# type of content as which each is served.
+FILES = {
+    **dict.fromkeys(PICTURES, _PICTURE),
+    **dict.fromkeys(VIDEOS, _VIDEO),
+    MANY_PICTURES: _PICTURE,
+    "lora": _LORA,
+}
+TYPES = _PICTURE | _VIDEO | _LORA
+MOST_PIXELS = 8192 * 8192  # of an upload; more cost seconds and gigabytes, in a file of a few kilobytes
 
 
 @dataclass
@@ -129,6 +148,11 @@ class Rules:
         """The folders whose files a job may name."""
         return self.folder / UPLOADS, EXAMPLES
 
+    @property
+    def gradio_folder(self) -> Path:
+        """Where Gradio keeps what was uploaded and what it shows."""
+        return self.folder / ".wan" / "gradio"
+
     def may_read(self, name: str) -> bool:
         """Whether a job may name a file, and it is there."""
         try:
@@ -185,12 +209,15 @@ class Rules:
             if values.get(key) is not None:
                 values[key] = self._file(values[key], key)
         if values.get(MANY_PICTURES):
-            names = str(values[MANY_PICTURES]).split(",")
+            if not isinstance(values[MANY_PICTURES], str):
+                raise InputError("give the names of files, separated by commas", MANY_PICTURES)
+            names = values[MANY_PICTURES].split(",")
             values[MANY_PICTURES] = ",".join(self._file(name, MANY_PICTURES) for name in names)
         if values.get("lora"):
-            if not isinstance(values["lora"], (list, tuple)):
+            texts = values["lora"]
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
                 raise InputError("give a list of FILE or FILE:STRENGTH", "lora")
-            pairs = [parse_lora(str(text)) for text in values["lora"]]
+            pairs = [parse_lora(text) for text in texts]
             values["lora"] = tuple(f"{self._file(file, 'lora')}:{strength}" for file, strength in pairs)
 
     def _file(self, name: Any, key: str) -> str:
@@ -204,10 +231,10 @@ class Rules:
 
 def check_file(path: str | Path, key: str) -> None:
     """Raises InputError, naming the field, for a file that it cannot be."""
-    if key in (*PICTURES, MANY_PICTURES):
-        open_image(path, key)
-    elif key in VIDEOS:
-        VideoFile(path, key)
+    if FILES[key] is _PICTURE:
+        open_image(path, key, MOST_PIXELS)
+    elif FILES[key] is _VIDEO:
+        VideoFile(path, key, MOST_PIXELS)
     else:
         lora_identity([(path, 1.0)])
 

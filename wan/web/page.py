@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
 from ..utils.errors import InputError
-from .form import FILES, UNPLANNED, Form, told, wan
+from .api import HANDLERS, build_app
+from .form import UNPLANNED, Form, told, wan
+from .gate import GatedBlocks
+from .jobs import FILES
 from .plans import error_html, plan_html, planning_html
 from .service import Service
 
@@ -38,6 +42,25 @@ def theme() -> gr.themes.Base:
     )
 
 
+def build_site(service: Service) -> Any:
+    """The page and the JSON interface of a service, as an ASGI application to be put behind a Guard."""
+    os.environ["GRADIO_TEMP_DIR"] = str(service.rules.gradio_folder)
+    return gr.mount_gradio_app(
+        build_app(service),
+        Page(service).blocks,
+        path="/",
+        app_kwargs={"exception_handlers": HANDLERS},
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        allowed_paths=[str(path) for path in service.rules.readable],
+        theme=theme(),
+        head=HEAD,
+    )
+
+
 class Page:
     """The form, and what its controls do.
 
@@ -51,7 +74,7 @@ class Page:
     def __init__(self, service: Service):
         self._service = service
         self._form = Form(service)
-        with gr.Blocks(
+        with GatedBlocks(
             title="Wan2.1 in less memory", analytics_enabled=False, delete_cache=(3600, 86400)
         ) as self.blocks:
             gr.HTML(_HEADING)

@@ -18,7 +18,7 @@ from ..utils.errors import InputError
 from ..utils.files import replacing
 from .child import Child, Message
 from .gallery import Gallery
-from .jobs import UPLOADS, Rules, check_file
+from .jobs import FILES, UPLOADS, Rules, check_file
 from .queue import WORKER, Queue
 
 GIB = 2**30
@@ -130,7 +130,8 @@ class Service:
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings with the checkpoint of their task, if they name none."""
-        checkpoint = self.checkpoints.get(values.get("task") or "")
+        task = values.get("task")
+        checkpoint = self.checkpoints.get(task) if isinstance(task, str) else None
         return {"ckpt_dir": checkpoint} | dict(values) if checkpoint else dict(values)
 
     def plan(self, values: Mapping[str, Any]) -> Future[Message]:
@@ -160,9 +161,10 @@ class Service:
 
         Raises InputError for a file that the field cannot be.
         """
-        suffix = "".join(c for c in Path(name).suffix.lower() if c.isalnum())[:12]
+        suffixes, given = list(FILES[key]), Path(name).suffix.lower()
+        suffix = given if given in suffixes else suffixes[0]
         digest = hashlib.sha256()
-        target = self.rules.folder / UPLOADS / f"new.{suffix}"
+        target = self.rules.folder / UPLOADS / f"new{suffix}"
         with replacing(target, keep=False) as temporary:
             with open(temporary, "wb") as file:
                 while piece := stream.read(2**20):
@@ -172,7 +174,7 @@ class Service:
                 check_file(temporary, key)
             except InputError as error:
                 raise InputError(error.problem, key, Path(name).name) from error
-            kept = f"{UPLOADS}/{digest.hexdigest()[:16]}.{suffix}"
+            kept = f"{UPLOADS}/{digest.hexdigest()[:16]}{suffix}"
             os.replace(temporary, self.rules.folder / kept)
         return kept
 
