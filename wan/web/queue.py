@@ -203,7 +203,8 @@ class Queue:
                 timer.cancel()
         if child:
             child.finish(seconds)
-        self._ledger.catch_up()
+        with self._lock:
+            self._ledger.catch_up()
         self._owner.release()
 
     # How it goes on
