@@ -73,7 +73,7 @@ def one_line():
         yield
     except InputError as error:
         told = error.told("--")
-        assert all(c.isprintable() or c.isspace() and ord(c) > 160 for c in told), told[:300]
+        assert all(c.isprintable() or c.isspace() and ord(c) >= 160 for c in told), told[:300]
         assert len(told) < LINE_LENGTH + 3000, told[:300]
 
 
