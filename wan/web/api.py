@@ -154,7 +154,7 @@ def _attachment(folder: Path, name: str) -> Response:
     return _file(path, media_type=kind, filename=path.name)
 
 
-def _file(path: Path, **named: str) -> Response:
+def _file(path: Path, **named: Any) -> Response:
     """A regular file. Raises KeyError for all else, links among it."""
     if not is_plain_file(path):
         raise KeyError(path.name)
