@@ -462,3 +462,16 @@ def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch
             patched.setattr("wan.web.jobs.replacing", refuse)
             answer = json_client.post("/jobs", json={"task": "t2v-tiny"})
             assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
+
+
+def test_frames_are_measured_before_they_are_decoded(monkeypatch):
+    from wan.utils.errors import InputError
+    from wan.utils.video import VideoFile
+    from wan.web import jobs
+
+    clip = ROOT / "examples" / "vace_video.mp4"
+    jobs.check_file(clip, "src_video")
+    monkeypatch.setattr(jobs, "MOST_PIXELS", 100)
+    monkeypatch.setattr(VideoFile, "frames", None)  # none is asked for
+    with pytest.raises(InputError, match="make it smaller first, at most 100 pixels are taken"):
+        jobs.check_file(clip, "src_video")
