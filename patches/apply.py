@@ -21,16 +21,17 @@ import argparse
 import os
 import sys
 
-from patching import Refused, read
+from patching import Refused
 from patching.lines import blob_id
+from patching.rooted import Rooted
 from patching.series import load_history, load_series
 from patching.tree import check_order, look_at
-from patching.writing import Change, catch_signals, check_writable, clean, write
+from patching.writing import Change, catch_signals, check_temporary, check_writable, clean, write
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def run(tree, only=None, reverse=False, check=False):
+def run(folder, only=None, reverse=False, check=False):
     """Apply this folder's series to a tree, or take it out. Returns what to tell; raises Refused or OSError."""
     series = load_series(HERE)
     names = series.names
@@ -38,13 +39,29 @@ def run(tree, only=None, reverse=False, check=False):
         only += ".patch"
     if only is not None and only not in names:
         raise Refused(f"there is no patch {only} here; there are: {', '.join(names)}")
-    files, report = look_at(tree, series, load_history(HERE), merging=not reverse or only is not None)
-    if only is not None:
-        check_order(files, names, only, reverse)
     selected = names if only is None else [only]
+    with Rooted(folder) as tree:
+        files, report = look_at(tree, series, load_history(HERE), merging=not reverse or only is not None)
+        if only is not None:
+            check_order(files, names, only, reverse)
+        changes = plan(tree, files, report, only, reverse, check)
+        if not reverse:
+            for name in selected:
+                for path, expected in series.replaced[name]:
+                    if blob_id(tree.read(path)) != expected:
+                        report.append(f"warning: {path} is not as at BASE; {name} computes as if it were")
+        if not check:
+            write(tree, changes)
+            clean(tree, [file.path for file in files])
+    ending = "nothing to do" if not changes else "checked, nothing was changed" if check else "done"
+    return [*report, f"{', '.join(selected)}: {ending}"]
 
+
+def plan(tree, files, report, only, reverse, check):
+    """The Changes to make to the files, each of which could be made; adds to the report what becomes of which."""
     changes = []
     for file in files:
+        check_temporary(tree, file.path)
         if only is None:
             target = 0 if reverse else len(file.chain)
         elif file.levels([only]) is None:
@@ -57,21 +74,12 @@ def run(tree, only=None, reverse=False, check=False):
             if file.chain:
                 report.append(f"{file.path}: {'not there' if reverse else 'already there'}")
             continue
-        changes.append(Change(file.file, file.content, content))
-        check_writable(changes[-1])
+        changes.append(Change(file.path, file.content, content))
+        check_writable(tree, file.path)
         verb = "brought up to date" if file.level is None else "put in"
         verb = ("would be " if check else "") + ("taken out" if reverse or content is None else verb)
         report.append(f"{file.path}: {verb}{'' if file.fits else ', merged with other changes'}")
-    if not reverse:
-        for name in selected:
-            for path, expected in series.replaced[name]:
-                if blob_id(read(os.path.join(tree, *path.split("/")))) != expected:
-                    report.append(f"warning: {path} is not as at BASE; {name} computes as if it were")
-    if not check:
-        write(tree, changes)
-        clean(tree, [file.file for file in files])
-    ending = "nothing to do" if not changes else "checked, nothing was changed" if check else "done"
-    return [*report, f"{', '.join(selected)}: {ending}"]
+    return changes
 
 
 def main(argv=None):
@@ -84,10 +92,9 @@ def main(argv=None):
     try:
         print("\n".join(run(args.tree, args.only, args.reverse, args.check)))
     except (Refused, OSError) as error:
-        print(
-            f"apply.py: {'' if isinstance(error, Refused) else 'nothing was changed: '}{error}",
-            file=sys.stderr,
-        )
+        said = f"{'' if isinstance(error, Refused) else 'nothing was changed: '}{error}"
+        shown = (letter if letter.isprintable() else repr(letter)[1:-1] for letter in said)
+        print(f"apply.py: {''.join(shown)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("apply.py: interrupted, nothing was changed", file=sys.stderr)

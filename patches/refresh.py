@@ -22,11 +22,18 @@ import tempfile
 from patching import Refused, read
 from patching.lines import ABSENT, blob_id
 from patching.series import load_history, load_series, parse_patch
-from patching.tree import git
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 DIFF = "diff -U0 --full-index --no-renames --no-color --no-ext-diff --src-prefix=a/ --dst-prefix=b/"
+
+
+def git(*arguments):
+    """What the git command prints; None if it fails or there is no git."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def creation(path):

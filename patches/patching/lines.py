@@ -49,8 +49,12 @@ def blob_id(content):
 
 def fingerprint(lines):
     """Recognises a run of lines, whatever their endings: "COUNT:DIGEST"."""
-    text = b"\n".join(line.rstrip(b"\r\n") for line in lines)
-    return f"{len(lines)}:{hashlib.sha1(text).hexdigest()[:12]}"
+    return _fingerprint([line.rstrip(b"\r\n") for line in lines])
+
+
+def _fingerprint(bare):
+    digest = hashlib.sha1(b"\n".join(bare)).hexdigest()
+    return f"{len(bare)}:{digest[:12]}"
 
 
 def fingerprints(hunks):
@@ -62,18 +66,30 @@ def line_count(run):
     return int(run.split(":")[0])
 
 
-def find(lines, run, start=0):
-    """Where the run of lines with this fingerprint begins, from `start` on; None if it is not there."""
-    count = line_count(run)
-    starts = range(start, len(lines) - count + 1)
-    return next((place for place in starts if fingerprint(lines[place : place + count]) == run), None)
+def find(lines, runs):
+    """Where the runs of lines with these fingerprints begin: {run: [place]}, top to bottom, without those not there."""
+    bare = [line.rstrip(b"\r\n") for line in lines]
+    wanted = {}
+    for run in runs:
+        wanted.setdefault(line_count(run), set()).add(run)
+    found = {}
+    for count, these in wanted.items():
+        for place in range(len(bare) - count + 1):
+            run = _fingerprint(bare[place : place + count])
+            if run in these:
+                found.setdefault(run, []).append(place)
+    return found
 
 
-def take_out(lines, runs):
-    """`lines` without the runs that have these fingerprints, top to bottom; None if one is not there."""
+def take_out(lines, runs, found=None):
+    """`lines` without the runs that have these fingerprints, top to bottom; None if one is not there.
+
+    found: what find gives for these or more, if it is known.
+    """
+    found = find(lines, runs) if found is None else found
     left, done = [], 0
     for run in runs:
-        place = find(lines, run, done)
+        place = next((place for place in found.get(run, []) if place >= done), None)
         if place is None:
             return None
         left += lines[done:place]

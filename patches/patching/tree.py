@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import tempfile
-
-from . import Refused, read
+from . import Refused
 from .lines import (
     ABSENT,
     LINE,
@@ -19,6 +15,7 @@ from .lines import (
     line_ending,
     take_out,
 )
+from .objects import merge, read_blob
 
 # Versions before BASE whose lines are BASE's, line for line, wherever a patch inserts.
 ALSO_FITS = {"wan/image2video.py": ["6882c53f347bf4b48216a2355a9a42290e631a33"]}  # 2025-05-16 to 2025-12-02
@@ -32,24 +29,6 @@ class Tangled(Refused):
         )
 
 
-def git(*arguments):
-    """What the git command prints; None if it fails or there is no git."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def merge(mine, old, new):
-    """`mine` with the changes that lead from `old` to `new`, merged by git; None if they conflict."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = [os.path.join(folder, name) for name in ("mine", "old", "new")]
-        for name, content in zip(names, (mine, old, new)):
-            with open(name, "wb") as stream:
-                stream.write(content)
-        return git("merge-file", "-p", *names)
-
-
 class TreeFile:
     """A file of the tree that the series edits, or an earlier version of it.
 
@@ -61,8 +40,7 @@ class TreeFile:
 
     def __init__(self, tree, path, series, history):
         self.path, self.chain = path, series.chains.get(path, [])
-        self.file = os.path.realpath(os.path.join(tree, *path.split("/")))
-        self.content = self.own = read(self.file)
+        self.content = self.own = tree.read(path)
         self.level, self.problem, self.base = 0, None, None
         before = self.chain[0].before if self.chain else ABSENT
         fitting = [before, *ALSO_FITS.get(path, [])]
@@ -76,7 +54,7 @@ class TreeFile:
         self.fits = not self.chain or blob_id(self.own) in fitting
         if not self.fits and self.problem is None:
             if before != ABSENT:
-                self.base = git("-C", tree, "cat-file", "blob", before)
+                self.base = read_blob(tree.path, before)
                 self.problem = "unknown" if self.base is None else None
             else:
                 self.problem = "foreign"
@@ -84,15 +62,16 @@ class TreeFile:
     def _recognise(self, known):
         """Sets `own` and `level` by the version whose lines are there, of several the one with the most."""
         lines = LINE.findall(self.content)
+        found = find(lines, {run for _, runs in known for run in runs})
         for level, runs in sorted(known, key=lambda item: -sum(map(line_count, item[1]))):
-            left = None if level == 0 else take_out(lines, runs)
+            left = None if level == 0 else take_out(lines, runs, found)
             if left is not None:
                 self.level, lines = level, left
                 break
         self.own = b"".join(lines)
         # of several lines, since one alone may be upstream's as well
         rest = {run for _, runs in known for run in runs if line_count(run) > 1}
-        if any(find(lines, run) is not None for run in rest):
+        if find(lines, rest):
             self.problem = "tangled"
 
     def levels(self, patches):
@@ -125,13 +104,11 @@ class TreeFile:
 
 
 def look_at(tree, series, history, merging):
-    """The files of TREE to edit, and lines about those left out; Refused if one is not as needed.
+    """The files of the Rooted tree to edit, and lines about those left out; Refused if one is not as needed.
 
     history: what load_history gives.
     merging: whether files with other changes need BASE's version; to take all lines out they don't.
     """
-    if not os.path.isdir(tree):
-        raise Refused(f"{tree} is not a folder; give the one that holds Wan2.1's wan")
     files = [TreeFile(tree, path, series, history) for path in {**series.chains, **history}]
     if not any(file.content and file.level != 0 for file in files):
         for file in files:
@@ -149,7 +126,7 @@ def look_at(tree, series, history, merging):
             report.append(f"{file.path}: {'not as at BASE' if document else 'not there'}, left out")
     if paths("missing"):
         raise Refused(
-            f"{tree} is not a Wan2.1 tree: it has no {paths('missing')}; give the folder that holds Wan2.1's wan"
+            f"{tree.path} is not a Wan2.1 tree: it has no {paths('missing')}; give the folder that holds Wan2.1's wan"
         )
     if paths("foreign"):
         raise Refused(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import stat
+from contextlib import suppress
 from typing import NamedTuple
 
-from . import Refused, read
+from . import Refused
 
 NEW, OLD = ".wan-patch-new", ".wan-patch-old"  # endings of temporary files, beside the file that they replace
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -17,46 +16,58 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 class Change(NamedTuple):
     """A file's content before and after; None where it does not exist."""
 
-    file: str
+    path: str
     old: bytes | None
     new: bytes | None
 
 
-def check_writable(change):
+def check_writable(tree, path):
     """A file or folder that its owner made read-only stays as it is, also for root."""
-    folder = os.path.dirname(change.file)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    for name in (folder, change.file):
-        if os.path.exists(name) and not os.stat(name).st_mode & stat.S_IWUSR:
-            raise Refused(f"nothing was changed: {name} is read-only; make it writable (chmod u+w) first")
+    folder = path.rpartition("/")[0]
+    while tree.look(folder) is None:
+        folder = folder.rpartition("/")[0]
+    for name in (folder, path):
+        info = tree.look(name)
+        if info is not None and not info.st_mode & stat.S_IWUSR:
+            raise Refused(
+                f"nothing was changed: {tree.shown(name)} is read-only; make it writable (chmod u+w) first"
+            )
 
 
-def clean(tree, files):
-    """Remove temporary files, and folders that nothing is left in."""
-    for file in files:
-        for name in (file + NEW, file + OLD):
-            if os.path.exists(name):
-                os.remove(name)
-        folder = os.path.dirname(file)
-        while os.path.isdir(folder) and not os.listdir(folder) and folder != os.path.realpath(tree):
-            os.rmdir(folder)
-            folder = os.path.dirname(folder)
+def check_temporary(tree, path):
+    """What has a temporary file's name must be one that an earlier run left: Refused if it is not a file."""
+    for ending in (NEW, OLD):
+        tree.read(path + ending)
 
 
-def put_back(changes):
+def clean(tree, paths):
+    """Remove temporary files, and folders that nothing is left in; what can't be is left."""
+    for path in paths:
+        for ending in (NEW, OLD):
+            with suppress(OSError, Refused):
+                tree.remove(path + ending)
+        tree.prune(path)
+
+
+def put_back(tree, changes):
     """Give the files their old content again, from the copies beside them."""
     failed = []
     for change in changes:
         try:
-            if change.old is not None:
-                os.replace(change.file + OLD, change.file)
-            elif os.path.exists(change.file):
-                os.remove(change.file)
-        except OSError as error:
-            failed.append(f"{change.file} ({error.strerror})")
+            if change.old is None:
+                tree.remove(change.path)
+            else:
+                tree.take(change.path, OLD)
+        except (OSError, Refused) as error:
+            failed.append(f"{tree.shown(change.path)} ({getattr(error, 'strerror', None) or error})")
     if failed:
         raise Refused(f"could not put back {', '.join(failed)}; the old content is beside it, in *{OLD}")
+
+
+def disturbed(tree, change):
+    return Refused(
+        f"nothing was changed: something else wrote {tree.shown(change.path)} meanwhile; run it again"
+    )
 
 
 def write(tree, changes):
@@ -64,32 +75,36 @@ def write(tree, changes):
 
     Everything that needs room on the disk is written under temporary names first; after that there are only renames.
     """
+    paths = [change.path for change in changes]
+    clean(tree, paths)
     begun = []
     try:
         for change in changes:
-            if change.old is not None:
-                shutil.copy2(change.file, change.file + OLD)
+            info, mode = tree.look(change.path), None
+            if (info is None) != (change.old is None):
+                raise disturbed(tree, change)
+            if info is not None:
+                mode = stat.S_IMODE(info.st_mode)
+                tree.create(change.path + OLD, change.old, mode, (info.st_atime_ns, info.st_mtime_ns))
             if change.new is not None:
-                os.makedirs(os.path.dirname(change.file), exist_ok=True)
-                with open(change.file + NEW, "wb") as stream:
-                    stream.write(change.new)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                if change.old is not None:
-                    shutil.copymode(change.file, change.file + NEW)
+                tree.create(change.path + NEW, change.new, mode)
         for change in changes:
+            if tree.read(change.path) != change.old:
+                raise disturbed(tree, change)
             begun.append(change)
             if change.new is None:
-                os.remove(change.file)
+                tree.remove(change.path)
             else:
-                os.replace(change.file + NEW, change.file)
+                tree.take(change.path, NEW)
         for change in changes:
-            if read(change.file) != change.new:
-                raise Refused(f"nothing was changed: {change.file} did not keep what was written to it")
+            if tree.read(change.path) != change.new:
+                raise Refused(
+                    f"nothing was changed: {tree.shown(change.path)} did not keep what was written to it"
+                )
         ignore_signals()
     except BaseException:
-        put_back(begun)
-        clean(tree, [change.file for change in changes])
+        put_back(tree, begun)
+        clean(tree, paths)
         raise
 
 
