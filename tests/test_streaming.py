@@ -537,7 +537,8 @@ def test_an_exception_of_the_worker_reaches_the_caller(gpu, monkeypatch):
 @pytest.mark.parametrize("part", [0.1, 0.6, 0.95])
 def test_out_of_memory_leaves_nothing_behind(part):
     layers = network()
-    needed = Streamer(layers, "vgpu", buffers=3, resident_bytes=size(layers[1])).device_bytes
+    with VirtualGPU():
+        needed = Streamer(layers, "vgpu", buffers=3, resident_bytes=size(layers[1])).device_bytes
     with VirtualGPU(capacity=int(part * needed), granularity=1024) as gpu, restored(layers, gpu):
         with pytest.raises(torch.OutOfMemoryError):
             Streamer(layers, "vgpu", buffers=3, resident_bytes=size(layers[1])).attach()

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.vae import as_diffusers, randomized, theirs
 from virtual_gpu import VirtualGPU
+from virtual_gpu.backend import DeviceModule
 from wan.memory import tile_geometry, vae_tiling
 from wan.memory.methods import layer_methods
 from wan.memory.predict.vae import (
@@ -340,7 +341,7 @@ def test_auto_takes_the_fewest_tiles_that_fit(direction, capacity, largest_tile_
     capacity = int(capacity * GIB)
     shape = (13, 720, 1280)
     device = capacity - vae_tiling.CONTEXT  # which the virtual GPU does not count
-    monkeypatch.setattr(torch.vgpu, "mem_get_info", lambda _: (0, capacity))
+    monkeypatch.setattr(DeviceModule, "mem_get_info", lambda _: (0, capacity))
     peak = counted(direction, *shape, "auto", dim=96, capacity=device)
     (chosen,) = caplog.messages  # and no tile was found too large
     tile = 0 if "whole frames" in chosen else int(chosen.split()[3])
@@ -374,7 +375,7 @@ def test_other_programs_do_not_change_the_tiles(monkeypatch):
         model = on_device("decode", randomized(VAE(DIM)))
         for capacity, others in ((None, 0), (None, GIB), (GIB, 0)):
             monkeypatch.setattr(
-                torch.vgpu, "mem_get_info", lambda _, taken=others: (2 * GIB - taken, 2 * GIB)
+                DeviceModule, "mem_get_info", lambda _, taken=others: (2 * GIB - taken, 2 * GIB)
             )
             vae_tiling.decode(model, z, SCALE, "auto", capacity)
         room = 2 * GIB - gpu.live - vae_tiling.CONTEXT
