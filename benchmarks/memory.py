@@ -33,14 +33,14 @@ import torch
 from PIL import Image
 
 from benchmarks import random_weights
+from leanwan.accelerator import configure_allocator, initialise
+from leanwan.errors import InputError
+from leanwan.flags import add_flags, boolean
+from leanwan.options import MemoryOptions, add_low_vram, set_low_vram
 from upstream_driver import driver
 from virtual_gpu import LACK, VirtualGPU, least_capacity
-from wan.memory.options import MemoryOptions, add_low_vram, set_low_vram
 from wan.run.request import pixels
 from wan.tasks import TASKS, Task
-from wan.utils.accelerator import configure_allocator, initialise
-from wan.utils.errors import InputError
-from wan.utils.flags import add_flags, boolean
 
 GIB = 2**30
 PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
@@ -81,7 +81,7 @@ class Run:
 
 
 @dataclass
-class Report:
+class MemoryReport:
     """Peak bytes of a run.
 
     Attributes:
@@ -104,8 +104,8 @@ class Report:
 
 def count(
     run: Run, capacity: int | None = None, expandable_segments: bool = True, find_least: bool = False
-) -> Report:
-    """The Report of a run on a virtual GPU of `capacity` bytes, None for no limit."""
+) -> MemoryReport:
+    """The MemoryReport of a run on a virtual GPU of `capacity` bytes, None for no limit."""
     options: dict[str, Any] = {"expandable_segments": expandable_segments, "record_requests": find_least}
     with VirtualGPU(capacity, True, **options) as gpu, random_weights.weights_from(random_weights.untouched):
         report = report_on(run, gpu.device)
@@ -114,8 +114,8 @@ def count(
     return report
 
 
-def measure(run: Run, capacity: int | None = None, expandable_segments: bool = True) -> Report:
-    """The Report of a run on the CUDA device, of which `capacity` bytes are used, None for all."""
+def measure(run: Run, capacity: int | None = None, expandable_segments: bool = True) -> MemoryReport:
+    """The MemoryReport of a run on the CUDA device, of which `capacity` bytes are used, None for all."""
     device = torch.device("cuda:0")
     if expandable_segments:
         configure_allocator(device)
@@ -132,8 +132,8 @@ def count_upstream(
     capacity: int | None = None,
     expandable_segments: bool = True,
     find_least: bool = False,
-) -> Report:
-    """The Report of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
+) -> MemoryReport:
+    """The MemoryReport of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
 
     Args:
         tree: upstream's checkout. Memory options that differ from their defaults are given to its pipeline.
@@ -180,12 +180,12 @@ def count_upstream(
         {k: v for k, v in report[name].items() if k != "load"} for name in ("stages", "reserved")
     )
     least = report.get("least_capacity")
-    return Report(report["peak_bytes"], stages, reserved, report["out_of_memory"], least)
+    return MemoryReport(report["peak_bytes"], stages, reserved, report["out_of_memory"], least)
 
 
-def report_on(run: Run, device: torch.device) -> Report:
+def report_on(run: Run, device: torch.device) -> MemoryReport:
     """Runs it, on weights from wherever the caller has them made."""
-    backend, report, pipeline = torch.get_device_module(device), Report(), None
+    backend, report, pipeline = torch.get_device_module(device), MemoryReport(), None
     initialise(device)
     backend.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as directory:
@@ -341,8 +341,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _run(args: argparse.Namespace) -> tuple[Report, Report | None]:
-    """The Report asked for, and the virtual GPU's beside a measured one if that is asked for."""
+def _run(args: argparse.Namespace) -> tuple[MemoryReport, MemoryReport | None]:
+    """The MemoryReport asked for, and the virtual GPU's beside a measured one if that is asked for."""
     run = Run(args.task, args.pixels, args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
@@ -353,7 +353,7 @@ def _run(args: argparse.Namespace) -> tuple[Report, Report | None]:
     return measure(run, capacity, expandable), count(run, capacity, expandable) if args.compare else None
 
 
-def _table(args: argparse.Namespace, report: Report, counted: Report | None) -> str:
+def _table(args: argparse.Namespace, report: MemoryReport, counted: MemoryReport | None) -> str:
     """The report as text; `counted` is the virtual GPU's, to be compared, or None."""
     of = f" of {args.capacity} GiB" if args.capacity else ""
     lines = [f"{args.task}, {args.size}, {args.frame_num} frames, {args.device} device{of}", ""]

@@ -1,4 +1,4 @@
-"""Tries wan.memory on another tree made from Wan2.1, at toy width in fp32, its code as it is.
+"""Tries leanwan on another tree made from Wan2.1, at toy width in fp32, its code as it is.
 
     python -m benchmarks.other_trees CHECKOUT [--package wan/modules]
 
@@ -52,7 +52,7 @@ T5 = {
 
 
 def copy_library(target: Path) -> None:
-    """Copies wan.memory and what it imports, as a package of another name; the folder must not exist."""
+    """Copies leanwan and what it imports, as a package of another name; the folder must not exist."""
     waiting, package = list((ROOT / "wan/memory").glob("*.py")), ROOT / "wan"
     while waiting:
         file = waiting.pop()

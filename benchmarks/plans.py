@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from wan.memory.plan import GIB, Plan, time_text
-from wan.memory.vae_tiling import CONTEXT
+from leanwan.vae.tiles import CONTEXT
+from wan.planning.plan import GIB, Plan, time_text
 from wan.run import Request
-from wan.run.planning import planner_within
+from wan.run.plan_request import planner_within
 
 CARDS = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # GiB
 WORK = (

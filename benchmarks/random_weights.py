@@ -21,8 +21,8 @@ import wan.modules.model
 import wan.modules.t5
 import wan.modules.vae
 from wan.configs import WAN_CONFIGS
+from wan.random_models import train_tokenizer
 from wan.tasks import TASKS
-from wan.tiny import train_tokenizer
 
 LOADERS: tuple[Any, ...] = (wan.modules.model, wan.modules.t5, wan.modules.clip, wan.modules.vae)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,7 +58,7 @@ def dit_config(task: str, layers: int | None = None) -> dict[str, Any]:
 def weights_from(make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Iterator[None]:
     """Inside, models that are built get their weights from `make(shape, dtype)` instead of from files.
 
-    Types are those in which files are kept, see wan.weights.loading.load_weights.
+    Types are those in which files are kept, see wan.weights.filling.load_weights.
     """
 
     def load_weights(

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 
 from benchmarks import random_weights
+from leanwan.accelerator import is_out_of_memory, release_memory
+from leanwan.activations import apply_activation_offload
+from leanwan.dit.ahead import Ahead, streamed_ahead
+from leanwan.dit.chunks import apply_chunking
+from leanwan.errors import InputError
+from leanwan.options import LOW_VRAM
+from leanwan.residency import Component
 from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
-from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.chunking import apply_chunking
-from wan.memory.conditions import Ahead, streamed_ahead
-from wan.memory.options import LOW_VRAM
-from wan.memory.residency import Component
 from wan.modules.model import WanModel
-from wan.utils.accelerator import is_out_of_memory, release_memory
-from wan.utils.errors import InputError
 
 GIB = 2**30
 PASSES = 2  # per step

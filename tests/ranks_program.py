@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from leanwan.errors import InputError
+from leanwan.options import MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan.cli import _complain
 from wan.distributed.together import SharedPasses
-from wan.memory.options import MemoryOptions
 from wan.run import Runner
 from wan.run.interrupts import Interrupts
-from wan.run.ranks import over_ranks
+from wan.run.over_ranks import over_ranks
 from wan.run.request import PLANNED, Request
 from wan.run.state import resumed_request
-from wan.utils.errors import InputError
 
 
 def request_of(case):

@@ -36,13 +36,21 @@ def main():
     )
     if head.stdout.strip() != BASE or changes.stdout:
         sys.exit(f"{tree}: must be an unchanged checkout of {BASE}")
-    from wan import tiny
+    from wan import random_models
 
     goldens.FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for task in sys.argv[1:] or PIPELINES:
-            checkpoint = tiny.write_checkpoint(Path(folder) / task, f"{task}-tiny")
-            command = [sys.executable, __file__, "--record", task, tree, str(checkpoint), str(tiny.VERSION)]
+            checkpoint = random_models.write_checkpoint(Path(folder) / task, f"{task}-tiny")
+            command = [
+                sys.executable,
+                __file__,
+                "--record",
+                task,
+                tree,
+                str(checkpoint),
+                str(random_models.VERSION),
+            ]
             subprocess.run(command, check=True)
 
 

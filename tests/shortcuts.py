@@ -3,8 +3,8 @@
 import contextlib
 from unittest import mock
 
-from wan.memory import tile_geometry, vae_tiling
-from wan.modules import forward
+from leanwan.dit import forward
+from leanwan.vae import geometry, tiles
 
 FEW_CHUNKS = 4
 FEW_BLOCKS = 3  # a VACE block, the first block that takes a hint, one that takes none
@@ -29,7 +29,7 @@ def few_blocks():
 @contextlib.contextmanager
 def largest_tile():
     """Of the VAE's tiles, the longest with margins on all sides, or else on one."""
-    all_tiles = tile_geometry.grid
+    all_tiles = geometry.grid
 
     def longest(intervals, length):
         return max(intervals, key=lambda at: ((at[0] > 0) + (at[1] < length), at[1] - at[0]))
@@ -38,7 +38,7 @@ def largest_tile():
         rows, columns = zip(*all_tiles(height, width, tile))
         return [(longest(rows, height), longest(columns, width))]
 
-    with mock.patch.object(tile_geometry, "grid", one):
+    with mock.patch.object(geometry, "grid", one):
         yield
 
 
@@ -49,10 +49,10 @@ def one_tile_of_each_shape():
 
     def first(*args):
         parts = {}
-        for part in tile_geometry.tiles(*args):
+        for part in geometry.tiles(*args):
             parts.setdefault(part.shape, part)
         areas = {shape: sum(rows * columns for rows, columns in shape) for shape in parts}
         return [part for shape, part in parts.items() if areas[shape] > 0.75 * max(areas.values())]
 
-    with mock.patch.object(vae_tiling, "tiles", first):
+    with mock.patch.object(tiles, "tiles", first):
         yield

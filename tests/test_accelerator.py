@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from virtual_gpu import VirtualGPU
-from wan.utils import accelerator
-from wan.utils.accelerator import (
+from leanwan import accelerator
+from leanwan.accelerator import (
     choose_device,
     configure_allocator,
     exact_arithmetic,
@@ -20,7 +19,8 @@ from wan.utils.accelerator import (
     require_accelerator,
     workspace_bytes,
 )
-from wan.utils.errors import InputError
+from leanwan.errors import InputError
+from virtual_gpu import VirtualGPU
 
 CPU = torch.device("cpu")
 
@@ -269,7 +269,7 @@ def test_segments_that_grow_are_left_so(allocator, monkeypatch):
 def test_torch_takes_the_allocator_setting():
     """In a process of its own, since it stays."""
     code = (
-        "import torch; from wan.utils.accelerator import configure_allocator\n"
+        "import torch; from leanwan.accelerator import configure_allocator\n"
         "torch.empty = lambda *_, device: None\n"
         "if not torch.backends.cuda.is_built(): torch.cuda.memory.get_allocator_backend = lambda: 'none'\n"
         "assert configure_allocator('cuda:0') == torch.backends.cuda.is_built()\n"
@@ -376,10 +376,10 @@ def test_exact_arithmetic_is_set_and_restored(monkeypatch, changed):
 
 
 def test_exact_arithmetic_carries_a_model(recwarn):
-    from wan import tiny
+    from wan import random_models
     from wan.modules.model import WanModel
 
-    model = WanModel.from_pretrained(tiny.checkpoint("t2v-tiny"))
+    model = WanModel.from_pretrained(random_models.checkpoint("t2v-tiny"))
     torch.manual_seed(0)
     latent, text = torch.randn(16, 2, 8, 8), torch.randn(5, 4096)
     with torch.no_grad():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_chunking import SIZES, make_inputs, make_model
 
+from leanwan import activations
+from leanwan.activations import ActivationOffload, apply_activation_offload
+from leanwan.dit.chunks import apply_chunking
 from virtual_gpu import RaceError, VirtualGPU
-from wan.memory import activation_offload
-from wan.memory.activation_offload import ActivationOffload, apply_activation_offload
-from wan.memory.chunking import apply_chunking
 
 KINDS = ("t2v", "i2v", "vace")
 HEADS = SIZES["num_heads"]
@@ -191,11 +191,11 @@ def test_no_race_in_order():
 @pytest.mark.parametrize(
     ("owner", "method", "stream_of"),
     [
-        (activation_offload._Slot, "fetch", ActivationOffload.compute_stream),  # computing before the arrival
-        (activation_offload._Slot, "fetch", lambda place: place.coming),  # fetching into a slot in use
-        (activation_offload._Slot, "send", lambda place: place.going),  # sending what is not computed yet
+        (activations._Slot, "fetch", ActivationOffload.compute_stream),  # computing before the arrival
+        (activations._Slot, "fetch", lambda place: place.coming),  # fetching into a slot in use
+        (activations._Slot, "send", lambda place: place.going),  # sending what is not computed yet
         (
-            activation_offload._Heads,
+            activations._Heads,
             "write",
             ActivationOffload.compute_stream,
         ),  # overwriting what has not left
@@ -209,7 +209,7 @@ def test_a_wait_left_out_is_a_race(monkeypatch, owner, method, stream_of):
 
 
 def test_reading_ram_before_it_is_written_is_a_race(monkeypatch):
-    monkeypatch.setattr(activation_offload._Home, "await_written", lambda *args: None)
+    monkeypatch.setattr(activations._Home, "await_written", lambda *args: None)
     with pytest.raises(RaceError, match="pinned memory"):
         race()
 
@@ -232,6 +232,6 @@ def test_an_early_release_is_a_race(monkeypatch):
     def release(slot, place):
         slot.held = False
 
-    monkeypatch.setattr(activation_offload._Slot, "release", release)
+    monkeypatch.setattr(activations._Slot, "release", release)
     with pytest.raises(RaceError):
         race()

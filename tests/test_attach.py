@@ -1,4 +1,4 @@
-"""wan.memory as a library: put on models of other trees and taken off again, on the virtual GPU."""
+"""leanwan as a library: put on models of other trees and taken off again, on the virtual GPU."""
 
 import copy
 import subprocess
@@ -11,16 +11,16 @@ from test_retrofit import IDS, dit_inputs, make_pipeline
 from torch import nn
 
 from benchmarks.other_trees import copy_library
+from leanwan import attach
+from leanwan.dit.known import check_known
+from leanwan.errors import InputError
 from virtual_gpu import DEVICE as GPU
 from virtual_gpu import VirtualGPU
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory import attach
-from wan.memory.known import check_known
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import WanVAE
-from wan.utils.errors import InputError
 
 
 @pytest.fixture
@@ -134,7 +134,9 @@ def test_blocks_of_other_parts_stream_whole(gpu):
 
 def test_vae(gpu, measured):
     vae = WanVAE(
-        vae_pth=tiny.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint, device="cpu", dim=8
+        vae_pth=random_models.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint,
+        device="cpu",
+        dim=8,
     )
     latent = torch.randn(16, 2, 20, 24, generator=torch.Generator().manual_seed(0))
     expected = vae.decode([latent])[0]
@@ -162,7 +164,9 @@ def test_another_vae_is_refused():
 
 def tiny_vae_with_another_layer():
     vae = WanVAE(
-        vae_pth=tiny.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint, device="cpu", dim=8
+        vae_pth=random_models.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint,
+        device="cpu",
+        dim=8,
     )
     vae.model.decoder.upsamples.append(nn.Tanh())
     return vae.model

@@ -11,11 +11,11 @@ from test_attach import state
 from test_retrofit import make_pipeline
 from torch import nn
 
-from wan import tiny
+from leanwan import apply_tiling, attach, visit_by_halves
+from leanwan.errors import InputError
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory import apply_tiling, attach, visit_by_halves
 from wan.modules.vae import WanVAE
-from wan.utils.errors import InputError
 
 OPTIONS = {
     "vae_tile": 64,
@@ -29,7 +29,7 @@ OPTIONS = {
 
 def wan_vae():
     config = WAN_CONFIGS["t2v-tiny"]
-    return WanVAE(vae_pth=tiny.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=8)
+    return WanVAE(vae_pth=random_models.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=8)
 
 
 def diffusers_vae():

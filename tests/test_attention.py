@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from leanwan.errors import InputError
 from wan.modules import attention
 from wan.modules.attention import (
     CHOICES,
@@ -26,7 +27,6 @@ from wan.modules.attention import (
     load_flash_attn,
     load_sage,
 )
-from wan.utils.errors import InputError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 6), (8, 9), (9, 0), (12, 0)

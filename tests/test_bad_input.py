@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import generate
-from wan import tiny
+from leanwan.errors import InputError
+from wan import random_models
 from wan.modules.model import LARGEST, WanModel
-from wan.utils.errors import InputError
 from wan.utils.video import open_image
 from wan.weights.reading import checkpoint_files, read_tensors
 
@@ -239,7 +239,7 @@ CONFIGS += [{"num_heads": 3}, {"no_such": 1}, {"patch_size": [0, 2, 2]}, {"model
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_configs_that_describe_no_model(change, tmp_path):
-    config = json.loads((tiny.checkpoint("t2v-tiny") / "config.json").read_text())
+    config = json.loads((random_models.checkpoint("t2v-tiny") / "config.json").read_text())
     Path("config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match="does not describe a WanModel") as error:
         WanModel.from_config(tmp_path)
@@ -254,7 +254,7 @@ def test_configs_that_are_no_object(tmp_path):
 
 
 def test_a_checkpoint_of_numbers_that_are_none(capsys):
-    checkpoint = tiny.write_checkpoint("checkpoint", "t2v-tiny")
+    checkpoint = random_models.write_checkpoint("checkpoint", "t2v-tiny")
     from safetensors.torch import load_file
 
     path = checkpoint / "diffusion_pytorch_model.safetensors"

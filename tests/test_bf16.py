@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leanwan.dit.conditioning import sinusoidal_embedding
+from leanwan.dit.forward import Rope
 from virtual_gpu import VirtualGPU
-from wan.modules.conditions import sinusoidal_embedding
-from wan.modules.forward import Rope
 from wan.modules.model import WanModel, rope_frequencies
 from wan.modules.vace_model import VaceWanModel
 from wan.vace import WanVace

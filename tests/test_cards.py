@@ -8,23 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import wan.run.planning
+import wan.run.plan_request
+from leanwan.accelerator import WORKSPACE_VARIABLE
+from leanwan.errors import InputError
+from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
-from wan.memory import rates
-from wan.memory.options import LOW_VRAM, MemoryOptions
-from wan.memory.plan import GIB
-from wan.memory.predict.card import Card, beside_attention
-from wan.memory.predict.forward import Shape, Way, forward_pass
-from wan.memory.predict.work import meta_model
-from wan.memory.rates import rates_of, usual
 from wan.modules import attention
 from wan.modules.attention import FUSED, IN_PIECES, fused_on
 from wan.modules.model import WanModel
+from wan.planning import rates
+from wan.planning.plan import GIB
+from wan.planning.predict.blocks import Shape, Way, forward_pass
+from wan.planning.predict.card import Card, beside_attention
+from wan.planning.predict.work import meta_model
+from wan.planning.rates import rates_of, usual
 from wan.run import Request
-from wan.run.planning import card_of, plan, planner_for, planner_of, planner_within
+from wan.run.plan_request import card_of, plan, planner_for, planner_of, planner_within
 from wan.run.request import PLANNED
-from wan.utils.accelerator import WORKSPACE_VARIABLE
-from wan.utils.errors import InputError
 
 CARD = torch.device("cuda:0")
 TURING, AMPERE, HOPPER = (7, 5), (8, 6), (9, 0)
@@ -170,7 +170,7 @@ def card(monkeypatch):
         seen.rates.append((known, choice, os.environ.get(WORKSPACE_VARIABLE)))
         return usual(GIB)
 
-    planning = wan.run.planning
+    planning = wan.run.plan_request
     monkeypatch.setattr(torch, "empty", made)
     monkeypatch.setattr(planning, "kernel_of", kernel_of)
     monkeypatch.setattr(planning, "rates_of", measured)

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wan.memory.chunking import apply_chunking, check_chunk
+from leanwan.dit.chunks import apply_chunking, check_chunk
+from leanwan.dit.tokens import spans
+from leanwan.errors import InputError
 from wan.modules import model as dit_module
 from wan.modules import vace_model as vace_module
 from wan.modules.model import WanModel
-from wan.modules.tokens import spans
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.errors import InputError
 
 SIZES = {
     "dim": 48,

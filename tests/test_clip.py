@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from upstream_driver.encoders import encode
+from leanwan.errors import InputError
+from upstream_driver.toy_encoders import encode
 from virtual_gpu import VirtualGPU
 from wan.modules.clip import CLIPModel
-from wan.tiny import CLIP_EMBED_DIM, CLIP_TEXT, clip_weights, train_tokenizer
-from wan.utils.errors import InputError
+from wan.random_models import CLIP_EMBED_DIM, CLIP_TEXT, clip_weights, train_tokenizer
 
 SIZES = {"num_hidden_layers": 3, "intermediate_size": 128}  # else ViT-H/14: 1280 wide, 16 heads, 257 tokens
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)]

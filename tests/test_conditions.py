@@ -8,12 +8,12 @@ import torch
 from test_activation_offload import on
 from test_chunking import KINDS, make_inputs, make_model
 
+from leanwan.activations import ActivationOffload, apply_activation_offload
+from leanwan.dit.ahead import _Kept, streamed_ahead
+from leanwan.dit.conditioning import context_layers
+from leanwan.dit.forward import cross_attentions
+from leanwan.streaming import Streamer
 from virtual_gpu import RaceError, VirtualGPU
-from wan.memory.activation_offload import ActivationOffload, apply_activation_offload
-from wan.memory.conditions import _Kept, streamed_ahead
-from wan.memory.streaming import Streamer
-from wan.modules.conditions import context_layers
-from wan.modules.forward import cross_attentions
 
 TIMES = (999.0, 500.0)
 ALIGNMENT = 256

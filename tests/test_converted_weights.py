@@ -16,10 +16,10 @@ import torch
 from filelock import FileLock
 from test_resume import OFTEN, SETTINGS, command, in_a_child
 
-from wan import tiny
-from wan.modules.forward import storage_dtype
+from leanwan.dit.forward import storage_dtype
+from leanwan.errors import InputError
+from wan import random_models
 from wan.modules.model import WanModel, weights_path
-from wan.utils.errors import InputError
 from wan.utils.events import Step, listening
 from wan.utils.progress import ProgressBars
 from wan.weights import converted, mapped
@@ -29,7 +29,7 @@ from wan.weights.fingerprints import FileSizes
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("toy") / "t2v", "t2v-tiny", shards=2)
+    return random_models.write_checkpoint(tmp_path_factory.mktemp("toy") / "t2v", "t2v-tiny", shards=2)
 
 
 def load(checkpoint, folder, dtype=torch.bfloat16):
@@ -75,7 +75,7 @@ def test_later_runs_convert_nothing(checkpoint, tmp_path, monkeypatch):
 def test_compute_types_and_checkpoints_do_not_mix(checkpoint, tmp_path):
     load(checkpoint, tmp_path, torch.bfloat16)
     load(checkpoint, tmp_path, torch.float32)
-    other = tiny.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=1, shards=2)
+    other = random_models.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=1, shards=2)
     assert_same_weights(load(other, tmp_path), WanModel.from_pretrained(other, torch.bfloat16))
     assert len(converted_files(tmp_path)) == 3
 
@@ -111,7 +111,7 @@ def test_a_killed_conversion_is_done_again(checkpoint, tmp_path):
 def test_contents_tell_checkpoints_apart(tmp_path):
     """Also two of one name, size and time."""
     name = "diffusion_pytorch_model.safetensors"
-    checkpoint = tiny.write_checkpoint(tmp_path / "toy", "t2v-tiny")
+    checkpoint = random_models.write_checkpoint(tmp_path / "toy", "t2v-tiny")
     load(checkpoint, tmp_path / "converted")
     before = (checkpoint / name).stat()
     data = bytearray((checkpoint / name).read_bytes())
@@ -241,9 +241,9 @@ def test_what_no_run_can_use_is_removed(tmp_path):
     name = "diffusion_pytorch_model.safetensors"
     for seed in range(2):  # the second in the place of the first
         shutil.rmtree(checkpoint, ignore_errors=True)
-        load(tiny.write_checkpoint(checkpoint, "t2v-tiny", seed=seed), folder)
+        load(random_models.write_checkpoint(checkpoint, "t2v-tiny", seed=seed), folder)
     (file,) = converted_files(folder)
-    other = tiny.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=2)
+    other = random_models.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=2)
     load(other, folder)
     assert len(converted_files(folder)) == 2
     (tmp_path / "away").mkdir()
@@ -261,7 +261,7 @@ def test_what_no_run_can_use_is_removed(tmp_path):
     long_ago = time.time() - 40 * 24 * 3600
     for path in (used, used.with_suffix(".json")):
         os.utime(path, (long_ago, long_ago))
-    load(tiny.write_checkpoint(tmp_path / "third", "t2v-tiny", seed=3), folder)
+    load(random_models.write_checkpoint(tmp_path / "third", "t2v-tiny", seed=3), folder)
     assert not used.exists()
 
 

@@ -15,7 +15,7 @@ from goldens import DIT_CASES, NEGATIVE_PROMPT, PROMPTS, dit_inputs, normal, pic
 from transformers import UMT5Config, UMT5EncoderModel
 
 import wan
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -42,7 +42,7 @@ def their_dit(task):
         "num_layers": sizes["num_layers"],
         "eps": sizes["eps"],
     }
-    weights = convert_wan_transformer_to_diffusers(tiny.dit_weights(config))
+    weights = convert_wan_transformer_to_diffusers(random_models.dit_weights(config))
     if task == "vace":
         model = diffusers.WanVACETransformer3DModel(
             **common, vace_layers=sizes["vace_layers"], vace_in_channels=sizes["vace_in_dim"]
@@ -60,7 +60,7 @@ def their_dit(task):
 def their_vae():
     config = WAN_CONFIGS["t2v-tiny"]
     model = diffusers.AutoencoderKLWan(base_dim=config.vae_dim, z_dim=16)
-    model.load_state_dict(convert_wan_vae_to_diffusers(tiny.vae_weights(config)))
+    model.load_state_dict(convert_wan_vae_to_diffusers(random_models.vae_weights(config)))
     return model.eval().requires_grad_(False)
 
 
@@ -73,7 +73,9 @@ def their_statistics(model):
 @pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v", "vace"])
 def test_dit(task, case, measured):
     inputs = dit_inputs(task, DIT_CASES[case])
-    ours = (VaceWanModel if task == "vace" else WanModel).from_pretrained(tiny.checkpoint(f"{task}-tiny"))
+    ours = (VaceWanModel if task == "vace" else WanModel).from_pretrained(
+        random_models.checkpoint(f"{task}-tiny")
+    )
     with torch.no_grad():
         [flow] = ours(**inputs)
     context = inputs["context"][0]
@@ -94,7 +96,7 @@ def test_dit(task, case, measured):
 def test_vae(frames, measured):
     config, theirs = WAN_CONFIGS["t2v-tiny"], their_vae()
     ours = WanVAE(
-        vae_pth=tiny.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=config.vae_dim
+        vae_pth=random_models.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=config.vae_dim
     )
     mean, std = their_statistics(theirs)
     video = smooth("video", 3, frames, 64, 80)
@@ -113,7 +115,7 @@ def their_scheduler(solver, steps, shift):
 
 
 def their_pipeline(task, solver, steps, shift):
-    config, files = WAN_CONFIGS[f"{task}-tiny"], tiny.checkpoint(f"{task}-tiny")
+    config, files = WAN_CONFIGS[f"{task}-tiny"], random_models.checkpoint(f"{task}-tiny")
     ours = {"t2v": wan.WanT2V, "i2v": wan.WanI2V, "flf2v": wan.WanFLF2V, "vace": wan.WanVace}[task](
         config, files, device=torch.device("cpu")
     )

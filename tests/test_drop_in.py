@@ -18,14 +18,14 @@ import torch
 from goldens import picture
 
 import wan
-from wan import cli, tiny
+from leanwan.dit.forward import embed_patches
+from leanwan.dit.tokens import ON_DEVICE
+from leanwan.errors import InputError
+from wan import cli, random_models
 from wan.configs import WAN_CONFIGS
 from wan.modules import VaceWanModel, WanModel, WanVAE
-from wan.modules.forward import embed_patches
 from wan.modules.model import sinusoidal_embedding_1d
-from wan.modules.tokens import ON_DEVICE
 from wan.utils import prompt_extend
-from wan.utils.errors import InputError
 from wan.utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas, retrieve_timesteps
 from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 from wan.utils.utils import cache_image, cache_video, rand_name, str2bool
@@ -248,7 +248,7 @@ def test_upstreams_generate(task, tmp_path):
         "--prompt",
         "a red boat",
         "--ckpt_dir",
-        tiny.checkpoint(task),
+        random_models.checkpoint(task),
     ]
     flags += ["--sample_solver", "dpm++" if task == "t2v-tiny" else "unipc"]
     for flag in IMAGES[task]:
@@ -350,7 +350,7 @@ def test_upstreams_pages(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run(
         ["-c", GRADIO], Path(UPSTREAM) / "gradio" / script, json.dumps({name: toy}), json.dumps(press),
-        flag, tiny.checkpoint(toy),
+        flag, random_models.checkpoint(toy),
     )  # fmt: skip
     results = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert [result[1] for result in results] == [button for button, _ in press]
@@ -434,7 +434,7 @@ def test_timesteps_follow_the_sigmas_given():
 @pytest.mark.parametrize("task", ["t2v-tiny", "i2v-tiny", "flf2v-tiny", "vace-tiny"])
 def test_a_model_is_saved_and_loaded(task, tmp_path):
     kind = VaceWanModel if task == "vace-tiny" else WanModel
-    model = kind.from_pretrained(tiny.checkpoint(task))
+    model = kind.from_pretrained(random_models.checkpoint(task))
     assert model.config.dim == model.config["dim"] == model.dim and model.config.qk_norm is True
     model.save_pretrained(tmp_path / "new" / "folder")
     again = kind.from_pretrained(tmp_path / "new" / "folder")
@@ -446,7 +446,7 @@ def test_a_model_is_saved_and_loaded(task, tmp_path):
 @pytest.mark.parametrize("task, first", [("t2v-tiny", torch.float32), ("i2v-tiny", torch.bfloat16)])
 def test_a_forward_pass_written_out_by_its_parts(task, first):
     """As programs do that replace WanModel.forward. Each sample is embedded alone: a batch rounds otherwise."""
-    model = WanModel.from_pretrained(tiny.checkpoint(task), dtype=first)
+    model = WanModel.from_pretrained(random_models.checkpoint(task), dtype=first)
     generator = torch.Generator().manual_seed(2)
     x = [torch.randn(model.config.in_dim, 3, 4, 6, generator=generator) for _ in range(2)]
     context = [torch.randn(9, 4096, generator=generator), torch.randn(5, 4096, generator=generator)]
@@ -477,7 +477,9 @@ def test_a_forward_pass_written_out_by_its_parts(task, first):
 
 def test_the_vaes_module_codes_batches():
     vae = WanVAE(
-        vae_pth=tiny.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint, device="cpu", dim=8
+        vae_pth=random_models.checkpoint("t2v-tiny") / WAN_CONFIGS["t2v-tiny"].vae_checkpoint,
+        device="cpu",
+        dim=8,
     )
     videos = torch.rand(2, 3, 5, 16, 24) * 2 - 1
     latents = vae.model.encode(videos, vae.scale)
@@ -487,14 +489,14 @@ def test_the_vaes_module_codes_batches():
 
 def test_vace_is_a_text_pipeline():
     assert issubclass(wan.WanVace, wan.WanT2V) and issubclass(wan.WanVaceMP, wan.WanVace)
-    checkpoint = tiny.checkpoint("vace-tiny")
+    checkpoint = random_models.checkpoint("vace-tiny")
     with pytest.raises(InputError, match="ulysses_size and ring_size: there are 3 processes"):
         wan.WanVaceMP(WAN_CONFIGS["vace-tiny"], checkpoint, True, 2, 1, processes=3, device="cpu")
     assert wan.WanVaceMP(WAN_CONFIGS["vace-tiny"], checkpoint, processes=1, device="cpu")._ranks is None
 
 
 def test_vace_decodes_without_the_references():
-    pipeline = wan.WanVace(WAN_CONFIGS["vace-tiny"], tiny.checkpoint("vace-tiny"), device="cpu")
+    pipeline = wan.WanVace(WAN_CONFIGS["vace-tiny"], random_models.checkpoint("vace-tiny"), device="cpu")
     latent = torch.randn(16, 4, 4, 6)
     (video,) = pipeline.decode_latent([latent], [[None, None]])
     assert torch.equal(video, pipeline.vae.decode([latent[:, 2:]])[0])

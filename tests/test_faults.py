@@ -17,7 +17,7 @@ import safetensors.torch
 from PIL import Image
 from test_resume import OFTEN, SETTINGS, command, in_a_child, states, whole  # noqa: F401
 
-from wan import tiny
+from wan import random_models
 from wan.configs.tiny import TINY_CONFIGS
 from wan.run.state import read_state
 from wan.tasks import TASKS
@@ -129,7 +129,7 @@ def test_an_encoder_that_fails_at_its_end_leaves_the_state(whole, monkeypatch): 
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"] if ALL else ["denoise"])
 @pytest.mark.parametrize("gone", ["weights", "results"])
 def test_a_folder_that_goes_in_mid_run(gone, stage, whole, tmp_path, monkeypatch):  # noqa: F811
-    checkpoint = shutil.copytree(tiny.checkpoint("t2v-tiny"), tmp_path / "weights")
+    checkpoint = shutil.copytree(random_models.checkpoint("t2v-tiny"), tmp_path / "weights")
     (tmp_path / "results").mkdir()
     expected = whole("t2v-tiny", "--ckpt_dir", str(checkpoint))
     tell = progress.ProgressBars.__call__

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan import cli, tiny
+from leanwan.errors import InputError
+from wan import cli, random_models
 from wan.run import Request, run
 from wan.tasks import TASKS
 from wan.text2video import WanT2V
-from wan.utils.errors import InputError
 from wan.utils.events import Finished
 
 
@@ -40,7 +40,7 @@ def arguments(path, task):
         "prompt": "a red ball",
         "base_seed": 5,
         "sample_steps": 2,
-        "ckpt_dir": str(tiny.checkpoint("t2i-tiny")),
+        "ckpt_dir": str(random_models.checkpoint("t2i-tiny")),
         "device": "cpu",
         "save_file": str(path),
     }

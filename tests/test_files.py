@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from wan.utils.errors import InputError
+from leanwan.errors import InputError
 from wan.utils.files import check_target, replacing, sweep
 
 

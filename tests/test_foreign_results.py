@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from leanwan.errors import InputError
 from wan.cli import main
 from wan.run.settings import checked, read_plan, read_settings, settings, settings_text
-from wan.utils.errors import InputError
 from wan.web.gallery import Gallery
 from wan.web.jobs import Rules
 

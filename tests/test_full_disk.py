@@ -183,7 +183,7 @@ def test_the_client_is_told(tmp_path, monkeypatch):
 
 
 def test_a_job_waits_for_the_room_that_it_needs(tmp_path, monkeypatch):
-    from wan.utils.errors import InputError
+    from leanwan.errors import InputError
 
     monkeypatch.setattr(web_queue, "Child", Worker)
     monkeypatch.setattr(web_queue, "AGAIN_SECONDS", 0.01)

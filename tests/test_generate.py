@@ -10,8 +10,8 @@ from PIL import Image
 
 import generate
 import wan
-from wan import tiny
-from wan.memory.options import LOW_VRAM, MemoryOptions
+from leanwan.options import LOW_VRAM, MemoryOptions
+from wan import random_models
 from wan.tasks import TASKS
 
 ROOT = Path(generate.__file__).parent
@@ -228,7 +228,7 @@ def test_bad_input_is_told_in_one_line(arguments, told, capsys):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return tiny.write_checkpoint(tmp_path / "checkpoint", "t2v-tiny")
+    return random_models.write_checkpoint(tmp_path / "checkpoint", "t2v-tiny")
 
 
 @pytest.mark.parametrize(

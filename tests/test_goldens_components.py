@@ -19,7 +19,7 @@ from goldens import (
     solver_start,
 )
 
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 from wan.modules.clip import CLIPModel
 from wan.modules.model import WanModel
@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.mark.parametrize("group", ["clip", "solvers", "t5", "vae", *(f"dit-{task}" for task in TASKS)])
 def test_recordings_are_of_these_toy_checkpoints(group):
-    assert Goldens(group).metadata["toy_version"] == str(tiny.VERSION), "run tests/record_goldens.py"
+    assert Goldens(group).metadata["toy_version"] == str(random_models.VERSION), "run tests/record_goldens.py"
 
 
 @pytest.fixture(
@@ -46,7 +46,7 @@ def dit(request):
     return (
         task,
         precision,
-        model_class.from_pretrained(tiny.checkpoint(f"{task}-tiny"), dtype=DTYPES[precision]),
+        model_class.from_pretrained(random_models.checkpoint(f"{task}-tiny"), dtype=DTYPES[precision]),
     )
 
 
@@ -62,7 +62,7 @@ def test_dit(dit, case, measured):
 
 def t5(dtype):
     config = WAN_CONFIGS["t2v-tiny"]
-    files = tiny.checkpoint("t2v-tiny")
+    files = random_models.checkpoint("t2v-tiny")
     return T5EncoderModel(
         config.text_len,
         dtype,
@@ -84,7 +84,7 @@ def test_t5(precision, measured):
 def vae():
     config = WAN_CONFIGS["t2v-tiny"]
     return WanVAE(
-        vae_pth=tiny.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=config.vae_dim
+        vae_pth=random_models.checkpoint("t2v-tiny") / config.vae_checkpoint, device="cpu", dim=config.vae_dim
     )
 
 
@@ -103,7 +103,7 @@ def test_vae_decode(vae, frames, measured):
 @pytest.mark.parametrize("width, height", CLIP_SIZES)
 def test_clip(width, height, measured):
     config = copy.deepcopy(WAN_CONFIGS["i2v-tiny"])
-    path = tiny.checkpoint("i2v-tiny") / config.clip_checkpoint
+    path = random_models.checkpoint("i2v-tiny") / config.clip_checkpoint
     clip = CLIPModel(torch.float32, "cpu", path, None, config=config.clip_config)
     features = clip.visual([smooth("image", 3, 1, height, width)])
     measured(Goldens("clip").difference(f"{width}*{height}", features), TOLERANCE["fp32"])

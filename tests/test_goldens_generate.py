@@ -7,7 +7,7 @@ import torch
 from goldens import BF16_CASES, GENERATE_CASES, TOLERANCE, Goldens, picture, vace_source
 
 import wan
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 
 PIPELINES = {"t2v": wan.WanT2V, "i2v": wan.WanI2V, "flf2v": wan.WanFLF2V, "vace": wan.WanVace}
@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize("task", PIPELINES)
 def test_recordings_are_of_these_toy_checkpoints(task):
     metadata = Goldens(f"generate-{task}").metadata
-    assert metadata["toy_version"] == str(tiny.VERSION), "run tests/record_goldens.py"
+    assert metadata["toy_version"] == str(random_models.VERSION), "run tests/record_goldens.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def pipelines():
             config = copy.deepcopy(WAN_CONFIGS[f"{task}-tiny"])
             if precision == "bf16":
                 config.param_dtype = config.t5_dtype = torch.bfloat16
-            checkpoint = tiny.checkpoint(f"{task}-tiny")
+            checkpoint = random_models.checkpoint(f"{task}-tiny")
             built[task, precision] = PIPELINES[task](config, checkpoint, device=torch.device("cpu"))
         return built[task, precision]
 

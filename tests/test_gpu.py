@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import wan
-from benchmarks.verdict import runner
+from benchmarks.verdict import bounded_runs
 from benchmarks.verdict.checks import CHECKS
-from wan import tiny
+from leanwan.options import LOW_VRAM
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory.options import LOW_VRAM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ GENERATE = {"size": (128, 96), "frame_num": 9, "sampling_steps": 2, "seed": 0}
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_check(check, tmp_path):
-    result = runner.run(check, LIMIT, tmp_path, tree=os.environ.get("WAN_UPSTREAM"))
+    result = bounded_runs.run(check, LIMIT, tmp_path, tree=os.environ.get("WAN_UPSTREAM"))
     if result.status == "skipped":
         pytest.skip(result.faults[0])
     assert result.status == "pass", "\n".join([*result.faults, *result.log])
@@ -41,7 +41,7 @@ def config():
 
 def test_placement_changes_no_bit_in_bf16(config):
     def video(**memory):
-        pipeline = wan.WanT2V(config, tiny.checkpoint("t2v-tiny"), **memory)
+        pipeline = wan.WanT2V(config, random_models.checkpoint("t2v-tiny"), **memory)
         return [pipeline.generate("a red ball", **GENERATE) for _ in range(2)]
 
     plain = video()
@@ -58,7 +58,7 @@ def test_placement_changes_no_bit_in_bf16(config):
 def test_nothing_stays_on_the_device(config):
     torch._C._cuda_clearCublasWorkspaces()  # which count as tensors
     before = torch.cuda.memory_allocated()
-    pipeline = wan.WanT2V(config, tiny.checkpoint("t2v-tiny"), **LOW_VRAM)
+    pipeline = wan.WanT2V(config, random_models.checkpoint("t2v-tiny"), **LOW_VRAM)
     pipeline.generate("a red ball", **GENERATE)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()

@@ -18,13 +18,13 @@ LAYERS = [
     ["wan.utils"],
     ["wan.weights"],
     ["wan.modules", "wan.sampling"],
-    ["wan.memory"],
+    ["leanwan"],
     ["wan.distributed"],
-    ["wan.tiny", "wan.speed"],
-    ["wan.passes"],
+    ["wan.random_models", "wan.kernels"],
+    ["wan.denoising"],
     ["wan.pipeline"],
     ["wan.text2video", "wan.image2video", "wan.first_last_frame2video", "wan.vace"],
-    ["wan.toy"],
+    ["wan.trained_toys"],
     ["wan"],  # names the pipelines
     ["wan.run"],
     ["wan.cli", "wan.__main__", "wan.web"],
@@ -39,7 +39,7 @@ NAMING = [
     "wan/modules/model.py",
     "wan/modules/vace_model.py",
     "wan/tasks.py",
-    "wan/tiny.py",
+    "wan/random_models.py",
     "wan/toy/",
 ]
 
@@ -129,7 +129,7 @@ def test_the_simulator_and_the_driver_stand_alone():
 @pytest.mark.parametrize(
     "name, text, expected",
     [
-        ("wan.memory.plan", "from ..run import run", [("wan.memory.plan", "wan.run")]),
+        ("wan.planning.plan", "from ..run import run", [("wan.planning.plan", "wan.run")]),
         (
             "wan.utils.x",
             "def f():\n    from wan.modules.vae import VAE",

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 import generate
 import wan
 from benchmarks import loading
+from leanwan.dit.forward import storage_dtype
+from leanwan.errors import InputError
 from virtual_gpu import VirtualGPU
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.modules.forward import storage_dtype
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vace_model import VaceWanModel
 from wan.run.state import read_state
-from wan.utils.errors import InputError
 from wan.weights.converted import OffloadFolder
 from wan.weights.lora import Loras, _LoraFile, lora_identity, parse_lora
 from wan.weights.lora_keys import match_changes
@@ -69,7 +69,7 @@ def normal(seed, *shape):
 
 
 def weights_of(task):
-    return tiny.dit_weights(WAN_CONFIGS[f"{task}-tiny"])
+    return random_models.dit_weights(WAN_CONFIGS[f"{task}-tiny"])
 
 
 def matrices(weights):
@@ -111,7 +111,7 @@ def load(task, loras, dtype=torch.float32, folder=None, skip_unknown=False):
     shapes = {name: tensor.shape for name, tensor in weights_of(task).items()}
     folder = folder and OffloadFolder(folder)
     return MODELS[task].from_pretrained(
-        tiny.checkpoint(f"{task}-tiny"), dtype, folder, Loras(loras, shapes, skip_unknown)
+        random_models.checkpoint(f"{task}-tiny"), dtype, folder, Loras(loras, shapes, skip_unknown)
     )
 
 
@@ -309,7 +309,7 @@ def all_families(tmp_path_factory):
         for number, family in enumerate(FAMILIES):
             loras.append((folder / f"{number}.safetensors", 0.2 * (number - 2)))
             changes.append((write_pairs(loras[-1][0], weights, family, seed=1000 * number), loras[-1][1]))
-        shutil.copytree(tiny.checkpoint(f"{task}-tiny"), folder / "merged")
+        shutil.copytree(random_models.checkpoint(f"{task}-tiny"), folder / "merged")
         save_file(by_hand(weights, *changes), folder / "merged" / WEIGHTS)
         return loras, folder / "merged"
 
@@ -366,7 +366,7 @@ def test_videos_are_those_of_a_checkpoint_merged_by_hand(
     """Under every memory option."""
     monkeypatch.chdir(tmp_path)
     loras, merged = all_families[task]
-    checkpoint = tiny.checkpoint(f"{task}-tiny")
+    checkpoint = random_models.checkpoint(f"{task}-tiny")
     expected = video(task, merged)
     assert not torch.equal(video(task, checkpoint), expected)
     for memory in options:
@@ -410,7 +410,7 @@ def test_four_steps_without_guidance_are_four_passes(all_families, quick_text):
     for guide_scale, passes in ((1.0, 4), (5.0, 8)):
         calls = []
         options = {"sample_solver": "euler", "sampling_steps": 4, "guide_scale": guide_scale}
-        video("t2v", tiny.checkpoint("t2v-tiny"), calls, loras=loras, **options)
+        video("t2v", random_models.checkpoint("t2v-tiny"), calls, loras=loras, **options)
         assert len(calls) == passes
 
 
@@ -625,7 +625,7 @@ def test_the_command_line_merges_several(tmp_path, monkeypatch):
     seen = []
     pipeline = wan.WanT2V(
         WAN_CONFIGS["t2i-tiny"],
-        tiny.checkpoint("t2i-tiny"),
+        random_models.checkpoint("t2i-tiny"),
         device="cpu",
         loras=[(paths[0], 0.7), (paths[1], 1)],
     )

@@ -11,8 +11,8 @@ from PIL import Image
 from test_resume import SETTINGS, at_event, command, in_a_child, signal
 
 import wan
+from leanwan.errors import InputError
 from wan.run.settings import read_settings
-from wan.utils.errors import InputError
 
 FEW = ["--frame_num", "1", "--sample_steps", "2", "--base_seed", "3"]
 

@@ -17,8 +17,8 @@ from shortcuts import few_blocks, largest_tile
 
 from benchmarks import memory
 from benchmarks.memory import GIB, Run, count
+from leanwan.options import LOW_VRAM, MemoryOptions
 from wan.configs import SIZE_CONFIGS
-from wan.memory.options import LOW_VRAM, MemoryOptions
 
 STAGES = ["text", "image", "encode", "denoise", "decode"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from leanwan.errors import InputError
 from wan.cli import main
 from wan.tasks import EXAMPLES, TASKS
-from wan.utils.errors import InputError
 from wan.web import queue as web_queue
 from wan.web.jobs import Rules
 

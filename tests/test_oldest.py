@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_streaming import network, run, sample, size
 
+from leanwan import streaming
 from virtual_gpu import DEVICE
-from wan.memory import streaming
 
 ROOT = Path(__file__).parent.parent
 

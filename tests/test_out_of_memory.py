@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import wan.run.runner
+from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan.configs.tiny import TINY_CONFIGS
-from wan.memory.options import LOW_VRAM, MemoryOptions
 from wan.run import Request, Runner
 from wan.tasks import TASKS
 from wan.utils.video import to_uint8

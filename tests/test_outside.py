@@ -15,14 +15,14 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import generate
+from leanwan.errors import LINE_LENGTH, InputError, listed, shown
+from leanwan.flags import is_option
+from leanwan.options import MemoryOptions
 from wan import cli
-from wan.memory.options import MemoryOptions
 from wan.run import Request
 from wan.run.batch import read_entries
 from wan.run.settings import PROGRAM, read_settings
 from wan.run.state import State, _checksum, read_state, resumed_request, write_state
-from wan.utils.errors import LINE_LENGTH, InputError, listed, shown
-from wan.utils.flags import is_option
 from wan.utils.outside import parse_json
 from wan.utils.video import save_video
 

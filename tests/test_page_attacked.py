@@ -465,7 +465,7 @@ def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch
 
 
 def test_frames_are_measured_before_they_are_decoded(monkeypatch):
-    from wan.utils.errors import InputError
+    from leanwan.errors import InputError
     from wan.utils.video import VideoFile
     from wan.web import jobs
 

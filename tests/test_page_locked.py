@@ -9,14 +9,13 @@ from test_activation_offload import run as run_pass
 from test_chunking import make_inputs, make_model
 from test_streaming import network, run, sample
 
+from leanwan import accelerator, streaming
+from leanwan.accelerator import is_out_of_memory, lacks_page_locked
+from leanwan.activations import apply_activation_offload
+from leanwan.streaming import Streamer
 from virtual_gpu import VirtualGPU
 from wan import cli
-from wan.memory import streaming
-from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.streaming import Streamer
 from wan.run.runner import Runner
-from wan.utils import accelerator
-from wan.utils.accelerator import is_out_of_memory, lacks_page_locked
 from wan.web.worker import told
 
 DRIVERS_ERROR = (

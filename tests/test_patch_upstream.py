@@ -284,7 +284,7 @@ def run(upstream, patched, tmp_path_factory):
 
     Flags are arguments of the pipeline's constructor, sampling is of pairs for its generate().
     """
-    from wan.tiny import write_checkpoint
+    from wan.random_models import write_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
     ramp = np.arange(80 * 120 * 3, dtype=np.uint32).reshape(80, 120, 3)

@@ -12,13 +12,13 @@ from test_random_plans import GIVEN, LAYERS, few_layers
 
 from benchmarks import memory, random_weights
 from benchmarks.memory import Run
+from leanwan.options import MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan import cli
-from wan.memory.options import MemoryOptions
-from wan.memory.plan import GIB
-from wan.memory.rates import usual
+from wan.planning.plan import GIB
+from wan.planning.rates import usual
 from wan.run import Request
-from wan.run.planning import planner_of
+from wan.run.plan_request import planner_of
 from wan.run.request import PLANNED
 from wan.tasks import TASKS
 

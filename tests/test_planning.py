@@ -13,27 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-import wan.run.planning
+import wan.run.plan_request
 from benchmarks.memory import Run, count
+from leanwan.errors import InputError
+from leanwan.options import LOW_VRAM, MemoryOptions
+from leanwan.record.ledger import Ledger
 from virtual_gpu import VirtualGPU
 from virtual_gpu.allocator import CachingAllocator
 from wan import cli
-from wan.memory.options import LOW_VRAM, MemoryOptions
-from wan.memory.plan import GIB
-from wan.memory.predict.forward import Shape, Way, forward_pass
-from wan.memory.predict.ledger import Ledger
-from wan.memory.predict.stages import SPARE
-from wan.memory.predict.work import meta_model
-from wan.memory.rates import NOMINAL, nominal, usual
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
+from wan.planning.plan import GIB
+from wan.planning.predict.blocks import Shape, Way, forward_pass
+from wan.planning.predict.stages_predicted import SPARE
+from wan.planning.predict.work import meta_model
+from wan.planning.rates import NOMINAL, nominal, usual
 from wan.run import Request, Runner
-from wan.run.planning import plan, planner_of, report, room_on
-from wan.run.ranks import less_room
+from wan.run.over_ranks import less_room
+from wan.run.plan_request import plan, planner_of, report, room_on
 from wan.run.request import PLANNED
 from wan.run.settings import read_plan
 from wan.tasks import TASKS
-from wan.utils.errors import InputError
 from wan.utils.video import VideoFile
 
 REPLANNED = ["t2v", "vace"]
@@ -109,7 +109,9 @@ def compared(case, **run):
 
 def as_large_as_the_video(monkeypatch):
     """The input pictures, as benchmarks.memory has them."""
-    monkeypatch.setattr(wan.run.planning, "_pictures", lambda case: [case.pixels] * len(case.facts.inputs))
+    monkeypatch.setattr(
+        wan.run.plan_request, "_pictures", lambda case: [case.pixels] * len(case.facts.inputs)
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from wan import tiny
+from wan import random_models
 from wan.modules.model import WanModel
 from wan.run import Request
 from wan.run.state import State, read_state, write_state
@@ -80,7 +80,7 @@ def test_files_are_closed_and_places_empty_when_renamed(tmp_path, monkeypatch):
     renamed = []
     monkeypatch.setattr(os, "replace", windows_replace)
     (tmp_path / "toy").mkdir()
-    checkpoint = tiny.write_checkpoint(tmp_path / "toy", "t2v-tiny")
+    checkpoint = random_models.write_checkpoint(tmp_path / "toy", "t2v-tiny")
     folder = OffloadFolder(tmp_path / "converted")
     for _ in range(2):
         WanModel.from_pretrained(checkpoint, offload_folder=folder)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from wan import tiny
+from leanwan.vae import tiles
+from leanwan.vae.tiles import apply_tiling
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory import vae_tiling
-from wan.memory.vae_tiling import apply_tiling
 from wan.modules.vae import WanVAE
 from wan.run import Request
 from wan.run.forecast import Forecast
@@ -75,7 +75,7 @@ def test_a_stage_is_told_of_calls_and_starts_anew(clock):
 
 def test_the_vae_tells_its_tiles(monkeypatch):
     config = WAN_CONFIGS["t2v-tiny"]
-    path = tiny.checkpoint("t2v-tiny") / config.vae_checkpoint
+    path = random_models.checkpoint("t2v-tiny") / config.vae_checkpoint
     vae, told = WanVAE(vae_pth=path, device="cpu", dim=config.vae_dim), []
     latent = torch.randn(16, 2, 8, 16, generator=torch.Generator().manual_seed(0))
     undo = apply_tiling(vae, 64)
@@ -87,7 +87,7 @@ def test_the_vae_tells_its_tiles(monkeypatch):
     told.clear()
     vae.encode([plain])
     assert told == [(done, 10) for done in range(1, 11)]  # of five frames
-    run_pass, failures = vae_tiling.run_pass, [torch.OutOfMemoryError("full")]
+    run_pass, failures = tiles.run_pass, [torch.OutOfMemoryError("full")]
 
     def failing(*args):
         run_pass(*args)
@@ -95,11 +95,9 @@ def test_the_vae_tells_its_tiles(monkeypatch):
             raise failures.pop()
 
     told.clear()
-    monkeypatch.setattr(vae_tiling, "run_pass", failing)
-    monkeypatch.setattr(
-        vae_tiling.torch, "get_device_module", lambda _: SimpleNamespace(empty_cache=lambda: None)
-    )
-    vae_tiling.decode(vae.model, latent, vae.scale, 128, on_frame=lambda *step: told.append(step))
+    monkeypatch.setattr(tiles, "run_pass", failing)
+    monkeypatch.setattr(tiles.torch, "get_device_module", lambda _: SimpleNamespace(empty_cache=lambda: None))
+    tiles.decode(vae.model, latent, vae.scale, 128, on_frame=lambda *step: told.append(step))
     assert told == [(1, 2), (2, 2), *[(done, 4) for done in range(1, 5)]]
 
 

@@ -9,7 +9,7 @@ import torch
 from test_resume import command
 
 import wan
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 from wan.modules.t5 import T5EncoderModel
 from wan.run import Request, Runner
@@ -61,7 +61,7 @@ def pipeline(checkpoint, **options):
 
 @pytest.mark.parametrize("other", ["prompt", "weights", "tokenizer", "damaged", "cut", "empty", "of another"])
 def test_only_what_can_be_trusted_is_taken(other, monkeypatch):
-    checkpoint = tiny.write_checkpoint("toy", "t2v-tiny")
+    checkpoint = random_models.write_checkpoint("toy", "t2v-tiny")
     pipeline(checkpoint).encode_ahead("a red ball")
     assert len(kept()) == 2
     if other == "weights":

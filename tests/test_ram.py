@@ -10,17 +10,17 @@ from test_chunking import make_model
 from test_conditions import flows, streamed
 from test_vae_tiling import DIM, noise, vae
 
+from leanwan import activations
+from leanwan.activations import apply_activation_offload
+from leanwan.errors import InputError
+from leanwan.options import LOW_VRAM, MemoryOptions
+from leanwan.vae import passes, tiles
 from virtual_gpu import VirtualGPU
-from wan import tiny
-from wan.memory import activation_offload, vae_tiling
-from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.options import LOW_VRAM, MemoryOptions
-from wan.memory.predict.ram import Ram, ram_needed
-from wan.modules import vae_forward
-from wan.run import Request, ram
-from wan.run.ram import check_ram
+from wan import random_models
+from wan.planning.predict.ram_needed import Ram, ram_needed
+from wan.run import Request, ram_check
+from wan.run.ram_check import check_ram
 from wan.tasks import TASKS
-from wan.utils.errors import InputError
 from wan.utils.video import EightBitFrames
 from wan.weights.reading import stored_types
 
@@ -30,9 +30,9 @@ GIB = 2**30
 @pytest.mark.parametrize(("kind", "together"), [("t2v", False), ("i2v", True), ("vace", True)])
 def test_as_much_as_is_taken(monkeypatch, kind, together):
     model, length, homes = make_model(kind, torch.bfloat16), 97, []
-    init = activation_offload._Home.__init__
+    init = activations._Home.__init__
     monkeypatch.setattr(
-        activation_offload._Home, "__init__", lambda home, x: homes.append(x.nbytes) or init(home, x)
+        activations._Home, "__init__", lambda home, x: homes.append(x.nbytes) or init(home, x)
     )
     options = MemoryOptions(**LOW_VRAM | {"dit_chunk": 64, "guidance_together": together})
     need = ram_needed(
@@ -50,11 +50,9 @@ def test_as_much_as_is_taken(monkeypatch, kind, together):
 
 
 def test_a_video_in_8_bits_and_its_features(monkeypatch):
-    made, frame_major = [], vae_forward.frame_major
-    monkeypatch.setattr(
-        vae_forward, "frame_major", lambda *sizes: made.append(frame_major(*sizes)) or made[-1]
-    )
-    made += vae_tiling.decode_each(vae(), [noise(16, 3, 10, 12)], 0, stored=EightBitFrames())
+    made, frame_major = [], passes.frame_major
+    monkeypatch.setattr(passes, "frame_major", lambda *sizes: made.append(frame_major(*sizes)) or made[-1])
+    made += tiles.decode_each(vae(), [noise(16, 3, 10, 12)], 0, stored=EightBitFrames())
     model, options = make_model("t2v"), MemoryOptions()
     need = ram_needed(
         model, options, (9, 80, 96), (4, 8, 8), torch.float32, lambda name: torch.float32, vae_dim=DIM
@@ -63,7 +61,7 @@ def test_a_video_in_8_bits_and_its_features(monkeypatch):
 
 
 def pipeline_of(**options):
-    folder = tiny.checkpoint("t2v-tiny")
+    folder = random_models.checkpoint("t2v-tiny")
     task = TASKS["t2v-tiny"]
     return SimpleNamespace(
         device=torch.device("cuda"),
@@ -83,8 +81,8 @@ def pipeline_of(**options):
 )
 def test_told_before_the_start(monkeypatch, caplog, available, total, told):
     memory = SimpleNamespace(available=available * GIB, total=total * GIB)
-    monkeypatch.setattr(ram.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(ram.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+    monkeypatch.setattr(ram_check.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(ram_check.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
     request = Request("t2v-tiny", frame_num=9)
     with caplog.at_level(logging.INFO):
         if told:
@@ -107,7 +105,7 @@ def test_types_as_files_have_them(tmp_path):
 def test_ranks_of_a_machine(monkeypatch, caplog, guidance, teams):
     """Each has its own weights, context and video; of the activations its tokens'."""
     need = Ram(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB)
-    monkeypatch.setattr(ram, "ram_needed", lambda *args, **options: need)
+    monkeypatch.setattr(ram_check, "ram_needed", lambda *args, **options: need)
     ranks = SimpleNamespace(size=4, local_size=2, teams=lambda branches: [0, 2][:branches])
     with caplog.at_level(logging.INFO):
         check_ram(Request("t2v-tiny", frame_num=9, sample_guide_scale=guidance), pipeline_of(), ranks)

@@ -16,20 +16,20 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies
 from shortcuts import one_tile_of_each_shape
 
-import wan.run.planning
+import wan.run.plan_request
 from benchmarks.memory import Run, count
 from benchmarks.random_weights import dit_config
-from wan.memory.options import MemoryOptions
-from wan.memory.plan import GIB
-from wan.memory.predict.ledger import SMALL_PAGE
-from wan.memory.predict.stages import SPARE, Stage
-from wan.memory.predict.work import meta_model
-from wan.memory.rates import usual
+from leanwan.options import MemoryOptions
+from leanwan.record.ledger import SMALL_PAGE
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import VAE
+from wan.planning.plan import GIB
+from wan.planning.predict.stages_predicted import SPARE, Stage
+from wan.planning.predict.work import meta_model
+from wan.planning.rates import usual
 from wan.run import Request
-from wan.run.planning import planner_of
+from wan.run.plan_request import planner_of
 from wan.run.request import PLANNED
 from wan.tasks import TASKS
 
@@ -55,7 +55,7 @@ GIVEN = [
 
 @functools.cache
 def shallow(task):
-    """As wan.run.planning's, with few layers where the task's DiT is no toy."""
+    """As wan.run.plan_request's, with few layers where the task's DiT is no toy."""
     layers = None if TASKS[task].toy else LAYERS
     sizes = {k: v for k, v in dit_config(task, layers).items() if not k.startswith("_")}
     kind = VaceWanModel if "vace_layers" in sizes else WanModel
@@ -73,8 +73,10 @@ def few_layers(task):
         layers["clip_config"] = {"num_hidden_layers": LAYERS + 1}
     with (
         mock.patch.dict(config, layers),
-        mock.patch.object(wan.run.planning, "_models", shallow),
-        mock.patch.object(wan.run.planning, "_pictures", lambda case: [case.pixels] * len(case.facts.inputs)),
+        mock.patch.object(wan.run.plan_request, "_models", shallow),
+        mock.patch.object(
+            wan.run.plan_request, "_pictures", lambda case: [case.pixels] * len(case.facts.inputs)
+        ),
     ):
         for name, value in layers.items():
             setattr(config, name, value)
@@ -88,7 +90,7 @@ def few_layers(task):
 @contextlib.contextmanager
 def out_of_memory_told():
     """A list of what is told inside of memory that ran out: the VAE goes on with smaller tiles by itself."""
-    lines, log = [], logging.getLogger("wan.memory.vae_tiling")
+    lines, log = [], logging.getLogger("leanwan.vae.tiles")
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     log.addHandler(handler)

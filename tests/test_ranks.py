@@ -22,14 +22,14 @@ from ranks_program import request_of
 from safetensors.torch import load_file, save_file
 
 import wan
-from wan import tiny
+from leanwan.errors import InputError
+from wan import random_models
 from wan.distributed import started_as_one_of_several
 from wan.run import Runner
-from wan.run.ranks import check_sizes
+from wan.run.over_ranks import check_sizes
 from wan.run.request import Request
 from wan.run.settings import read_plan
 from wan.run.state import read_state
-from wan.utils.errors import InputError
 from wan.utils.video import VideoFile
 
 TREE = Path(__file__).parents[1]
@@ -231,7 +231,7 @@ def test_other_machines(what, tmp_path):
     for tree in trees:
         for name in ("wan", "virtual_gpu", "tests/ranks_program.py"):
             (copy_file if name.endswith(".py") else shutil.copytree)(TREE / name, tree / name)
-        shutil.copytree(tiny.checkpoint("t2v-tiny"), tree / "weights")
+        shutil.copytree(random_models.checkpoint("t2v-tiny"), tree / "weights")
     if "version" in what:
         with open(trees[1] / "wan" / "sampling.py", "a") as file:
             file.write("\n")
@@ -291,7 +291,7 @@ def test_vace_by_its_own_processes(tmp_path):
     from wan import WanVace, WanVaceMP
     from wan.configs import WAN_CONFIGS
 
-    built = WAN_CONFIGS["vace-tiny"], tiny.checkpoint("vace-tiny")
+    built = WAN_CONFIGS["vace-tiny"], random_models.checkpoint("vace-tiny")
     frames = torch.rand(3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     call = {
         "input_frames": [frames],

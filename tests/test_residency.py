@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 import wan
+from leanwan.options import LOW_VRAM
+from leanwan.residency import Component, visit_when_called
 from virtual_gpu import VirtualGPU, least_capacity
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory.options import LOW_VRAM
-from wan.memory.residency import Component, visit_when_called
 from wan.sampling import SOLVERS
 from wan.utils.stages import Stages
 
@@ -171,7 +171,7 @@ def build(task, gpu, **memory):
     # Without tiles, for their number may depend on the memory that is free.
     name = f"{task}-tiny"
     memory = {"vae_tile": 0} | memory
-    return PIPELINES[task](WAN_CONFIGS[name], tiny.checkpoint(name), device=gpu.device, **memory)
+    return PIPELINES[task](WAN_CONFIGS[name], random_models.checkpoint(name), device=gpu.device, **memory)
 
 
 def generate(pipeline, task, **options):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 import wan
-from wan import tiny
+from wan import random_models
 from wan.run import Request, keeper, outputs, run, runner
 from wan.run.interrupts import Interrupted, Interrupts
 from wan.run.state import read_state, write_state
@@ -285,7 +285,7 @@ def test_a_run_with_a_lora_goes_on_to_the_same_bytes(whole, tmp_path, capsys):
 
 
 def tiny_weights():
-    return load_file(tiny.checkpoint("t2v-tiny") / "diffusion_pytorch_model.safetensors")
+    return load_file(random_models.checkpoint("t2v-tiny") / "diffusion_pytorch_model.safetensors")
 
 
 def test_two_runs_of_one_name_have_states_of_their_own():
@@ -323,7 +323,7 @@ def test_what_cannot_be_trusted_is_refused(capsys, tmp_path):
     assert "no such file" in refused(capsys, "--resume", "none.state")
     assert "no such file" in refused(capsys, "--resume", "")
     assert "--prompt: settled by the state" in refused(capsys, "--resume", state, "--prompt", "a")
-    other = tiny.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=1)
+    other = random_models.write_checkpoint(tmp_path / "other", "t2v-tiny", seed=1)
     assert "is not the file that the run started with" in refused(
         capsys, "--resume", state, "--ckpt_dir", other
     )
@@ -336,7 +336,7 @@ def test_another_version_is_refused(capsys, monkeypatch):
 
 
 def test_weights_of_what_is_done_are_not_asked_for(tmp_path, whole):
-    checkpoint = tiny.write_checkpoint(tmp_path / "weights", "t2v-tiny")
+    checkpoint = random_models.write_checkpoint(tmp_path / "weights", "t2v-tiny")
     state = stopped("t2v-tiny", 2, "--ckpt_dir", str(checkpoint))
     shutil.move(checkpoint, tmp_path / "moved")
     encoder = tmp_path / "moved" / "models_t5_umt5-xxl-enc-bf16.pth"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from leanwan.activations import ActivationOffload
+from leanwan.errors import InputError
+from leanwan.placement import check_memory_options, save_memory
 from virtual_gpu import DEVICE, VirtualGPU
-from wan.memory.activation_offload import ActivationOffload
-from wan.memory.retrofit import check_memory_options, save_memory
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.errors import InputError
 
 WIDTH = 16
 
@@ -238,9 +238,7 @@ def test_pieces_follow_the_forward_pass_in_use(monkeypatch, chunk):
     """The original forward pass runs all VACE blocks first, the one in chunks takes turns."""
     pipeline = make_pipeline(VaceWanModel, vace_layers=[0, 2], vace_in_dim=8)
     orders = []
-    monkeypatch.setattr(
-        "wan.memory.retrofit.Streamer", lambda pieces, *args, **options: orders.append(pieces)
-    )
+    monkeypatch.setattr("leanwan.placement.Streamer", lambda pieces, *args, **options: orders.append(pieces))
     save_memory(pipeline, dit_stream=0.0, dit_chunk=chunk)
     names = {module: name for name, module in pipeline.model.named_modules()}
     found = [names.get(piece) or names[next(piece.children())] for piece in orders[0]]

@@ -11,15 +11,15 @@ import torch
 from goldens import at_steps
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from wan import tiny
+from leanwan.errors import InputError
+from leanwan.options import MemoryOptions
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 from wan.configs.tiny import TINY_CONFIGS
-from wan.memory.options import MemoryOptions
 from wan.run import Request, run
 from wan.run.settings import read_settings
 from wan.sampling import SOLVERS, Solver, denoise
 from wan.tasks import TASKS
-from wan.utils.errors import InputError
 from wan.utils.events import Expected, Finished, MemorySample, StageDone, StageStarted, Step
 from wan.utils.video import VideoFile
 from wan.weights.hub import find_checkpoint
@@ -131,15 +131,15 @@ def test_a_checkpoint_is_a_folder_or_fetched_by_its_name(tmp_path, monkeypatch):
 
     def fetch(name, allow_patterns):
         asked.append((name, allow_patterns))
-        return str(tiny.checkpoint("i2v-tiny"))
+        return str(random_models.checkpoint("i2v-tiny"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     config = WAN_CONFIGS["i2v-tiny"]
     assert find_checkpoint(str(tmp_path), config) == tmp_path and not asked
-    assert find_checkpoint("Wan-AI/Wan2.1-I2V-14B-480P", config) == tiny.checkpoint("i2v-tiny")
+    assert find_checkpoint("Wan-AI/Wan2.1-I2V-14B-480P", config) == random_models.checkpoint("i2v-tiny")
     [(name, patterns)] = asked
     assert name == "Wan-AI/Wan2.1-I2V-14B-480P"
-    files = [path for path in tiny.checkpoint("i2v-tiny").rglob("*") if path.is_file()]
+    files = [path for path in random_models.checkpoint("i2v-tiny").rglob("*") if path.is_file()]
     assert all(any(path.match(pattern) for pattern in patterns) for path in files)
     request = Request(task="i2v-tiny", ckpt_dir=name, save_file=str(tmp_path / "a.mp4"), **FEW)
     assert run(request).is_file()

@@ -10,12 +10,12 @@ from ranks_in_threads import on_ranks
 from test_activation_offload import on
 from test_chunking import SIZES, make_inputs, make_model
 
+from leanwan.activations import apply_activation_offload
+from leanwan.dit.chunks import apply_chunking
+from leanwan.dit.tokens import spans
 from virtual_gpu import VirtualGPU
 from wan.distributed.sequence import apply_ranks, heads_of_ranks, parts_of
-from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.chunking import apply_chunking
 from wan.modules.model import WanModel
-from wan.modules.tokens import spans
 
 HEADS, WIDTH = SIZES["num_heads"], SIZES["dim"] // SIZES["num_heads"]
 

@@ -10,14 +10,14 @@ from goldens import DIT_CASES, dit_inputs
 
 import generate
 import wan
-from wan import tiny
+from leanwan.dit.chunks import apply_chunking
+from leanwan.errors import InputError
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory.chunking import apply_chunking
+from wan.kernels import apply_speed, check_able
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.run.settings import read_settings
-from wan.speed import apply_speed, check_able
-from wan.utils.errors import InputError
 
 # The real compiler takes minutes: WAN_COMPILE=1 asks for it.
 needs_compiler = pytest.mark.skipif(
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
 
 def dit(task, dtype=torch.float32):
     model_class = VaceWanModel if task == "vace" else WanModel
-    return model_class.from_pretrained(tiny.checkpoint(f"{task}-tiny"), dtype)
+    return model_class.from_pretrained(random_models.checkpoint(f"{task}-tiny"), dtype)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_chosen_attention_reaches_every_call(monkeypatch):
         seen.append(choice)
         return torch.zeros_like(q)
 
-    for module in ("wan.speed", "wan.modules.model"):
+    for module in ("wan.kernels", "wan.modules.model"):
         monkeypatch.setattr(f"{module}.flash_attention", attention)
     for chunk in (0, 64):
         for choice in ("auto", "sdpa"):
@@ -177,7 +177,7 @@ def test_the_command_line_compiles_when_asked_alone(counted, tmp_path, monkeypat
 
 def test_the_python_interface_refuses_likewise():
     build = lambda **options: wan.WanT2V(  # noqa: E731
-        WAN_CONFIGS["t2v-tiny"], tiny.checkpoint("t2v-tiny"), device="cpu", **options
+        WAN_CONFIGS["t2v-tiny"], random_models.checkpoint("t2v-tiny"), device="cpu", **options
     )
     with pytest.raises(InputError, match="compile and dit_stream: compiled blocks"):
         build(compile=True, dit_stream=0.0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import wan
+from leanwan.accelerator import initialise
+from leanwan.options import LOW_VRAM
 from virtual_gpu import DEVICE, VirtualGPU
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory.options import LOW_VRAM
-from wan.utils.accelerator import initialise
 from wan.utils.events import MemorySample, Step
 from wan.utils.stages import Stages
 
@@ -108,7 +108,10 @@ def test_a_pipeline_initialises_its_device(monkeypatch, memory):
         for name in ("init", "reset_peak_memory_stats", "max_memory_allocated"):
             monkeypatch.setattr(virtual, name, getattr(backend, name), raising=False)
         pipeline = wan.WanT2V(
-            WAN_CONFIGS["t2v-tiny"], tiny.checkpoint("t2v-tiny"), device=torch.device("vgpu:0"), **memory
+            WAN_CONFIGS["t2v-tiny"],
+            random_models.checkpoint("t2v-tiny"),
+            device=torch.device("vgpu:0"),
+            **memory,
         )
         with pipeline.stages("text"):
             pass

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from leanwan import read_ahead, streaming
+from leanwan.errors import InputError
+from leanwan.streaming import Streamer
 from virtual_gpu import RaceError, VirtualGPU
 from virtual_gpu import streams as virtual_streams
-from wan.memory import read_ahead, streaming
-from wan.memory.streaming import Streamer
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
-from wan.utils.errors import InputError
 
 DIM = 24
 WIDTHS = (40, 17, 64, 8, 33)  # of the layers, so that no two groups are of one size

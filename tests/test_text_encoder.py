@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from upstream_driver.encoders import encode
+from leanwan.errors import InputError
+from upstream_driver.toy_encoders import encode
 from virtual_gpu import VirtualGPU
 from wan.modules.t5 import T5EncoderModel
-from wan.tiny import t5_weights, train_tokenizer
-from wan.utils.errors import InputError
+from wan.random_models import t5_weights, train_tokenizer
 
 SIZES = {"vocab_size": 400, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4}
 TEXT_LEN = 48

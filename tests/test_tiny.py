@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import wan
-from wan import tiny
+from leanwan.errors import InputError
+from wan import random_models
 from wan.configs.tiny import TINY_CONFIGS
 from wan.modules.model import WanModel
-from wan.utils.errors import InputError
 
 COMMON = {
     "Wan2.1_VAE.pth",
@@ -49,7 +49,7 @@ def tensors(directory):
 
 @pytest.mark.parametrize("task", TINY_CONFIGS)
 def test_layout_and_types(task):
-    directory = tiny.checkpoint(task)
+    directory = random_models.checkpoint(task)
     assert files(directory) == COMMON | (IMAGE if task in ("i2v-tiny", "flf2v-tiny") else set())
     assert json.loads((directory / "config.json").read_text()) == TINY_CONFIGS[task].dit_config
     types = {"diffusion": torch.float32, "Wan2.1_VAE": torch.float32, "models_t5": torch.bfloat16}
@@ -61,7 +61,7 @@ def test_layout_and_types(task):
 
 def test_same_bytes_for_the_same_seed(tmp_path):
     first, again, other = (
-        tensors(tiny.write_checkpoint(tmp_path / name, "t2v-tiny", seed=seed))
+        tensors(random_models.write_checkpoint(tmp_path / name, "t2v-tiny", seed=seed))
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
     assert first.keys() == again.keys() == other.keys()
@@ -76,11 +76,11 @@ def test_same_bytes_for_the_same_seed(tmp_path):
 
 
 def test_shards(tmp_path):
-    directory = tiny.write_checkpoint(tmp_path / "sharded", "t2v-tiny", shards=3)
+    directory = random_models.write_checkpoint(tmp_path / "sharded", "t2v-tiny", shards=3)
     index = json.loads((directory / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shards = sorted(directory.glob("diffusion_pytorch_model-*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == [path.name for path in shards] and len(shards) == 3
-    one = WanModel.from_pretrained(tiny.checkpoint("t2v-tiny")).state_dict()
+    one = WanModel.from_pretrained(random_models.checkpoint("t2v-tiny")).state_dict()
     many = WanModel.from_pretrained(directory).state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
@@ -91,9 +91,13 @@ def test_text_encoder_is_the_largest_component():
     for config in TINY_CONFIGS.values():
         dit, vae, t5 = (
             sum(tensor.numel() for tensor in weights(config).values())
-            for weights in (tiny.dit_weights, tiny.vae_weights, tiny.t5_weights)
+            for weights in (random_models.dit_weights, random_models.vae_weights, random_models.t5_weights)
         )
-        clip = sum(t.numel() for t in tiny.clip_weights(config).values()) if "clip_config" in config else 0
+        clip = (
+            sum(t.numel() for t in random_models.clip_weights(config).values())
+            if "clip_config" in config
+            else 0
+        )
         assert t5 > max(dit, vae, clip)
 
 
@@ -106,7 +110,7 @@ def test_never_overwrites(tmp_path, occupied):
         target.mkdir()
         (target / "config.json").write_text("precious")
     with pytest.raises(InputError, match="exists and is not an empty directory") as error:
-        tiny.write_checkpoint(target, "t2v-tiny")
+        random_models.write_checkpoint(target, "t2v-tiny")
     assert "\n" not in str(error.value) and str(target) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (target if occupied == "file" else target / "config.json").read_text() == "precious"
@@ -114,7 +118,7 @@ def test_never_overwrites(tmp_path, occupied):
 
 def test_unknown_task(tmp_path):
     with pytest.raises(InputError, match="task t2v-14B"):
-        tiny.write_checkpoint(tmp_path / "new", "t2v-14B")
+        random_models.write_checkpoint(tmp_path / "new", "t2v-14B")
     assert not list(tmp_path.iterdir())
 
 
@@ -125,16 +129,16 @@ def test_nothing_half_written(tmp_path, monkeypatch, interruption):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(type(interruption)):
-        tiny.write_checkpoint(tmp_path / "new", "t2v-tiny")
+        random_models.write_checkpoint(tmp_path / "new", "t2v-tiny")
     assert not list(tmp_path.iterdir())
 
 
 def test_cache_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    directory = tiny.checkpoint("t2v-tiny")
-    assert directory.is_relative_to(tmp_path) and f"v{tiny.VERSION}" in directory.parts
+    directory = random_models.checkpoint("t2v-tiny")
+    assert directory.is_relative_to(tmp_path) and f"v{random_models.VERSION}" in directory.parts
     made = (directory / "config.json").stat().st_mtime_ns
-    assert tiny.checkpoint("t2v-tiny") == directory
+    assert random_models.checkpoint("t2v-tiny") == directory
     assert (directory / "config.json").stat().st_mtime_ns == made
 
 
@@ -157,12 +161,12 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="set XDG_CACHE_HOME") as error:
-        tiny.checkpoint("t2v-tiny")
+        random_models.checkpoint("t2v-tiny")
     assert "\n" not in str(error.value)
 
 
 def test_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(tiny.checkpoint("t2v-tiny") / "google/umt5-xxl")
+    tokenizer = AutoTokenizer.from_pretrained(random_models.checkpoint("t2v-tiny") / "google/umt5-xxl")
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert len(tokenizer) == TINY_CONFIGS["t2v-tiny"].t5_config["vocab_size"]
     for text in ("a red ball rolls to the right", "猫 jumps, 2 zebras", ""):
@@ -196,7 +200,7 @@ SAMPLES = {
 @pytest.fixture(scope="module")
 def pipeline():
     task = "t2v-tiny"
-    return wan.WanT2V(TINY_CONFIGS[task], tiny.checkpoint(task), device=torch.device("cpu"))
+    return wan.WanT2V(TINY_CONFIGS[task], random_models.checkpoint(task), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("component, part", [(c, part) for c, parts in SAMPLES.items() for part in parts])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from leanwan.errors import InputError
 from wan.modules.tokenizers import HuggingfaceTokenizer
-from wan.utils.errors import InputError
 
 PIECES = ["<pad>", "</s>", "<s>", "<unk>", "▁", "▁a", "▁red", "▁ball", ",", "A", "a", "b", "l", "_", "&", "é"]
 

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
+from leanwan.vae.passes import decode, encode
+from toys import dit_training, places, training_steps, vae_training
+from toys.dit_training import flow, start, train_dit
+from toys.vae_training import decoded, encoded, new_vae, standardise
 from wan.configs.toy import TOY_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
-from wan.modules.vae_forward import decode, encode
-from wan.toy import checkpoints, dit_training, places, steps, vae_training
-from wan.toy.dit_training import flow, start, train_dit
-from wan.toy.vae_training import decoded, encoded, new_vae, standardise
+from wan.trained_toys import checkpoints
 
 
 @pytest.mark.parametrize("name", ["t2v-toy", "i2v-toy", "vace-toy"])
@@ -109,7 +110,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("part", ["dit", "vae"])
 def test_interrupted_training_goes_on_to_the_same_weights(part, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "KEEP_EVERY", 2)
+    monkeypatch.setattr(training_steps, "KEEP_EVERY", 2)
 
     def batch(step):
         drawn = torch.Generator().manual_seed(step)
@@ -150,7 +151,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(part, tmp_path, monkey
     with pytest.raises(Stopped):
         trained(tmp_path / "kept.pt", 5, stop_at=3)
     monkeypatch.undo()
-    monkeypatch.setattr(steps, "KEEP_EVERY", 2)
+    monkeypatch.setattr(training_steps, "KEEP_EVERY", 2)
     resumed = trained(tmp_path / "kept.pt", 5)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert (tmp_path / "kept.pt").is_file()

@@ -7,14 +7,15 @@ import pytest
 import torch
 from test_tiny import COMMON, IMAGE, files, tensors
 
+from leanwan.errors import InputError
+from toys import examples
 from wan.configs.toy import TOY_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
 from wan.modules.vae import VAE
 from wan.tasks import EXAMPLES, TASKS
-from wan.toy import checkpoints, examples
-from wan.toy.checkpoints import checkpoint, save_weights, untrained
-from wan.utils.errors import InputError
+from wan.trained_toys import checkpoints
+from wan.trained_toys.checkpoints import checkpoint, save_weights, untrained
 from wan.utils.video import VideoFile, open_image
 
 PATCHES = "patch_embedding.weight"

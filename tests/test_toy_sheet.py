@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from toys import sheet
+from toys.clips import Clip
+from toys.seen import seen
+from toys.shown import KINDS
 from wan.tasks import TASKS
-from wan.toy import sheet
-from wan.toy.clips import Clip
-from wan.toy.seen import seen
-from wan.toy.shown import KINDS
 
 ROOT = Path(__file__).parent.parent
 BALL = Clip("ball", "red", "white", "right", 14, 24, 9, 50)

@@ -11,13 +11,13 @@ import os
 import numpy as np
 import pytest
 
+from leanwan.options import LOW_VRAM
+from toys.clips import MOTIONS, VERBS
+from toys.seen import seen
+from toys.shown import KINDS, Toy, asked
 from wan.configs.toy import TOY_CONFIGS
-from wan.memory.options import LOW_VRAM
 from wan.run import Request, run
 from wan.tasks import TASKS
-from wan.toy.clips import MOTIONS, VERBS
-from wan.toy.seen import seen
-from wan.toy.shown import KINDS, Toy, asked
 from wan.utils.events import Step
 from wan.utils.video import VideoFile, open_image
 

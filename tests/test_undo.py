@@ -6,13 +6,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from leanwan.dit.chunks import apply_chunking
+from leanwan.residency import Component, visit_by_halves, visit_when_called
+from leanwan.streaming import Streamer
+from leanwan.vae.tiles import apply_tiling
 from virtual_gpu import DEVICE, VirtualGPU
-from wan import WanT2V, tiny
+from wan import WanT2V, random_models
 from wan.configs import WAN_CONFIGS
-from wan.memory.chunking import apply_chunking
-from wan.memory.residency import Component, visit_by_halves, visit_when_called
-from wan.memory.streaming import Streamer
-from wan.memory.vae_tiling import apply_tiling
 from wan.modules.vae import WanVAE
 
 TASK = "t2v-tiny"
@@ -27,9 +27,11 @@ def gpu():
 
 @pytest.fixture
 def pipeline(gpu):
-    pipeline = WanT2V(WAN_CONFIGS[TASK], tiny.checkpoint(TASK), device=DEVICE, on_event=lambda event: None)
+    pipeline = WanT2V(
+        WAN_CONFIGS[TASK], random_models.checkpoint(TASK), device=DEVICE, on_event=lambda event: None
+    )
     # As it comes from its file, with no option on it; the pipeline's own has some from the start.
-    checkpoint = tiny.checkpoint(TASK) / pipeline.config.vae_checkpoint
+    checkpoint = random_models.checkpoint(TASK) / pipeline.config.vae_checkpoint
     pipeline.vae = WanVAE(vae_pth=checkpoint, device="cpu", dim=pipeline.config.vae_dim)
     return pipeline
 

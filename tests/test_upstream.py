@@ -8,7 +8,7 @@ from goldens import PROMPTS, picture, vace_source
 
 import wan
 from upstream_driver import driver
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
 from wan.tasks import TASKS
 
@@ -36,7 +36,7 @@ def task_call(task):
 
 @pytest.mark.parametrize("task", PIPELINES)
 def test_generate(task, tmp_path, measured):
-    checkpoint = tiny.checkpoint(f"{task}-tiny")
+    checkpoint = random_models.checkpoint(f"{task}-tiny")
     ours = PIPELINES[task](WAN_CONFIGS[f"{task}-tiny"], checkpoint, device=torch.device("cpu"))
     mine, other, inputs = task_call(task), task_call(task), None
     pictures = {"i2v": {"img": (200, 90)}, "flf2v": {"first_frame": (61, 83), "last_frame": (200, 90)}}
@@ -57,7 +57,7 @@ def test_generate(task, tmp_path, measured):
 
 def test_virtual_gpu_computes_what_the_cpu_does(measured):
     """The CPU's kernels round otherwise where a weight's memory, mapped from its file, is aligned otherwise."""
-    checkpoint = tiny.checkpoint("t2v-tiny")
+    checkpoint = random_models.checkpoint("t2v-tiny")
     on_cpu = driver.run(UPSTREAM, "t2v", checkpoint, call=task_call("t2v"))
     on_gpu = driver.run(UPSTREAM, "t2v", checkpoint, call=task_call("t2v"), device="vgpu")
     measured(difference(on_gpu.latents, on_cpu.latents), 1e-5)
@@ -71,7 +71,7 @@ def test_virtual_gpu_computes_what_the_cpu_does(measured):
 
 def test_out_of_memory_names_its_stage():
     call = task_call("t2v")
-    checkpoint = tiny.checkpoint("t2v-tiny")
+    checkpoint = random_models.checkpoint("t2v-tiny")
     peak = driver.run(UPSTREAM, "t2v", checkpoint, call=call, device="vgpu").report["peak_bytes"]
     for capacity, stage in ((peak - 1, "text"), (2**20, "load")):
         result = driver.run(UPSTREAM, "t2v", checkpoint, call=call, device="vgpu", capacity=capacity)

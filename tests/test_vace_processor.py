@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.utils.errors import InputError
+from leanwan.errors import InputError
 from wan.utils.vace_processor import VaceVideoProcessor, fit_reference, load_sources
 from wan.utils.video import VideoFile, save_image, save_video
 

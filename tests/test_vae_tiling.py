@@ -16,23 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.vae import as_diffusers, randomized, theirs
-from virtual_gpu import VirtualGPU
-from virtual_gpu.backend import DeviceModule
-from wan.memory import tile_geometry, vae_tiling
-from wan.memory.methods import layer_methods
-from wan.memory.predict.vae import (
+from benchmarks.vae_tiles import as_diffusers, randomized, theirs
+from leanwan.accelerator import exact_arithmetic
+from leanwan.errors import InputError
+from leanwan.methods import layer_methods
+from leanwan.vae import geometry, passes
+from leanwan.vae import operations as vae_operations
+from leanwan.vae import tiles as vae_tiling
+from leanwan.vae.requests import (
     decode_bytes,
     decode_peak_bytes,
     encode_bytes,
     encode_peak_bytes,
     surely_reserved,
 )
-from wan.memory.vae_tiling import apply_tiling, check_tile
-from wan.modules import vae_forward, vae_operations
+from leanwan.vae.tiles import apply_tiling, check_tile
+from virtual_gpu import VirtualGPU
+from virtual_gpu.backend import DeviceModule
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
-from wan.utils.accelerator import exact_arithmetic
-from wan.utils.errors import InputError
 from wan.utils.video import EightBitFrames, to_uint8
 
 SCALE = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
@@ -81,8 +82,8 @@ cells, pixels = st.integers(8, 18), st.integers(64, 150)
 @given(frames=st.integers(1, 3), height=cells, width=cells, tile=tiles)
 def test_decoding_in_tiles(frames, height, width, tile):
     z = noise(16, frames, height, width)
-    whole = vae_forward.decode(MODEL, z, SCALE)
-    assert whole.shape == (3, vae_forward.decoded_frames(frames), 8 * height, 8 * width)
+    whole = passes.decode(MODEL, z, SCALE)
+    assert whole.shape == (3, passes.decoded_frames(frames), 8 * height, 8 * width)
     assert (whole.abs() < 1).float().mean() > 0.5
     assert_same_video(vae_tiling.decode(MODEL, z, SCALE, tile), whole)
 
@@ -92,8 +93,8 @@ def test_decoding_in_tiles(frames, height, width, tile):
 def test_encoding_in_tiles(frames, height, width, tile):
     """Any number of frames and pixels: what the strides do not divide is left out at the end of each axis."""
     video = noise(3, frames, height, width)
-    whole = vae_forward.encode(MODEL, video, SCALE)
-    assert whole.shape == (16, vae_forward.encoded_frames(frames), height // 8, width // 8)
+    whole = passes.encode(MODEL, video, SCALE)
+    assert whole.shape == (16, passes.encoded_frames(frames), height // 8, width // 8)
     tiled = vae_tiling.encode(MODEL, video, SCALE, tile)
     assert tiled.shape == whole.shape
     assert (tiled - whole).abs().max() <= 1e-5
@@ -101,9 +102,9 @@ def test_encoding_in_tiles(frames, height, width, tile):
 
 def test_a_tile_as_large_as_the_frame_is_no_tile():
     z = noise(16, 2, 12, 8)
-    whole = vae_forward.decode(MODEL, z, SCALE)
+    whole = passes.decode(MODEL, z, SCALE)
     video = noise(3, 5, 96, 64)
-    latents = vae_forward.encode(MODEL, video, SCALE)
+    latents = passes.encode(MODEL, video, SCALE)
     for tile in (0, 96, 272, "auto"):
         assert torch.equal(vae_tiling.decode(MODEL, z, SCALE, tile), whole)
         assert torch.equal(vae_tiling.encode(MODEL, video, SCALE, tile), latents)
@@ -138,9 +139,9 @@ def test_samples_one_at_a_time():
     assert [v.shape for v in videos] == [(3, 5, 64, 96)] * 2
     assert torch.equal(others[0], videos[1]) and others[1].shape == (3, 1, 96, 64)
     for video, z in zip(videos, batch):
-        assert_same_video(video, vae_forward.decode(MODEL, z, SCALE))
+        assert_same_video(video, passes.decode(MODEL, z, SCALE))
     for latents, video in zip(tiled.encode(videos), videos):
-        assert (latents - vae_forward.encode(MODEL, video, SCALE)).abs().max() <= 1e-5
+        assert (latents - passes.encode(MODEL, video, SCALE)).abs().max() <= 1e-5
 
 
 def test_autocast_around_it_changes_nothing():
@@ -173,9 +174,9 @@ def test_with_tf32_tiles_differ_by_its_noise(direction, monkeypatch):
     Sums in fp64 stand for another kernel's order. So the bound of 1e-5 holds with TF32 off, and 5e-3 with it.
     """
     sample = noise(16, 2, 12, 12) if direction == "decode" else noise(3, 5, 96, 96)
-    exact = getattr(vae_forward, direction)(MODEL, sample, SCALE)
+    exact = getattr(passes, direction)(MODEL, sample, SCALE)
     tf32(monkeypatch, torch.float32)
-    whole = getattr(vae_forward, direction)(MODEL, sample, SCALE)
+    whole = getattr(passes, direction)(MODEL, sample, SCALE)
     tf32(monkeypatch, torch.float64)
     tiled = getattr(vae_tiling, direction)(MODEL, sample, SCALE, 64)
     difference = (tiled - whole).abs().max()
@@ -190,8 +191,8 @@ def test_on_cuda():
     model = randomized(VAE(32)).cuda()
     z, video = noise(16, 3, 30, 40), noise(3, 9, 240, 320)
     with exact_arithmetic():
-        assert_same_video(vae_tiling.decode(model, z, SCALE, 64), vae_forward.decode(model, z, SCALE))
-        whole = vae_forward.encode(model, video, SCALE)
+        assert_same_video(vae_tiling.decode(model, z, SCALE, 64), passes.decode(model, z, SCALE))
+        whole = passes.encode(model, video, SCALE)
         assert (vae_tiling.encode(model, video, SCALE, 64) - whole).abs().max() <= 1e-5
 
 
@@ -211,14 +212,14 @@ def test_margins_are_what_the_layers_reach(direction):
     operations, channels, scale = large_part(direction)
     length = int(256 * scale) if direction == "encode" else 32
     low, high = (96, 160) if direction == "decode" else (12, 20)
-    (first, last), *_ = tile_geometry.needed_intervals(operations, low, high, length)
+    (first, last), *_ = geometry.needed_intervals(operations, low, high, length)
     assert 0 < first < low * scale and high * scale < last < length
 
     def spoiled(pixels):
         frame = torch.zeros(1, channels, 16, length)
         frame[..., pixels] = torch.nan
         out = []
-        vae_forward.run(operations, frame, vae_operations.TemporalCache(), out.append)
+        passes.run(operations, frame, vae_operations.TemporalCache(), out.append)
         return out[0][..., low:high].isnan().any()
 
     everything = torch.arange(length)
@@ -247,7 +248,7 @@ def test_a_margin_one_pixel_narrower_shows(direction, narrowed, side, monkeypatc
     function = getattr(vae_tiling, direction)
     sample = noise(16, 1, 16, 16) if direction == "decode" else noise(3, 1, 128, 128)
     whole = function(MODEL, sample, SCALE)
-    right = tile_geometry.input_interval
+    right = geometry.input_interval
 
     def wrong(operation, low, high):
         interval = list(right(operation, low, high))
@@ -255,7 +256,7 @@ def test_a_margin_one_pixel_narrower_shows(direction, narrowed, side, monkeypatc
             interval[side] += (1, -1)[side]
         return tuple(interval)
 
-    monkeypatch.setattr(tile_geometry, "input_interval", wrong)
+    monkeypatch.setattr(geometry, "input_interval", wrong)
     assert (function(MODEL, sample, SCALE, 64) - whole).abs().max() > 1e-3
 
 
@@ -278,7 +279,7 @@ def counted(direction, frames, height, width, tile, dim=DIM, model=None, capacit
         if direction == "decode":
             run(
                 model,
-                torch.zeros(16, vae_forward.encoded_frames(frames), height // 8, width // 8),
+                torch.zeros(16, passes.encoded_frames(frames), height // 8, width // 8),
                 SCALE,
                 tile,
             )
@@ -307,7 +308,7 @@ def test_prediction(direction, frames, height, width, tile):
     assert count <= predicted(direction, frames, height, width, tile) <= 1.15 * count
 
 
-whole_grid = tile_geometry.grid
+whole_grid = geometry.grid
 
 
 @pytest.fixture
@@ -319,7 +320,7 @@ def largest_tile_only(monkeypatch):
         columns = len({column for _, column in tiles})
         return [tiles[len(tiles) // columns // 2 * columns + columns // 2]]
 
-    monkeypatch.setattr(tile_geometry, "grid", middle)
+    monkeypatch.setattr(geometry, "grid", middle)
 
 
 SIZES = ((480, 832), (720, 1280))
@@ -384,7 +385,7 @@ def test_other_programs_do_not_change_the_tiles(monkeypatch):
 
 def test_out_of_memory_halves_the_tile(caplog):
     z = noise(16, 3, 16, 16)
-    expected = vae_forward.decode(MODEL, z, SCALE)
+    expected = passes.decode(MODEL, z, SCALE)
     needed = {tile: predicted("decode", 9, 128, 128, tile) for tile in (0, 64)}
     assert needed[64] < 0.8 * needed[0]
     with VirtualGPU(capacity=(needed[0] + needed[64]) // 2) as gpu:

@@ -21,13 +21,23 @@ from safetensors.torch import load_file
 
 from benchmarks import memory
 from benchmarks.verdict import __main__ as verdict
-from benchmarks.verdict import machine, placement, regrouping, runner, sizes, steps, toys, upstream
+from benchmarks.verdict import (
+    bounded_runs,
+    full_width,
+    machine,
+    regrouping,
+    sizes,
+    step_times,
+    toys,
+    upstream,
+)
 from benchmarks.verdict.checks import CHECKS, GIB, Bench, Check, SkippedError
 from benchmarks.verdict.report import Report, Result
+from leanwan import activations, streaming
+from leanwan.accelerator import initialise
+from leanwan.dit import forward
+from leanwan.vae import geometry
 from virtual_gpu import DEVICE, VirtualGPU
-from wan.memory import activation_offload, streaming, tile_geometry
-from wan.modules import forward
-from wan.utils.accelerator import initialise
 
 ROOT = Path(verdict.__file__).parents[2]
 
@@ -44,13 +54,13 @@ def here(monkeypatch):
     """Placement in few runs, its reference from this process."""
 
     def reference(bench, task, path):
-        placement.write_reference(bench, task, path)
+        full_width.write_reference(bench, task, path)
         return load_file(path)["flow"]
 
-    monkeypatch.setattr(placement, "_reference", reference)
-    monkeypatch.setattr(placement, "BUFFERS", (2, 3))
-    monkeypatch.setattr(placement, "SHARES", (0, 0.5))
-    monkeypatch.setattr(placement, "LONGEST", 0.002)
+    monkeypatch.setattr(full_width, "_reference", reference)
+    monkeypatch.setattr(full_width, "BUFFERS", (2, 3))
+    monkeypatch.setattr(full_width, "SHARES", (0, 0.5))
+    monkeypatch.setattr(full_width, "LONGEST", 0.002)
 
 
 @pytest.fixture
@@ -89,31 +99,31 @@ def test_machine(bench):
 
 
 def test_placement(bench, here):
-    placement.streamed(bench, "t2v-1.3B")
+    full_width.streamed(bench, "t2v-1.3B")
     assert bench.numbers == {"runs": 12, "different": 0} and not bench.faults
 
 
 def test_placement_notices_a_copy_left_out(bench, here, forgetful):
-    placement.streamed(bench, "t2v-1.3B")
+    full_width.streamed(bench, "t2v-1.3B")
     (fault,) = bench.faults
     assert fault.startswith("not the bits of resident weights with: 2 buffers, 0% resident, no delay")
 
 
 def test_activations(bench, here):
-    placement.offloaded(bench, "t2v-1.3B")
+    full_width.offloaded(bench, "t2v-1.3B")
     assert bench.numbers == {"runs": 12, "different": 0} and not bench.faults
 
 
 def test_activations_notice_a_visit_that_is_another(bench, here, monkeypatch):
-    fetch, count = activation_offload._Slot.fetch, itertools.count()
+    fetch, count = activations._Slot.fetch, itertools.count()
 
     def forgets(slot, place, copies):
-        if isinstance(place, placement._LatePlace) and next(count) == 20:
+        if isinstance(place, full_width._LatePlace) and next(count) == 20:
             copies = []
         fetch(slot, place, copies)
 
-    monkeypatch.setattr(activation_offload._Slot, "fetch", forgets)
-    placement.offloaded(bench, "t2v-1.3B")
+    monkeypatch.setattr(activations._Slot, "fetch", forgets)
+    full_width.offloaded(bench, "t2v-1.3B")
     (fault,) = bench.faults
     assert fault == "not the bits of copies in order with: 1 heads, apart, late copies"
 
@@ -125,13 +135,13 @@ def test_tiles(bench):
 
 
 def test_tiles_notice_a_narrow_margin(bench, monkeypatch):
-    interval = tile_geometry.input_interval
+    interval = geometry.input_interval
 
     def narrow(operation, low, high):
         first, last = interval(operation, low, high)
         return (first, last - 1) if operation.scale == 1 and operation.halo[1] > 0 else (first, last)
 
-    monkeypatch.setattr(tile_geometry, "input_interval", narrow)
+    monkeypatch.setattr(geometry, "input_interval", narrow)
     regrouping.tiles(bench)
     assert {fault.partition(": ")[0] for fault in bench.faults} == {
         "decode, exact",
@@ -236,7 +246,7 @@ def test_toys_notice_a_copy_left_out(bench, forgetful):
 
 
 def test_steps(bench):
-    steps.compare(bench, "t2v-1.3B")
+    step_times.compare(bench, "t2v-1.3B")
     assert not bench.faults
     in_ram = ["streamed, chunks of 64, activations in RAM", "the same, guidance together"]
     assert list(bench.numbers)[1:] == ["resident", "streamed", "streamed, chunks of 64", *in_ram]
@@ -311,7 +321,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def run(name, limit=120, **arguments):
-        return runner.run(Check(name, f"fakes:{name}", 1, arguments), limit, tmp_path, rehearse=True)
+        return bounded_runs.run(Check(name, f"fakes:{name}", 1, arguments), limit, tmp_path, rehearse=True)
 
     return run
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from leanwan.errors import InputError
 from wan.utils import files
 from wan.utils import video as video_module
-from wan.utils.errors import InputError
 from wan.utils.files import replacing
 from wan.utils.video import (
     IMAGE_SUFFIXES,

@@ -44,7 +44,7 @@ def test_an_old_pytorch_is_named_and_not_touched():
     [
         ["benchmarks.verdict", "--rehearse", "--out"],
         ["benchmarks.memory", "--task", "t2v-tiny"],
-        ["benchmarks.vae", "--count", "832*480"],
+        ["benchmarks.vae_tiles", "--count", "832*480"],
         ["benchmarks.other_trees", "."],
     ],
     ids=lambda arguments: arguments[0],

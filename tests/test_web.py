@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from leanwan.errors import InputError
 from wan.tasks import TASKS
-from wan.utils.errors import InputError
 from wan.web import queue as web_queue
 from wan.web.chart import chart
 from wan.web.guard import Guard
 from wan.web.jobs import Rules, read_job, request_from, settings_of
-from wan.web.memory import KEPT, Series
+from wan.web.memory_samples import KEPT, Series
 from wan.web.queue import Queue, WrongStatus
 
 ROOT = Path(__file__).parents[1]
@@ -505,8 +505,8 @@ def test_a_run_on_a_device_tells_its_plan_and_what_it_takes(tmp_path, monkeypatc
     from wan.run import Request, Runner
     from wan.run.request import PLANNED
     from wan.utils.events import Planned, StageStarted
-    from wan.web import memory
-    from wan.web.progress import Progress
+    from wan.web import memory_samples
+    from wan.web.run_progress import Progress
 
     monkeypatch.chdir(tmp_path)
     device, progress, planned = DEVICE, Progress(), []
@@ -516,7 +516,7 @@ def test_a_run_on_a_device_tells_its_plan_and_what_it_takes(tmp_path, monkeypatc
             planned.append(event)
             progress.take({"event": "Planned"} | vars(event))
         elif isinstance(event, StageStarted):
-            progress.series.add(event.name, memory.sample(device))
+            progress.series.add(event.name, memory_samples.sample(device))
 
     settings = {
         "device": "vgpu",
@@ -527,7 +527,7 @@ def test_a_run_on_a_device_tells_its_plan_and_what_it_takes(tmp_path, monkeypatc
     }
     with VirtualGPU(2**30):
         Runner(listen).run(Request(task="t2v-tiny", **settings))
-        facts = memory.device_facts("vgpu")
+        facts = memory_samples.device_facts("vgpu")
     assert facts["total_bytes"] == 2**30 and facts["free_bytes"] <= 2**30
     (plan,) = planned
     stages = [stage for _, stage, _ in progress.series.points]

@@ -22,7 +22,7 @@ PIPELINES = {"t2v": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "Wan
 
 
 @dataclass
-class Result:
+class Outcome:
     """What a run of upstream gave.
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
@@ -53,7 +53,7 @@ def run(
     find_least: bool = False,
     meta: bool = False,
     timeout: float | None = 600,
-) -> Result:
+) -> Outcome:
     """Runs one pipeline of the upstream tree in a process of its own.
 
     Args:
@@ -129,7 +129,7 @@ def run(
             raise RuntimeError(f"upstream's run failed:\n{done.stderr[-4000:]}")
         tensors = load_file(out)
         report = json.loads((Path(folder) / "out.json").read_text())
-    return Result(tensors.get("video"), tensors.get("latents"), report)
+    return Outcome(tensors.get("video"), tensors.get("latents"), report)
 
 
 def kind_of(task: str) -> str:

@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from .utils.lazy import lazily
+from leanwan.lazy import lazily
 
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from . import configs as configs
-    from . import distributed as distributed
-    from . import modules as modules
+    from . import configs, distributed, modules
     from .first_last_frame2video import WanFLF2V
     from .image2video import WanI2V
     from .text2video import WanT2V

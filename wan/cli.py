@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from leanwan.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
+from leanwan.errors import LINE_LENGTH, InputError, shown
+from leanwan.flags import add_flags, is_option
+from leanwan.options import MemoryOptions, add_low_vram, set_low_vram
+
 from .distributed import started_as_one_of_several
-from .memory.options import MemoryOptions, add_low_vram, set_low_vram
 from .run.interrupts import Interrupted, Interrupts
 from .run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PLANNING, Request, tell_examples
-from .utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
-from .utils.errors import LINE_LENGTH, InputError, shown
-from .utils.flags import add_flags, is_option
 from .utils.program import log_to, program_name
 from .utils.progress import ProgressBars
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Interrupts() as interrupts:
             if not started_as_one_of_several():
                 return _work(argv, interrupts)
-            from .run.ranks import over_ranks
+            from .run.over_ranks import over_ranks
 
             return over_ranks(argv, lambda ranks: _work(argv, interrupts, ranks), _follow)
     except InputError as error:
@@ -133,7 +134,7 @@ class _Query(NamedTuple):
 
     def answer(self) -> int:
         """Prints it; returns the exit code."""
-        from .run.planning import plan_text, report
+        from .run.plan_request import plan_text, report
 
         chosen, told = report(self.request)
         print(json.dumps(told) if self.as_json else plan_text(chosen, told))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from leanwan.errors import InputError
+
 from .pipeline import Conditioning, WanPipeline, check_frame_num
-from .utils.errors import InputError
 from .utils.video import fitted_size, open_image
 
 

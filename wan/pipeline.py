@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .memory.activation_offload import apply_activation_offload
-from .memory.chunking import apply_chunking
-from .memory.methods import layer_methods
-from .memory.options import MemoryOptions
-from .memory.residency import Component, visit_by_halves
-from .memory.streaming import Streamer
-from .memory.vae_tiling import apply_tiling
+from leanwan.accelerator import initialise
+from leanwan.activations import apply_activation_offload
+from leanwan.dit.chunks import apply_chunking
+from leanwan.errors import InputError
+from leanwan.methods import layer_methods
+from leanwan.options import MemoryOptions
+from leanwan.residency import Component, visit_by_halves
+from leanwan.streaming import Streamer
+from leanwan.vae.passes import Stored
+from leanwan.vae.tiles import apply_tiling
+
+from .denoising import NEGATIVE_PROMPT, PROMPT, Conditioning, Flows, passes
+from .kernels import apply_speed, check_able, check_speed
 from .modules.clip import CLIPModel
 from .modules.model import WanModel, weights_path
 from .modules.t5 import T5EncoderModel
 from .modules.vae import WanVAE
-from .modules.vae_forward import Stored
-from .passes import NEGATIVE_PROMPT, PROMPT, Conditioning, Flows, passes
 from .sampling import OnStep, Solver, denoise, guided_together
-from .speed import apply_speed, check_able, check_speed
-from .utils.accelerator import initialise
-from .utils.errors import InputError
 from .utils.events import Listener
 from .utils.progress import ProgressBars
 from .utils.stages import Stages
@@ -102,7 +103,7 @@ class WanPipeline:
             prompt_cache: where encoded prompts are kept and looked for.
             ranks: the processes that share the work, each with such a pipeline. The first one's is called, the others
                 `follow` it.
-            memory: the other fields of wan.memory.options.MemoryOptions.
+            memory: the other fields of leanwan.options.MemoryOptions.
 
         Raises:
             InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
@@ -372,7 +373,7 @@ class WanPipeline:
     def _passes(
         self, prompts: Sequence[int], conditioning: Conditioning, timesteps: torch.Tensor, stay: bool
     ) -> AbstractContextManager[Flows]:
-        """See wan.passes."""
+        """See wan.denoising."""
         return passes(self._dit, self.options, conditioning, timesteps, prompts, stay, self._sizes.check)
 
     def denoise(

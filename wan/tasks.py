@@ -143,7 +143,7 @@ def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
 
 
 def _random_toy(facts: dict[str, Any]) -> dict[str, Any]:
-    return {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "tiny:checkpoint"}
+    return {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "random_models:checkpoint"}
 
 
 # With which trained toys show most of what is asked for.
@@ -155,7 +155,7 @@ def _trained_toy(facts: dict[str, Any], prompt: str, **inputs: str | None) -> di
         {"frame_num": 17}
         | facts
         | _TOY_SAMPLING
-        | {"prompt": prompt, "inputs": inputs, "toy": "toy.checkpoints:checkpoint"}
+        | {"prompt": prompt, "inputs": inputs, "toy": "trained_toys.checkpoints:checkpoint"}
     )
 
 

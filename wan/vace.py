@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from leanwan.errors import InputError
+
 from .modules.vace_model import VaceWanModel
 from .modules.vae import WanVAE
 from .pipeline import Conditioning
 from .text2video import WanT2V
-from .utils.errors import InputError
 from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources, processor_of
 
 if TYPE_CHECKING:

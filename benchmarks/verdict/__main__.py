@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from leanwan.errors import InputError
 from virtual_gpu import LACK
-from wan.utils.errors import InputError
 
+from .bounded_runs import run
 from .checks import CHECKS, Check
 from .report import INCOMPLETE, Report, Result
-from .runner import run
 
 LEAST = 5  # seconds; with less left, a check is not started
 

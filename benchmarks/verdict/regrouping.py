@@ -14,16 +14,16 @@ from functools import partial
 
 import torch
 
-from benchmarks.vae import MEAN, STD, place, randomized, samples
-from wan.memory import vae_tiling
-from wan.memory.activation_offload import apply_activation_offload
-from wan.memory.chunking import apply_chunking
+from benchmarks.vae_tiles import MEAN, STD, place, randomized, samples
+from leanwan.accelerator import exact_arithmetic
+from leanwan.activations import apply_activation_offload
+from leanwan.dit.chunks import apply_chunking
+from leanwan.vae import tiles as vae_tiling
 from wan.modules.model import WanModel
 from wan.modules.vae import VAE
-from wan.utils.accelerator import exact_arithmetic
 from wan.utils.video import to_uint8
 
-from . import placement
+from . import full_width
 from .checks import Bench
 
 EXACT_TILES = 1e-5  # of a range of 2
@@ -89,7 +89,7 @@ def chunks(bench: Bench) -> None:
     bench.needs(4, 4)
     task = "t2v-tiny" if bench.rehearse else "t2v-1.3B"
     shape, sizes = (REHEARSED_LATENT, REHEARSED_CHUNKS) if bench.rehearse else (LATENT, CHUNKS)
-    narrow = placement.build(task, torch.bfloat16)
+    narrow = full_width.build(task, torch.bfloat16)
     wide = copy.deepcopy(narrow).float().to(bench.device)  # the same values
     wide.compute_dtype = torch.float32
     narrow.to(bench.device)
@@ -100,7 +100,7 @@ def chunks(bench: Bench) -> None:
             if heads:
                 stack.callback(apply_activation_offload(model, bench.device, chunk, heads))
             stack.enter_context(torch.no_grad())
-            return model(**placement.inputs_on(bench.device, shape, dtype))[0].cpu()
+            return model(**full_width.inputs_on(bench.device, shape, dtype))[0].cpu()
 
     in_fp32, in_bf16 = partial(run, wide, torch.float32), partial(run, narrow, torch.bfloat16)
     with exact_arithmetic():
@@ -123,7 +123,7 @@ def _chunked(
     limit: float,
 ) -> None:
     found = {}
-    for chunk, heads in itertools.product(sizes, (None, *placement.HEADS)):
+    for chunk, heads in itertools.product(sizes, (None, *full_width.HEADS)):
         name = f"chunks of {chunk}" + (f", {heads} heads a visit" if heads else "")
         difference = found[name] = _difference(run(chunk, heads), whole)
         bench.expect(difference <= limit, f"{what}: {name} differ by {difference:.1e}, more than {limit:.1e}")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks import memory, random_weights
+from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan.configs import SIZE_CONFIGS
-from wan.memory.options import LOW_VRAM, MemoryOptions
 
 from .checks import GIB, Bench
 
@@ -89,7 +89,7 @@ def _run(bench: Bench, task: str, size: str, layers: int | None, options: Memory
     return memory.Run(task, (width, height), memory=options, layers=layers)
 
 
-def _count(bench: Bench, run: memory.Run) -> memory.Report:
+def _count(bench: Bench, run: memory.Run) -> memory.MemoryReport:
     """What the virtual GPU counts; in a process of its own where a card is measured, see backend.register()."""
     if bench.device.type != "cuda":
         return memory.count(run)

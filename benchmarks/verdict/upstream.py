@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import wan
+from leanwan.accelerator import exact_arithmetic
 from upstream_driver import driver
-from wan import tiny
+from wan import random_models
 from wan.configs import WAN_CONFIGS
-from wan.utils.accelerator import exact_arithmetic
 
 from .checks import GIB, Bench, SkippedError
 
@@ -29,7 +29,7 @@ def compare(bench: Bench) -> None:
         raise SkippedError("no --tree was given")
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for upstream's process; ours has read it already
     for kind, name in PIPELINES.items():
-        checkpoint = tiny.checkpoint(f"{kind}-tiny")
+        checkpoint = random_models.checkpoint(f"{kind}-tiny")
         call, inputs = dict(CALL), None
         call |= {"max_area": SIZE[0] * SIZE[1]} if kind == "i2v" else {"size": SIZE}
         theirs = dict(call)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..utils.accelerator import choose_device, is_out_of_memory
-from ..utils.errors import InputError
+from leanwan.accelerator import choose_device, is_out_of_memory
+from leanwan.errors import InputError
 
 MEETING = timedelta(minutes=10)  # until all ranks are there, and all give their part of a layer group
 PATIENCE = timedelta(minutes=60)  # for what one rank does alone; a rank that ends is noticed at once

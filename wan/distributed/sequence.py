@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..memory.methods import Undo, layer_methods
-from ..modules.tokens import ON_DEVICE, Attention, Piece, Place, Tokens, spans
+from leanwan.dit.tokens import ON_DEVICE, Attention, Piece, Place, Tokens, spans
+from leanwan.methods import Undo, layer_methods
 
 BLOCK = 64  # tokens, of which parts are made
 

@@ -2,7 +2,7 @@
 
 FSDP2 (Zhao et al., PyTorch FSDP, 2023) cuts and gathers; when, is decided here, in the order of the groups' visits: the
 next group is gathered while one computes, which is freed before that takes its place. So a rank holds its part and
-two whole groups, however often a group's modules are called during its visit; wan/memory/predict/shards.py counts it.
+two whole groups, however often a group's modules are called during its visit; wan/planning/predict/shards.py counts it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..memory.vae_tiling import Index
+from leanwan.vae.tiles import Index
+
 from ..sampling import Flows
 from .ranks import Ranks
 from .sequence import apply_ranks
@@ -65,7 +66,7 @@ class SharedPasses:
 
 
 class SharedTiles:
-    """Tiles of the VAE over the ranks, in turn; see wan.memory.vae_tiling.Share. Each rank gets all of them."""
+    """Tiles of the VAE over the ranks, in turn; see leanwan.vae.tiles.Share. Each rank gets all of them."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks

@@ -1,6 +1,6 @@
 """The networks; the names that programs written for Wan2.1 import from here are imported when used."""
 
-from ..utils.lazy import lazily
+from leanwan.lazy import lazily
 
 _HOMES = {
     "flash_attention": "attention",

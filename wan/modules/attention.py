@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
 
 log = logging.getLogger(__name__)
 

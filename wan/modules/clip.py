@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..configs.encoders import VIT_H_14
-from ..weights.loading import load_weights
+from ..weights.filling import load_weights
 
 __all__ = ["CLIPModel"]
 

@@ -18,17 +18,18 @@ from easydict import EasyDict
 from safetensors.torch import save_file
 from torch import nn
 
-from ..utils.errors import InputError
+from leanwan.dit.conditioning import Conditions
+from leanwan.dit.conditioning import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
+from leanwan.dit.forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
+from leanwan.dit.tokens import ON_DEVICE, Attention, Place
+from leanwan.errors import InputError
+
 from ..utils.outside import parse_json
 from ..weights.converted import OffloadFolder
-from ..weights.loading import load_weights
+from ..weights.filling import load_weights
 from ..weights.lora import Loras
 from .attention import flash_attention
-from .conditions import Conditions
-from .conditions import sinusoidal_embedding as sinusoidal_embedding_1d  # noqa: F401  a name that programs import
-from .forward import RunBlock, dit_forward, embedding_layers, layer_groups, storage_dtype
 from .parts import block_forward, head_forward, unpatchify
-from .tokens import ON_DEVICE, Attention, Place
 
 CLIP_WIDTH = 1280
 CLIP_TOKENS = 257

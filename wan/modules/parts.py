@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from leanwan.dit.conditioning import Context
+from leanwan.dit.forward import Layers, Rope, head_patches, patches_to_video
+from leanwan.dit.tokens import ON_DEVICE, Tokens
+
 from .attention import flash_attention
-from .conditions import Context
-from .forward import Layers, Rope, head_patches, patches_to_video
-from .tokens import ON_DEVICE, Tokens
 
 TEXT_TOKENS = 512  # at the end of a context that starts with the tokens of an image
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..configs.encoders import UMT5_XXL
-from ..weights.loading import load_weights
+from ..weights.filling import load_weights
 from .tokenizers import HuggingfaceTokenizer
 
 __all__ = ["T5EncoderModel"]

@@ -10,7 +10,7 @@ import ftfy
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
 
 __all__ = ["HuggingfaceTokenizer"]
 

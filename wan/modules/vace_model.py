@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..utils.errors import InputError
+from leanwan.dit.conditioning import Conditions
+from leanwan.dit.forward import RunBlock, dit_forward
+from leanwan.dit.tokens import ON_DEVICE, Attention, Place
+from leanwan.errors import InputError
+
 from .attention import flash_attention
-from .conditions import Conditions
-from .forward import RunBlock, dit_forward
 from .model import WanModel, keeps_config
-from .tokens import ON_DEVICE, Attention, Place
 
 
 class VaceWanModel(WanModel):

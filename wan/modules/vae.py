@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..weights.loading import load_weights
-from .vae_forward import Stored, decode, encode
+from leanwan.vae.passes import Stored, decode, encode
+
+from ..weights.filling import load_weights
 
 # Statistics of the latent channels, published with the model.
 LATENT_MEAN = (

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..memory.options import MemoryOptions
-from ..utils.errors import InputError, listed
-from ..utils.flags import is_option
+from leanwan.errors import InputError, listed
+from leanwan.flags import is_option
+from leanwan.options import MemoryOptions
+
 from ..utils.outside import parse_json
 from .request import Request, tell_examples
 from .settings import read_settings, settings

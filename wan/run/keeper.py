@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from leanwan.errors import InputError
+
 from ..sampling import Solver
-from ..utils.errors import InputError
 from ..utils.files import other_folders
 from ..utils.program import command
 from .interrupts import Interrupts

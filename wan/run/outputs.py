@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from ..utils.files import check_target, other_folders, sweep
 from ..utils.video import check_writable
 from .keeper import state_path

@@ -15,13 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..memory.options import MemoryOptions
+from leanwan.errors import InputError
+from leanwan.flags import check_options, option
+from leanwan.options import MemoryOptions
+
+from ..kernels import check_speed
 from ..modules.attention import CHOICES as ATTENTION_CHOICES
-from ..speed import check_speed
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS, Task
-from ..utils.errors import InputError
 from ..utils.files import user_cache
-from ..utils.flags import check_options, option
 from ..weights.hub import check_checkpoint
 from ..weights.lora import parse_lora
 
@@ -65,7 +66,7 @@ class Request:
     """A run. What is None takes the task's default, and what the task has no default for is None.
 
     Attributes are those of the command line, under the same names, and `memory`; `planned` names the memory options
-    that are chosen when it runs on an accelerator, see wan.run.planning.
+    that are chosen when it runs on an accelerator, see wan.run.plan_request.
 
     Raises InputError, naming the field, for what cannot work.
     """

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ..memory.plan import Plan
-from ..sampling import OnStep, Solver
-from ..speed import check_able
-from ..utils.accelerator import (
+from leanwan.accelerator import (
     choose_device,
     configure_allocator,
     exact_arithmetic,
@@ -25,7 +22,11 @@ from ..utils.accelerator import (
     release_memory,
     require_accelerator,
 )
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
+from ..kernels import check_able
+from ..planning.plan import Plan
+from ..sampling import OnStep, Solver
 from ..utils.events import Event, Expected, Finished, Listener, Planned
 from ..utils.prompt_extend import extend_prompt
 from ..utils.video import EightBitFrames, save_image, save_video
@@ -37,9 +38,9 @@ from .forecast import Forecast
 from .interrupts import Interrupts
 from .keeper import Keeper, check_finite, not_finite
 from .outputs import check_outputs, save_result
-from .planning import context_bytes, planner_for, room_on
+from .plan_request import context_bytes, planner_for, room_on
 from .preview import Preview, fit_colours
-from .ram import check_ram
+from .ram_check import check_ram
 from .request import Request
 from .settings import settings_text
 from .state import State, read_state
@@ -100,7 +101,7 @@ class Runner:
     def run(self, request: Request) -> Path:
         """As run()."""
         if self._ranks or request.over_ranks:
-            from .ranks import check_sizes
+            from .over_ranks import check_sizes
 
             check_sizes(request, self._ranks)
         check_outputs(request)
@@ -155,7 +156,7 @@ class Runner:
     def _check_weights(self, request: Request, pipeline: Any) -> None:
         """Raises InputError unless all ranks have the same weights."""
         if self._ranks:
-            from .ranks import check_weights
+            from .over_ranks import check_weights
 
             found = _digests(pipeline, "text" if request.t5_fsdp else "denoise")
             check_weights(self._ranks, found | {MERGED: lora_identity(request.loras)})
@@ -224,13 +225,13 @@ class Runner:
     def _activation_ram(self, request: Request) -> float | None:
         if not self._ranks:
             return None
-        from .ranks import activation_ram
+        from .over_ranks import activation_ram
 
         return activation_ram(request, self._ranks)
 
     @staticmethod
     def _less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, Any]:
-        from .ranks import less_room
+        from .over_ranks import less_room
 
         return less_room(request, plan, error)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
+from leanwan.errors import InputError
+from leanwan.flags import is_option
+from leanwan.options import MemoryOptions
+
 from .. import __version__
-from ..memory.options import MemoryOptions
-from ..utils.errors import InputError
-from ..utils.flags import is_option
 from ..utils.outside import MISREAD, parse_json
 from ..utils.video import read_comment
 from ..weights.lora import parse_lora

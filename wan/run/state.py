@@ -15,10 +15,11 @@ from typing import Any
 import safetensors
 import torch
 
+from leanwan.errors import InputError
+from leanwan.options import MemoryOptions
+
 from .. import __version__
-from ..memory.options import MemoryOptions
 from ..pipeline import Conditioning
-from ..utils.errors import InputError
 from ..utils.files import replacing
 from ..utils.outside import MISREAD, parse_json
 from ..weights.writing import write_tensors

@@ -1,6 +1,6 @@
 """What is needed everywhere; the names that programs written for Wan2.1 import from here are imported when used."""
 
-from .lazy import lazily
+from leanwan.lazy import lazily
 
 _HOMES = {
     "FlowDPMSolverMultistepScheduler": "fm_solvers",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .errors import InputError
+from leanwan.errors import InputError
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(rf"\.wan-{_HOST}-(\d+)-[0-9a-f]{{8}}(\..*)?")

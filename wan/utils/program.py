@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import LINE_LENGTH, shown
+from leanwan.errors import LINE_LENGTH, shown
 
 INSTALLED = "wan-generate"  # the command of the installed package
 SCRIPT = "generate.py"  # that of a checkout

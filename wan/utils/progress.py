@@ -8,7 +8,8 @@ from datetime import datetime
 
 from tqdm import tqdm
 
-from .errors import shown
+from leanwan.errors import shown
+
 from .events import Event, Expected, Finished, StageDone, StageStarted, Step
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .flags import boolean
+from leanwan.flags import boolean
+
 from .video import save_image, save_video
 
 __all__ = ["cache_image", "cache_video", "rand_name", "str2bool"]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .errors import InputError
+from leanwan.errors import InputError
+
 from .video import VideoFile, open_image
 
 Source = str | os.PathLike[str]

@@ -22,7 +22,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import InputError
+from leanwan.errors import InputError
+
 from .events import counted
 from .files import check_target, replacing
 

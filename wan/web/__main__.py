@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from .guard import Guard, is_loopback
 
 NAME = "wan-web"
@@ -87,7 +88,8 @@ def serve(args: argparse.Namespace, auth: str | None, sock: socket.socket) -> No
 
     Raises InputError for a folder or a checkpoint that cannot be used.
     """
-    from ..memory.options import MemoryOptions
+    from leanwan.options import MemoryOptions
+
     from ..weights.hub import check_checkpoint
     from .jobs import Rules
 

@@ -15,7 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from ..utils.files import is_plain_file
 from .guard import parsed, told
 from .jobs import FILES, TYPES, UPLOADS, Job, settings_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from .memory import Series
+from .memory_samples import Series
 
 GIB = 2**30
 WIDTH, HEIGHT = 600, 150  # of a chart, in its own units

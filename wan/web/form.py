@@ -9,13 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from ..memory.planner import MODES
+from leanwan.errors import InputError
+
+from ..planning.planner import MODES
 from ..run.request import Request
 from ..tasks import TASKS
-from ..utils.errors import InputError
 from ..weights.lora import parse_lora
 from .jobs import FILES, MANY_PICTURES, TYPES, UPLOADS
-from .plans import error_html
+from .plan_html import error_html
 from .service import CARDS, Service
 
 AUTO = "auto"

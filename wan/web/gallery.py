@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from leanwan.errors import InputError
+
 from ..run.settings import read_settings
-from ..utils.errors import InputError
 from ..utils.video import VideoFile, open_image
 
 SUFFIXES = (".mp4", ".png")
@@ -24,7 +25,7 @@ _Key = tuple[str, int, int, int, int]  # name, and what tells two files of it ap
 
 
 @dataclass(frozen=True)
-class Result:
+class FinishedFile:
     """A finished file.
 
     Attributes:
@@ -49,12 +50,14 @@ class Gallery:
         self._folder = folder
         self._lock = threading.Lock()
         self._posters: dict[_Key, bytes] = {}
-        self._read: dict[_Key, tuple[int, Result]] = {}  # with the number of the look that found it first
+        self._read: dict[
+            _Key, tuple[int, FinishedFile]
+        ] = {}  # with the number of the look that found it first
         self._looks = 0
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[FinishedFile]:
         """All results, newest first: those that came since the start, then by their times."""
-        found: dict[_Key, tuple[int, Result]] = {}
+        found: dict[_Key, tuple[int, FinishedFile]] = {}
         with self._lock:
             for path in self._folder.iterdir():
                 facts = _facts(path)
@@ -62,14 +65,17 @@ class Gallery:
                     continue
                 key = (path.name, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
                 made = min(max(0.0, facts.st_mtime), LATEST)
-                found[key] = self._read.get(key) or (self._looks, Result(path.name, made, _settings(path)))
+                found[key] = self._read.get(key) or (
+                    self._looks,
+                    FinishedFile(path.name, made, _settings(path)),
+                )
             self._looks += 1
             self._read = found
             self._posters = {key: poster for key, poster in self._posters.items() if key in found}
         there = sorted(found.values(), key=lambda found: (-found[0], -found[1].made, found[1].name))
         return [result for _, result in there]
 
-    def get(self, name: str) -> Result:
+    def get(self, name: str) -> FinishedFile:
         """A result by its name. Raises KeyError for all else, such as a path."""
         return {result.name: result for result in self.results()}[name]
 

@@ -12,13 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..memory.options import MemoryOptions
+from leanwan.errors import InputError
+from leanwan.flags import is_option
+from leanwan.options import MemoryOptions
+
 from ..run.request import ANY_CHECKPOINT, GPUS, KEEPING, PLANNED, PROMPT_EXTENSION, Request
 from ..run.settings import checked, memory_options
 from ..tasks import DEFAULT_TASK, EXAMPLES, TASKS
-from ..utils.errors import InputError
 from ..utils.files import replacing
-from ..utils.flags import is_option
 from ..utils.video import VideoFile, open_image
 from ..weights.lora import lora_identity, parse_lora
 

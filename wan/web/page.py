@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from .api import HANDLERS, build_app
 from .form import UNPLANNED, Form, told, wan
 from .gate import GatedBlocks
 from .jobs import FILES
-from .plans import error_html, plan_html, planning_html
+from .plan_html import error_html, plan_html, planning_html
 from .service import Service
 
 HEAD = '<link rel="stylesheet" href="/own/page.css"><script src="/own/page.js" defer></script>'

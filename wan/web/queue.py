@@ -19,10 +19,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from leanwan.errors import InputError
+
 from ..run.outputs import check_outputs, check_room
 from ..run.request import Request
-from ..utils.errors import InputError
 from .child import Child, Message
+from .job_files import JobFiles
 from .jobs import (
     CANCELLED,
     DONE,
@@ -37,8 +39,7 @@ from .jobs import (
     new_id,
     without_weights,
 )
-from .ledger import Ledger
-from .progress import Progress
+from .run_progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Queue:
         self.device: dict[str, Any] | None = None
         self.progress: dict[str, Progress] = {}
         self.latest: str | None = None
-        self._ledger = Ledger(rules.folder / ".wan" / "jobs")
+        self._ledger = JobFiles(rules.folder / ".wan" / "jobs")
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         self._turn = 0  # counts what happens: clocks go back

@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from leanwan.errors import InputError
+
 from ..run.request import Request
 from ..tasks import TASKS
-from ..utils.errors import InputError
 from ..utils.files import replacing
 from .child import Child, Message
 from .gallery import Gallery
@@ -28,7 +29,7 @@ PLANS_KEPT = 500
 _NO_PLANNING = ("prompt", "negative_prompt", "base_seed", "save_file", "preview")  # changes no plan
 
 
-class Planner:
+class LivePlanner:
     """Plans requests in a process of its own: a plan may take seconds of computing. The newest question comes first."""
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Planner:
         self._asked: str | None = None
 
     def plan(self, request: Request) -> Future[Message]:
-        """What wan.run.planning.report says of it, as {"plan": ...}, or {"error": LINE}; found ones are kept."""
+        """What wan.run.plan_request.report says of it, as {"plan": ...}, or {"error": LINE}; found ones are kept."""
         values = {key: value for key, value in request.to_json().items() if key not in _NO_PLANNING}
         key = json.dumps(values, sort_keys=True)
         with self._lock:
@@ -102,7 +103,7 @@ class Service:
             raise InputError(
                 f"cannot be used ({reason}); give another folder", "out", rules.folder
             ) from error
-        self.planner = Planner()
+        self.planner = LivePlanner()
         self.gallery = Gallery(rules.folder)
 
     def close(self, seconds: float | None = None) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..memory.plan import time_text
+from ..planning.plan import time_text
 from ..tasks import TASKS
 from .chart import GIB, chart
-from .gallery import Result
+from .gallery import FinishedFile
 from .jobs import CANCELLED, DONE, FAILED, PAUSED, PAUSING, QUEUED, RUNNING, Job
-from .plans import short_time
-from .progress import Progress
+from .plan_html import short_time
+from .run_progress import Progress
 from .service import Service
 
 PARTS = ("device", "now", "memory", "queue", "gallery")
@@ -156,7 +156,7 @@ def _doing(progress: Progress) -> str:
     return f"{what}, {progress.done} of {progress.total}" if progress.total else f"{what}…"
 
 
-def _idle_html(jobs: list[Job], results: list[Result]) -> str:
+def _idle_html(jobs: list[Job], results: list[FinishedFile]) -> str:
     done = next((job for job in jobs if job.status == DONE), None)
     shown = done and next((result for result in results if result.name == Path(done.result).name), None)
     if not shown:
@@ -194,7 +194,7 @@ def job_html(job: Job) -> str:
     )
 
 
-def result_html(result: Result) -> str:
+def result_html(result: FinishedFile) -> str:
     """A finished file."""
     settings, name = result.settings, quote(result.name)
     prompt = _title(result)
@@ -209,7 +209,7 @@ def result_html(result: Result) -> str:
     )
 
 
-def _media(result: Result, large: bool = False) -> str:
+def _media(result: FinishedFile, large: bool = False) -> str:
     name, prompt = quote(result.name), _title(result)
     if not result.is_video:
         return f'<img class="media" src="/results/{name}" alt="{prompt}" loading="lazy">'
@@ -220,7 +220,7 @@ def _media(result: Result, large: bool = False) -> str:
     )
 
 
-def _reuse(result: Result) -> str:
+def _reuse(result: FinishedFile) -> str:
     if not result.settings:
         return ""
     name = quote(result.name)
@@ -241,7 +241,7 @@ def _prompt(job: Job) -> str:
     return _short(job.request["prompt"] or job.id)
 
 
-def _title(result: Result) -> str:
+def _title(result: FinishedFile) -> str:
     return _short(result.settings.get("prompt") or result.name)
 
 

@@ -26,18 +26,19 @@ from typing import IO, Any
 
 from filelock import FileLock
 
+from leanwan.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
+from leanwan.errors import InputError
+
 from ..run import Runner
 from ..run.batch import Entry, begun, is_done
 from ..run.interrupts import Interrupted, Interrupts
-from ..run.planning import report
-from ..utils.accelerator import NO_PAGE_LOCKED, is_out_of_memory, lacks_page_locked
-from ..utils.errors import InputError
+from ..run.plan_request import report
 from ..utils.events import Event
 from ..utils.program import log_to
 from ..utils.progress import ProgressBars
 from .child import Message, read_messages, write_message
 from .jobs import request_from
-from .memory import Sampler, device_facts
+from .memory_samples import Sampler, device_facts
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from ..utils.files import replacing, sweep
 from ..utils.outside import parse_json
 from .fingerprints import checkpoint_fingerprint

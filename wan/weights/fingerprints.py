@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from .reading import checkpoint_files, read_tensors
 
 EDGE = 2**20  # bytes at both ends of a file that its fingerprint covers

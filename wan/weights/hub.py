@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -17,7 +17,8 @@ from typing import Any
 import safetensors
 import torch
 
-from ..utils.errors import InputError, listed, shown
+from leanwan.errors import InputError, listed, shown
+
 from ..utils.outside import parse_json
 from .lora_keys import Change, is_change, match_changes, reasons
 from .reading import read_numbers

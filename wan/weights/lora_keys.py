@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..utils.errors import SHOWN_NAMES, listed
+from leanwan.errors import SHOWN_NAMES, listed
 
 Shapes = Mapping[str, Sequence[int]]
 

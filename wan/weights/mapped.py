@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.errors import InputError
+from leanwan.errors import InputError
+
 from ..utils.events import counted
 from ..utils.outside import MISREAD, parse_json
 from .reading import DTYPES

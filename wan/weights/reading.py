@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import safetensors
 import torch
 
-from ..utils.errors import InputError, shown
+from leanwan.errors import InputError, shown
+
 from ..utils.outside import MISREAD, parse_json
 
 LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file

@@ -1,0 +1,374 @@
+"""The DiT's forward pass, for every model type, by chunks of tokens; the whole sequence is one chunk.
+
+Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them.
+What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; where these
+live is handed in, see tokens.py. Everything else is computed for one chunk of tokens at a time and added in place.
+A chunk attends to all keys at once, so each row's arithmetic is the one of the whole pass.
+
+Precision is that of the published model: norms, modulation, time embedding, head and the residual stream in
+fp32, rotary embedding in fp64, linear and convolution layers and attention in the compute type, which is handed
+in, as the attention is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from .conditioning import Conditions, Context, embed, full_precision, heads_of
+from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
+
+RunBlock = Callable[..., Iterator[None]]  # called as Layers.run is
+Result = TypeVar("Result")
+
+# Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
+_FP32_OWNERS = (
+    "norm1", "norm2", "norm3", "norm_q", "norm_k", "norm_k_img", "modulation", "emb_pos",
+    "time_embedding", "time_projection", "head",
+)  # fmt: skip
+_FP32_PREFIXES = ("img_emb.proj.0.", "img_emb.proj.4.")
+
+
+def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """The type in which the DiT parameter `name` can be kept without changing a bit of the output.
+
+    The published weights are fp32. Linear and convolution layers cast theirs to the compute type at each use, so
+    casting them once loses nothing; what computes in fp32 stays fp32.
+    """
+    fp32 = name.startswith(_FP32_PREFIXES) or any(part in _FP32_OWNERS for part in name.split("."))
+    return torch.float32 if fp32 else compute_dtype
+
+
+def layer_groups(model: nn.Module) -> list[nn.Module]:
+    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: of every block's self attention
+    what makes keys and values, then the rest; cross attention; FFN.
+
+    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
+    block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head), or is called once
+    a pass: see `embedding_layers`.
+    """
+    hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
+    groups = [hints[0].before_proj] if hints else []
+    for i, block in enumerate(model.blocks):
+        for visited in [hints[i], block] if i in hints else [block]:
+            attention = visited.self_attn
+            groups += [
+                nn.ModuleList([attention.k, attention.norm_k, attention.v]),
+                nn.ModuleList([attention.q, attention.norm_q, attention.o]),
+                visited.cross_attn,
+                visited.ffn,
+            ]
+        if i in hints:
+            groups.append(hints[i].after_proj)
+    return groups
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """What a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
+    names = ("time_embedding", "time_projection", "text_embedding", "img_emb")
+    return [getattr(model, name) for name in names if hasattr(model, name)]
+
+
+def cross_attentions(model: nn.Module) -> list[nn.Module]:
+    """Those of all blocks; what they call on the context alone is in conditions.py, `context_layers`."""
+    return [block.cross_attn for block in (*model.blocks, *getattr(model, "vace_blocks", ()))]
+
+
+def dit_forward(
+    model: nn.Module,
+    x: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    context: Sequence[torch.Tensor],
+    seq_len: int,
+    *,
+    attention: Attention,
+    dtype: torch.dtype,
+    image: Callable[[int], torch.Tensor] | None = None,
+    y: Sequence[torch.Tensor] | None = None,
+    vace_context: Sequence[torch.Tensor] | None = None,
+    vace_context_scale: float = 1.0,
+    chunk: int = 0,
+    place: Place = ON_DEVICE,
+    together: bool = False,
+    conditions: Sequence[Conditions] | None = None,
+    run_block: RunBlock | None = None,
+) -> list[torch.Tensor]:
+    """Predicts the flow of a list of noisy latents; arguments as WanModel.forward's and VaceWanModel.forward's.
+
+    Args:
+        attention: softmax(q k^T) v for every head, of q, k and v [1, L, heads, head_dim].
+        dtype: the compute type; linear and convolution layers are kept in it, or an autocast to it is on.
+        image: gives for a sample's number [1, 257 or 514, dim], what the model's `img_emb` makes of its images.
+        chunk: tokens per chunk, 0 for all.
+        place: where tensors over all tokens live.
+        together: whether each layer group serves all samples, one after the other, before the next is visited. Each
+            sample's arithmetic is its own either way.
+        conditions: each sample's, on the device of x, computed before: nothing is made of t, context and images then.
+        run_block: what runs a block, instead of Layers.run.
+
+    Returns:
+        list of [out_dim, F, H, W] fp32.
+
+    Raises:
+        ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
+    """
+    run = run_block or Layers.run
+    if hasattr(model, "img_emb") and (image is None or y is None):
+        raise ValueError(f"a {model.model_type} model needs clip_fea and y")
+    device = x[0].device
+
+    def flow(i: int) -> Generator[None, None, torch.Tensor]:
+        """Of one sample; pauses behind each layer group."""
+        if conditions:
+            known = conditions[i]
+        else:
+            of_sample = None if image is None else partial(image, i)
+            known = embed(model, t[i : i + 1].to(device), context[i], of_sample, dtype)
+        joined = [x[i]] if y is None else [x[i], y[i]]
+        name = f"{i} " if together else ""
+        tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name + "tokens")
+        if tokens.length > seq_len:
+            raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
+        layers = Layers(
+            known.modulation,
+            known.context,
+            Rope(model.freqs.to(device), grid),
+            attention,
+            dtype,
+            place.spans(tokens.length, chunk),
+            place,
+            name,
+        )
+        if vace_context is None:
+            for n, block in enumerate(model.blocks):
+                yield from run(layers, block, tokens, first=n == 0)
+        else:
+            hints, _ = embed_patches(
+                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, name + "hints"
+            )
+            yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
+        # Rounded as autocast rounds what the published model makes of the head's output.
+        return predict(model, tokens, known.time, grid, layers.spans, place).to(dtype).float()
+
+    return finished([flow(i) for i in range(len(x))], together)
+
+
+def finished(passes: Sequence[Generator[None, None, Result]], in_turns: bool) -> list[Result]:
+    """What the passes return: of one after the other, or, in turns, of all from pause to pause."""
+    results: dict[int, Any] = dict.fromkeys(range(len(passes)))
+    waiting = deque(enumerate(passes))
+    while waiting:
+        i, one = waiting.popleft()
+        try:
+            next(one)
+        except StopIteration as end:
+            results[i] = end.value
+        else:
+            waiting.append((i, one)) if in_turns else waiting.appendleft((i, one))
+    return list(results.values())
+
+
+class Layers:
+    """Runs blocks over one sample's residual stream, in place."""
+
+    def __init__(
+        self,
+        modulation: torch.Tensor,
+        context: Context,
+        rope: Rope,
+        attention: Attention,
+        dtype: torch.dtype,
+        spans: list[slice],
+        place: Place,
+        name: str = "",
+    ):
+        self.modulation = modulation  # [1, 6, dim] fp32
+        self.context = context
+        self.rope = rope
+        self.attention = attention
+        self.dtype = dtype
+        self.spans = spans
+        self.place = place
+        self.name = name  # of what it keeps in its place over a pause
+
+    def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The layer in the compute type."""
+        return layer(x.to(self.dtype))
+
+    def run(self, block: nn.Module, x: Tokens, *, first: bool) -> Iterator[None]:
+        """One block on the residual stream x, changed in place; pauses behind each layer group.
+
+        first: whether it is the first of its stack. The stream is fp32 from the start, but what embeds the patches
+        computes in the compute type, and the first block's norm gives its result in that type.
+        """
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
+            6, dim=1
+        )
+        yield from self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
+        yield
+        self._cross_attention(block, x)
+        yield
+        for span, part in x.read(self.spans):
+            hidden = block.norm2(part).mul_(1 + ffn_scale).add_(ffn_shift)
+            x.add(span, self.linear(block.ffn, hidden) * ffn_gate)
+            del hidden
+        yield
+
+    def _self_attention(
+        self,
+        block: nn.Module,
+        x: Tokens,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        gate: torch.Tensor,
+        norm_dtype: torch.dtype,
+    ) -> Iterator[None]:
+        attention = block.self_attn
+        shape = attention.num_heads, attention.q.out_features // attention.num_heads
+        keys, values = (
+            self.place.heads(self.name + name, x.length, shape, self.dtype) for name in ("keys", "values")
+        )
+
+        def modulated(part: torch.Tensor) -> torch.Tensor:
+            hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
+            return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
+
+        for span, part in x.read(self.spans):
+            hidden = modulated(part)
+            values.write(span, heads_of(attention, attention.v(hidden)))
+            hidden = attention.k(hidden)
+            hidden = attention.norm_k(hidden)
+            keys.write(span, self.rope(heads_of(attention, hidden).float(), span))
+            del hidden
+        yield
+
+        def query(part: torch.Tensor, span: slice) -> torch.Tensor:
+            hidden = heads_of(attention, attention.norm_q(attention.q(modulated(part)))).float()
+            return self.rope(hidden, span).to(self.dtype)
+
+        def queries() -> Iterator[Piece]:
+            for span, part in x.read(self.spans):
+                yield span, query(part, span)
+
+        for span, out in self.place.attended(self.attention, queries(), keys, values):
+            x.add(span, self.linear(attention.o, out.flatten(2)) * gate)
+            del out
+
+    def _cross_attention(self, block: nn.Module, x: Tokens) -> None:
+        attention = block.cross_attn
+        contents = self.context.keys_and_values(attention)
+        for span, part in x.read(self.spans):
+            query = heads_of(attention, attention.norm_q(self.linear(attention.q, block.norm3(part))))
+            query = query.to(contents[0][1].dtype)
+            out = self.attention(query, *contents[0])
+            for key, value in contents[1:]:
+                out = out + self.attention(query, key, value)
+            x.add(span, self.linear(attention.o, out.flatten(2)))
+            del query, out
+
+
+def _run_with_hints(
+    model: nn.Module, layers: Layers, run: RunBlock, x: Tokens, hints: Tokens, strength: float
+) -> Iterator[None]:
+    """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
+    before = model.vace_blocks[0].before_proj
+    for (span, hint), (_, part) in zip(hints.read(layers.spans), x.read(layers.spans), strict=True):
+        hints.write(span, layers.linear(before, hint) + part.to(layers.dtype))
+    yield
+    hinted = dict(zip(model.vace_layers, model.vace_blocks))
+    for i, block in enumerate(model.blocks):
+        if i in hinted:
+            yield from run(layers, hinted[i], hints, first=i == 0)
+        yield from run(layers, block, x, first=i == 0)
+        if i in hinted:
+            for span, hint in hints.read(layers.spans):
+                x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)
+            yield
+
+
+def embed_patches(
+    embedding: nn.Module,
+    latents: Sequence[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Place,
+    name: str,
+) -> tuple[Tokens, tuple[int, int, int]]:
+    """Latents [C, F, H, W] on any device, joined along the channels, to a residual stream of F' H' W' tokens.
+
+    Returns it and its grid (F', H', W').
+    """
+    step = embedding.kernel_size[0]
+    stream = None
+    frames = latents[0].size(1) // step
+    for frame in range(frames):  # one at a time, whatever the chunk: the same bits, and little memory
+        of_frame = slice(frame * step, (frame + 1) * step)
+        part = torch.cat([latent[:, of_frame].to(device, dtype) for latent in latents])
+        patch = embedding(part[None])
+        if stream is None:
+            grid = (frames, *patch.shape[3:])
+            area = math.prod(patch.shape[3:])
+            stream = place.stream(name, frames * area, patch.size(1))
+        stream.write(slice(frame * area, (frame + 1) * area), patch.flatten(2).transpose(1, 2))
+    return stream, grid
+
+
+def predict(
+    model: nn.Module,
+    x: Tokens,
+    time: torch.Tensor,
+    grid: tuple[int, int, int],
+    spans: list[slice],
+    place: Place,
+) -> torch.Tensor:
+    """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
+    pieces = head_patches(model.head, x, time, spans)
+    patches = place.joined(pieces, x.length, model.head.head.out_features)
+    return patches_to_video(patches[0], grid, model.patch_size)
+
+
+def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> list[torch.Tensor]:
+    """The head alone: spans of the residual stream, and the embedded time [1, dim], to patches [1, n, values] fp32."""
+    with full_precision(time.device):
+        shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
+        return [head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)]
+
+
+def patches_to_video(
+    patches: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """Patches [L, values], L being what the grid has or more, to a latent video [out_dim, F, H, W]."""
+    (f, h, w), (p, q, r) = grid, patch_size
+    return rearrange(
+        patches[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r
+    )
+
+
+class Rope:
+    """Rotary position embedding over frame, row and column, in fp64, for any span of the tokens."""
+
+    def __init__(self, freqs: torch.Tensor, grid: tuple[int, int, int]):
+        """freqs: [positions, head_dim / 2] complex128 as rope_frequencies gives; grid: (frames, rows, columns)."""
+        half = freqs.size(1)
+        self.tables = freqs.split([half - 2 * (half // 3), half // 3, half // 3], dim=1)
+        self.grid = grid
+
+    def __call__(self, x: torch.Tensor, span: slice) -> torch.Tensor:
+        """x: [1, n, heads, head_dim] fp32, the tokens of `span`. Turns it in place and returns it."""
+        _, rows, columns = self.grid
+        index = torch.arange(span.start, span.stop, device=x.device)
+        positions = (index // (rows * columns), index // columns % rows, index % columns)
+        turn = torch.cat([table[position] for table, position in zip(self.tables, positions)], dim=1)
+        for heads in x.chunk(2, dim=2):  # fp64 of half the heads at a time
+            pairs = torch.view_as_complex(heads.double().unflatten(-1, (-1, 2)))
+            pairs *= turn.unsqueeze(1)
+            heads.copy_(torch.view_as_real(pairs).flatten(3))
+            del pairs
+        return x

@@ -1,0 +1,138 @@
+"""What makes steps faster and rounds otherwise: other attention kernels, compiled blocks. Off unless asked for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanwan.accelerator import is_out_of_memory
+from leanwan.dit.forward import Layers, RunBlock
+from leanwan.dit.tokens import Attention, Tokens
+from leanwan.errors import InputError
+from leanwan.methods import Undo, layer_methods
+from leanwan.options import MemoryOptions
+
+from .modules.attention import check_attention, flash_attention
+
+
+def check_speed(attention: str, compiled: bool, memory: MemoryOptions, exact: bool = False) -> None:
+    """Raises InputError for options that contradict each other.
+
+    SageAttention quantises blocks of tokens, so that chunks of them would change the picture. A compiled block works on
+    all its tokens and on weights that stay where they are; and Triton chooses among kernels by timing.
+    """
+    if exact and compiled:
+        raise InputError("compiled kernels are chosen by timing, leave one out", ("compile", "exact"))
+    if exact and attention == "sage":
+        raise InputError("sage quantises, leave one out", ("attention", "exact"))
+    others = [
+        name for name, value in needed_options(attention, compiled).items() if getattr(memory, name) != value
+    ]
+    if compiled and others:
+        problem = "compiled blocks have all weights and tokens on the device, leave it or the others out"
+        raise InputError(problem, ("compile", *others))
+    if others:
+        problem = "sage quantises blocks of tokens, which chunks cut apart, leave it or the others out"
+        raise InputError(problem, ("attention", *others))
+
+
+def needed_options(attention: str, compiled: bool) -> dict[str, Any]:
+    """The memory options that these leave no choice of, and their values."""
+    whole = {"dit_chunk": 0, "activation_offload": False}
+    if compiled:
+        return {"dit_stream": None} | whole
+    return whole if attention == "sage" else {}
+
+
+def check_able(attention: str, compiled: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError, with what to install, for what cannot run on a device in a compute type."""
+    check_attention(attention, device, dtype)
+    if not compiled:
+        return
+    if device.type == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise InputError("there is no C++ compiler, install g++, or leave it out", "compile")
+    elif not importlib.util.find_spec("triton"):
+        install = "`pip install triton`, on Windows triton-windows"
+        raise InputError(f"Triton is not installed: {install}, or leave it out", "compile")
+
+
+def apply_speed(
+    model: nn.Module, attention: str = "auto", compiled: bool = False, backend: str | Callable = "inductor"
+) -> Undo:
+    """Makes a DiT compute by other kernels.
+
+    Args:
+        model: its forward takes `attention` and `run_block`.
+        attention: a choice of check_attention's.
+        compiled: whether its blocks are compiled, all of them to the same code, in the first pass.
+        backend: of torch.compile.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        RuntimeError: applied already. While the model runs, InputError if the compiler fails.
+    """
+    if compiled:
+        around = partial(partial, attention=_operation(attention), run_block=_compiled_blocks(backend))
+    elif attention != "auto":
+        around = partial(partial, attention=partial(flash_attention, choice=attention))
+    else:
+        return lambda: None
+    return layer_methods(model, "speed", forward=around)
+
+
+def _compiled_blocks(backend: str | Callable) -> RunBlock:
+    """Layers.run, compiled; it pauses behind each block."""
+
+    @functools.cache
+    def compiled(length: int) -> Callable[..., None]:
+        # A copy for each length: what has been compiled too often, for whichever model, would run uncompiled.
+        copy = types.FunctionType(_run_through.__code__.replace(), globals(), _run_through.__name__)
+        return torch.compile(copy, backend=backend, dynamic=False)
+
+    def run_block(layers: Layers, block: nn.Module, tokens: Tokens, *, first: bool) -> Iterator[None]:
+        try:
+            compiled(tokens.length)(layers, block, tokens, first)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            raise _failed(error) from error
+        yield
+
+    return run_block
+
+
+def _run_through(layers: Layers, block: nn.Module, tokens: Tokens, first: bool) -> None:
+    for _ in layers.run(block, tokens, first=first):
+        pass
+
+
+@functools.cache
+def _operation(choice: str) -> Attention:
+    """flash_attention as one operation, which the compiler does not look into."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attention(q, k, v, choice=choice).contiguous()
+
+    def shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    operation = torch.library.custom_op(f"wan::attention_{choice}", attend, mutates_args=())
+    operation.register_fake(shape)
+    return operation
+
+
+def _failed(error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"torch.compile failed, leave it out ({reason})", "compile")

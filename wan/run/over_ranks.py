@@ -1,0 +1,139 @@
+"""Several processes that make what is asked for: torchrun starts the same command line in each of them.
+
+The first one runs the requests; the others follow it. They say nothing: what ends one of them the first one tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from leanwan.accelerator import is_out_of_memory
+from leanwan.errors import InputError
+
+from ..distributed.ranks import Ranks
+from ..planning.plan import Plan
+from .interrupts import SIGNALS
+from .request import Request
+
+LOST = 1  # exit code of a process that follows
+LESS = 0.9  # of what a plan took, for the next one
+LEAST_FRACTION = 0.5  # that --vram_fraction takes
+
+log = logging.getLogger(__name__)
+
+
+def over_ranks(
+    arguments: Sequence[str] | None, lead: Callable[[Ranks], int], follow: Callable[[Ranks], None]
+) -> int:
+    """Runs `lead` on the first rank and `follow` on the others.
+
+    Args:
+        arguments: of the command line; None for the process's own.
+
+    Returns:
+        The exit code. Errors are raised on the first rank only.
+    """
+    if Ranks().leads:
+        with Ranks() as ranks:
+            _check_alike(ranks, arguments)
+            return lead(ranks)
+    logging.disable(logging.CRITICAL)
+    try:
+        with Ranks() as ranks:
+            for number in SIGNALS:  # the lead decides when to stop; without it, all end
+                signal.signal(number, signal.SIG_IGN)
+            _check_alike(ranks, arguments)
+            follow(ranks)
+        return 0
+    except Exception:
+        return LOST
+
+
+def check_sizes(request: Request, ranks: Ranks | None) -> None:
+    """Raises InputError for options of several GPUs that do not fit the processes that there are."""
+    size = ranks.size if ranks else 1
+    asked = request.ulysses_size * request.ring_size
+    if asked not in (1, size):
+        started = f"{size} ranks" if ranks else "one process"
+        raise InputError(
+            f"{asked} ranks are asked for, {started} started: give torchrun --nproc_per_node {asked}",
+            ("ulysses_size", "ring_size"),
+        )
+    for name in ("dit_fsdp", "t5_fsdp"):
+        if getattr(request, name) and not ranks:
+            raise InputError("shares weights between ranks: start them with torchrun", name)
+    memory = request.memory
+    for name, other, given in (
+        ("dit_fsdp", "dit_stream", memory.dit_stream is not None),
+        ("t5_fsdp", "t5_stream", memory.t5_stream),
+        ("t5_fsdp", "t5_cpu", memory.t5_cpu),
+        ("dit_fsdp", "compile", request.compile),
+    ):
+        if getattr(request, name) and given:
+            raise InputError("choose one", (name, other))
+
+
+def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:
+    """Raises InputError, on all ranks, unless each found the same files with the same contents."""
+    first, *others = ranks.gather(found)
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
+        if names:
+            problem = f"rank {rank} has another {min(names)} than rank 0: give all the same checkpoint"
+            raise InputError(problem, "ckpt_dir")
+
+
+def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, float]:
+    """What of a request is another one when it goes on after memory ran out on a rank; nothing after other errors."""
+    if plan is None or not (is_out_of_memory(error) or getattr(error, "out_of_memory", False)):
+        return {}
+    part = min(1.0, LESS * plan.peak_bytes / plan.room) if plan.room else 1.0
+    fraction = max(LEAST_FRACTION, round(request.vram_fraction * part, 3))
+    if fraction >= request.vram_fraction:
+        return {}
+    log.warning(
+        f"Memory ran out; what goes on from the last step is planned with --vram_fraction {fraction:g}"
+    )
+    return {"vram_fraction": fraction}
+
+
+def activation_ram(request: Request, ranks: Ranks) -> float:
+    """Bytes of RAM for the activations of a pass, of which each rank of a machine has its share."""
+    return psutil.virtual_memory().available / 2 * min(1.0, sharing(request, ranks) / ranks.local_size)
+
+
+def sharing(request: Request, ranks: Ranks) -> int:
+    """How many ranks share the tokens of a pass."""
+    return ranks.size // len(ranks.teams(1 if request.sample_guide_scale == 1 else 2))
+
+
+def _check_alike(ranks: Ranks, arguments: Sequence[str] | None) -> None:
+    """Raises InputError, on all ranks, unless each was given the same arguments and has the same code."""
+    mine = {
+        "other arguments": list(sys.argv[1:] if arguments is None else arguments),
+        "another version of this program": _code(),
+        "another PyTorch": str(torch.__version__),
+    }
+    first, *others = ranks.gather(mine)
+    for rank, other in enumerate(others, 1):
+        for what, value in first.items():
+            if other[what] != value:
+                raise InputError(f"rank {rank} has {what} than rank 0: start all alike")
+
+
+def _code() -> str:
+    """Digest of this package's sources."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,329 @@
+"""Requests planned: what a run is to the planner, what the device has for it, and what is told of a plan."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from leanwan.accelerator import (
+    LIBRARY_BYTES,
+    choose_device,
+    configure_allocator,
+    exact_arithmetic,
+    initialise,
+)
+from leanwan.errors import InputError
+from leanwan.vae.tiles import CONTEXT
+
+from ..configs.encoders import UMT5_XXL, VIT_H_14
+from ..kernels import needed_options
+from ..modules.attention import check_attention, choose_kernel, fused_on, kernel_of
+from ..modules.model import WanModel
+from ..modules.vace_model import VaceWanModel
+from ..modules.vae import VAE
+from ..planning.plan import GIB, Plan, options_text, time_text
+from ..planning.planner import Planner
+from ..planning.predict.blocks import Shape
+from ..planning.predict.card import NOT_CUDA, Card
+from ..planning.predict.stages_predicted import Predictor
+from ..planning.predict.work import Work, meta_model
+from ..planning.rates import Rates, rates_of, usual, usual_capability
+from ..utils.vace_processor import processor_of
+from ..utils.video import fitted_size
+from .request import PLANNED, Request
+
+STEADY = 0.75  # of a card: what a desktop and other programs leave of it
+RATES_FILE = Path("~/.cache/wan-low-memory/rates.json")
+
+log = logging.getLogger(__name__)
+
+
+def plan(request: Request, vram: float | None = None, ram: float | None = None) -> Plan:
+    """The memory options with which a request finishes soonest in what a device has.
+
+    Args:
+        request: its memory options that are not in `planned` are kept, or all of them if nothing is planned.
+        vram: bytes of the card for this process, CUDA's own among them; None for the request's limit, or else for
+            what is free on its device.
+        ram: bytes for activations in RAM; None for half of what is available.
+
+    Raises:
+        InputError: no device and no limit.
+    """
+    if vram is None and request.vram_limit == "auto":
+        planner, room, steady = planner_for(request, device_of(request), ram)
+        return planner.plan(room, steady)
+    limit = float(request.vram_limit) * GIB if vram is None else float(vram)
+    return planner_within(request, limit, ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
+
+
+def planner_of(
+    request: Request,
+    rates: Rates,
+    ram: float | None = None,
+    expandable: bool = True,
+    ranks: int | None = None,
+    card: Card = NOT_CUDA,
+) -> Planner:
+    """The Planner of a request; of so many ranks, or as many as it asks for."""
+    planned = request.planned or PLANNED
+    kept = {name: value for name, value in vars(request.memory).items() if name not in planned}
+    kept |= needed_options(request.attention, request.compile)
+    kept |= {"dit_stream": None} if request.dit_fsdp else {}
+    kept |= {"t5_stream": False, "t5_cpu": False} if request.t5_fsdp else {}
+    check_mode(request.memory_mode, kept)
+    ram = psutil.virtual_memory().available / 2 if ram is None else ram
+    return Planner(work_of(request, ranks), rates, kept, request.memory_mode, ram, expandable, card)
+
+
+def planner_within(request: Request, limit: float, ram: float | None = None) -> Planner:
+    """The Planner of a request for a card that is usual at a size of so many bytes, flash-attn not installed."""
+    capability, dtype = usual_capability(limit), request.facts.config.param_dtype
+    kernel = choose_kernel(dtype, _head_width(request), capability, (), fused_on(capability, dtype))
+    return planner_of(request, usual(limit), ram, card=Card(capability, kernel, request.exact))
+
+
+def planner_for(
+    request: Request, device: torch.device, ram: float | None = None, ranks: int | None = None
+) -> tuple[Planner, float, float]:
+    """The Planner of a request on a device, of which there are so many ranks; the bytes its allocator may take there,
+    and those of them that cuts are chosen for.
+
+    Raises InputError for a limit that is more than the device has.
+    """
+    room, steady = room_on(request, device)
+    total = torch.get_device_module(device).mem_get_info(device)[1]
+    expandable, card, rates = configure_allocator(device), card_of(request, device), usual(total)
+    if card.capability:
+        # The first product of a process decides on the size of cuBLAS' workspace: it is one as the run's are.
+        with exact_arithmetic() if request.exact else contextlib.nullcontext():
+            rates = rates_of(device, RATES_FILE.expanduser(), card, request.attention)
+    return planner_of(request, rates, ram, expandable, ranks, card), room, steady
+
+
+def card_of(request: Request, device: torch.device) -> Card:
+    """A device, asked for the attention that will run there. Raises InputError if the kernels of choice cannot."""
+    if device.type != "cuda":
+        return NOT_CUDA
+    kernel = _kernel_on(device, request.facts.config.param_dtype, _head_width(request), request.attention)
+    return Card(torch.cuda.get_device_capability(device), kernel, request.exact)
+
+
+@functools.cache  # asked before a run, and told again when its memory is full
+def _kernel_on(device: torch.device, dtype: torch.dtype, width: int, choice: str) -> str:
+    check_attention(choice, device, dtype)
+    row = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
+    return kernel_of(row, row, row, choice=choice)
+
+
+def _head_width(request: Request) -> int:
+    dit, _ = _models(request.task)
+    return dit.dim // dit.num_heads
+
+
+def room_on(request: Request, device: torch.device) -> tuple[float, float]:
+    """As planner_for's."""
+    initialise(device)
+    backend, cuda = torch.get_device_module(device), device.type == "cuda"
+    free, total = backend.mem_get_info(device)
+    room = free + backend.memory_reserved(device) - (LIBRARY_BYTES if cuda else 0)
+    steady = STEADY * (total - context_bytes(device))
+    if request.vram_limit != "auto":
+        limit = float(request.vram_limit) * GIB
+        if limit > total:
+            raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
+        steady = limit - context_bytes(device)
+        room = min(room, steady)
+    # None is left where less is free than CUDA's libraries may still load.
+    return request.vram_fraction * max(0.0, room), request.vram_fraction * max(0.0, steady)
+
+
+def context_bytes(device: torch.device) -> int:
+    """What a device's libraries take beside all tensors."""
+    return CONTEXT if device.type == "cuda" else 0
+
+
+def check_mode(mode: str, kept: dict[str, Any]) -> None:
+    """Raises InputError for a mode that contradicts a memory option that is given."""
+    streams = [name for name in ("t5_stream", "t5_cpu", "activation_offload") if kept.get(name)]
+    streams += ["dit_stream"] if kept.get("dit_stream") is not None else []
+    if mode == "gpu_only" and streams:
+        raise InputError(f"gpu_only contradicts --{streams[0]}, leave one out", "memory_mode")
+    if mode == "cpu_only" and kept.get("offload_model") is False:
+        raise InputError("cpu_only contradicts --offload_model False, leave one out", "memory_mode")
+
+
+def device_of(request: Request) -> torch.device:
+    """The accelerator that a request runs on. Raises InputError if there is none."""
+    device = choose_device(request.device)
+    if device.type == "cpu":
+        raise InputError("there is no accelerator here; say what a card has, such as 8", "vram_limit")
+    return device
+
+
+def work_of(request: Request, ranks: int | None = None) -> Work:
+    """What a request is to the planner; tokens and tiles as one rank of one has them, which is the most."""
+    ranks = ranks or request.ulysses_size * request.ring_size
+    config = request.facts.config
+    pictures = _pictures(request) if "clip_checkpoint" in config else []
+    (frames, height, width), stride = video_shape(request), config.vae_stride
+    dit, vae = _models(request.task)
+    references = len(request.references or ()) if hasattr(dit, "vace_blocks") else 0
+    joined = dit.patch_embedding.in_channels - vae.z_dim
+    source = dit.vace_patch_embedding.in_channels if hasattr(dit, "vace_blocks") else 0
+    shape = Shape(
+        (vae.z_dim, (frames - 1) // stride[0] + 1 + references, height // stride[1], width // stride[2]),
+        joined=joined,
+        source=source,
+        pictures=len(pictures),
+        passes=1 if request.sample_guide_scale == 1 else 2,
+        steps=request.sample_steps,
+        solver=request.sample_solver,
+    )
+    encoded = [frames, frames] + [1] * references if source else [frames] if joined else []
+    return Work(
+        text=UMT5_XXL | dict(config.get("t5_config") or {}),
+        text_tokens=config.text_len,
+        text_itemsize=config.t5_dtype.itemsize,
+        image=VIT_H_14 | dict(config.get("clip_config") or {}) if pictures else None,
+        image_itemsize=config.clip_dtype.itemsize if pictures else 0,
+        pictures=pictures,
+        dit=dit,
+        vae=vae,
+        dtype=config.param_dtype,
+        shape=shape,
+        frames=frames,
+        height=height,
+        width=width,
+        strides=stride,
+        vae_dim=config.get("vae_dim", 96),
+        encoded=encoded,
+        sources=source_channels(request),
+        ranks=ranks,
+        text_ranks=ranks if request.t5_fsdp else 1,
+        dit_ranks=ranks if request.dit_fsdp else 1,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _models(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    from ..tasks import TASKS
+
+    facts = TASKS[task]
+    sizes = {name: value for name, value in facts.dit_config.items() if not name.startswith("_")}
+    kind = VaceWanModel if "vace_layers" in sizes else WanModel
+    dit = meta_model(lambda: kind(**sizes), facts.config.param_dtype)
+    return dit, meta_model(lambda: VAE(facts.config.get("vae_dim", 96)))
+
+
+def video_shape(request: Request) -> tuple[int, int, int]:
+    """(frames, height, width) of the result: inputs may set them. Those that cannot be read are as asked for."""
+    task, config, (width, height) = request.facts, request.facts.config, request.pixels
+    if task.area_only:
+        picture_width, picture_height = _pictures(request)[0]
+        step = config.vae_stride[1] * config.patch_size[1]
+        return request.frame_num, *fitted_size(picture_height, picture_width, width * height, step)
+    if request.src_video:
+        processor = processor_of(config)
+        processor.set_size(request.pixels, request.frame_num)
+        with contextlib.suppress(InputError):
+            return processor.shape_of(request.src_video)
+    return request.frame_num, height, width
+
+
+def source_channels(request: Request) -> int:
+    """Channels of videos that are in RAM whole while they are encoded: known frames, or a source and its mask."""
+    task = request.facts
+    return 3 if task.all_inputs else 4 + 3 * bool(request.src_mask) if "src_video" in task.inputs else 0
+
+
+def _pictures(request: Request) -> list[tuple[int, int]]:
+    """(width, height) of the input pictures; those that cannot be read are taken to be as large as the video."""
+    sizes = []
+    for name in request.facts.inputs:
+        try:
+            with Image.open(getattr(request, name)) as picture:
+                sizes.append(picture.size)
+        except (OSError, UnidentifiedImageError, AttributeError, TypeError, ValueError):
+            sizes.append(request.pixels)
+    return sizes
+
+
+# What is told
+
+
+def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a request, and beside it as JSON's values what more and less memory would bring."""
+    if request.vram_limit == "auto":
+        planner, room, steady = planner_for(request, device_of(request), ram)
+        limit = room + CONTEXT
+    else:
+        limit = float(request.vram_limit) * GIB
+        planner = planner_within(request, limit, ram)
+        room = steady = request.vram_fraction * max(0.0, limit - CONTEXT)
+    chosen = planner.plan(room, steady)
+    beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
+    beside["least_bytes"] = None if chosen.fits else int(planner.least() + CONTEXT)
+    more = planner.plan(room + GIB)
+    beside["seconds_with_one_gib_more"] = more.seconds if more.fits else None
+    beside["longest_frame_num"] = longest(request, planner, room) if chosen.fits else None
+    return chosen, beside
+
+
+def longest(request: Request, planner: Planner, room: float) -> int:
+    """The most frames that fit, by the leanest way; of pictures one."""
+    if request.facts.still:
+        return 1
+    if request.src_video:
+        return planner.work.frames  # the source's
+    options = planner.leanest_options()
+
+    def fits(number: int, surely: bool) -> bool:
+        work = work_of(replace(request, frame_num=4 * number + 1))
+        predictor = Predictor(work, planner.rates, planner.expandable, planner.card)
+        if surely:
+            return all(predictor.surely_fits(name, options, room) for name in predictor.names)
+        return all(predictor.live(name, options) <= room for name in predictor.names)
+
+    (most,) = (item.metadata["at_most"] for item in fields(Request) if item.name == "frame_num")
+    low, high = (request.frame_num - 1) // 4, (most - 1) // 4
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle, surely=False):
+            low = middle
+        else:
+            high = middle - 1
+    while low and not fits(low, surely=True):  # live bytes were compared, reserved are more
+        low = low * 31 // 32
+    return 4 * low + 1
+
+
+def plan_text(chosen: Plan, beside: dict[str, Any]) -> str:
+    """The plan as lines to read."""
+    fits = "fits" if chosen.fits else f"does not fit, {beside['least_bytes'] / GIB:.2f} GiB would"
+    lines = [
+        f"{options_text(chosen.options) or 'all on the device'}",
+        f"{fits}: {chosen.peak_bytes / GIB:.2f} of {chosen.room / GIB:.2f} GiB, beside CUDA's own",
+        "",
+        f"{'stage':8}{'GiB':>8}{'reserved':>10}{'time':>10}",
+    ]
+    for name, stage in chosen.stages.items():
+        size = f"{stage.bytes / GIB:8.2f}{stage.reserved / GIB:10.2f}"
+        lines.append(f"{name:8}{size}{time_text(stage.seconds):>10}")
+    lines.append(f"{'all':8}{'':8}{chosen.peak_bytes / GIB:10.2f}{time_text(chosen.seconds):>10}")
+    lines.append(f"RAM {chosen.ram_bytes / GIB:.1f} GiB, mapped from disk {chosen.disk_bytes / GIB:.1f} GiB")
+    more = beside["seconds_with_one_gib_more"]
+    if chosen.fits and more is not None:
+        lines.append(
+            f"with one GiB more: {time_text(more)}; longest video that fits: {beside['longest_frame_num']} frames"
+        )
+    lines.append(f"times are modelled, rates of {chosen.rates}")
+    return "\n".join(lines)
