@@ -7,19 +7,16 @@ and run as it is, then with `attach`: the VAE by tiles, the others streamed thro
 too.
 Printed are the largest differences, or what was refused and why; and whether the tree, undone, gives what it gave.
 
-The library is used as others would: its files alone, copied under another name. Of the tree nothing is imported but
-these modules; libraries of its that are missing here are empty stand-ins, and attention is PyTorch's own.
+Of the tree nothing is imported but these modules; libraries of its that are missing here are empty stand-ins, and
+attention is PyTorch's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import inspect
-import shutil
 import sys
-import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +30,7 @@ from unittest.mock import MagicMock
 import torch
 from torch import nn
 
+from leanwan import attach
 from virtual_gpu import LACK, VirtualGPU
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,27 +47,6 @@ T5 = {
     "vocab": 50, "dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 3, "num_buckets": 8,
     "shared_pos": False, "dropout": 0.0,
 }  # fmt: skip
-
-
-def copy_library(target: Path) -> None:
-    """Copies leanwan and what it imports, as a package of another name; the folder must not exist."""
-    waiting, package = list((ROOT / "wan/memory").glob("*.py")), ROOT / "wan"
-    while waiting:
-        file = waiting.pop()
-        copy = target / file.relative_to(package)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
-            waiting += imported_by(file)
-
-
-def imported_by(file: Path) -> Iterator[Path]:
-    """The files that a file's relative imports name."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-            names = [folder.with_suffix(".py"), folder / "__init__.py"]
-            yield from filter(Path.is_file, [*names, *(folder / f"{item.name}.py" for item in node.names)])
 
 
 def modules_of(checkout: Path, folder: str) -> Iterator[Any]:
@@ -254,17 +231,11 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder of the other tree")
     parser.add_argument("--package", default="wan/modules", help="folder of its models (default wan/modules)")
     args = parser.parse_args()
-    if LACK:
-        parser.error(LACK)
-    with tempfile.TemporaryDirectory() as folder:
-        copy_library(Path(folder) / "lean")
-        sys.path.insert(0, folder)
-        run(args.checkout.resolve(), args.package)
+    run(args.checkout.resolve(), args.package)
 
 
 @torch.no_grad()
 def run(checkout: Path, package: str) -> None:
-    attach = importlib.import_module("lean.memory").attach
     from upstream_driver import stand_ins
     from upstream_driver.surroundings import attention
 

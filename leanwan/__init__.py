@@ -1,20 +1,23 @@
-"""Less memory for models that are built already: nothing here knows a task.
+"""Less memory for models of the Wan family that are built already, whatever tree their code is in.
 
-`attach` does all of it, for this package's pipelines' kin in other trees; its parts are functions of their own, each
-of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `visit_when_called` for any module,
-`apply_chunking` for a DiT, and `Streamer`, a context manager, for modules that are called in turn.
+`attach` puts every option on a pipeline and returns what takes them off again. Its parts are functions of their own,
+each of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `apply_chunking` for a DiT,
+`visit_when_called` for any module; and `Streamer`, a context manager, for modules that are called in turn.
 
-It needs of the package this folder and what its files import, of modules/ and utils/, under a package of any name.
+The package knows layers and tensors: no task, no checkpoint file, no program. It needs torch, einops and psutil.
 """
 
 from .lazy import lazily
 
+__version__ = "0.3.0"
+
 _HOMES = {
+    "InputError": "errors",
     "MemoryOptions": "options",
     "Streamer": "streaming",
-    "apply_chunking": "chunking",
-    "apply_tiling": "vae_tiling",
-    "attach": "retrofit",
+    "apply_chunking": "dit.chunks",
+    "apply_tiling": "vae.tiles",
+    "attach": "placement",
     "visit_by_halves": "residency",
     "visit_when_called": "residency",
 }

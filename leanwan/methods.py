@@ -72,3 +72,8 @@ def layer_methods(
                 setattr(owner, name, *held.replaced)
 
     return undo
+
+
+def is_layered(owner: object, name: str) -> bool:
+    """Whether the object's method of that name has layers of `layer_methods`, which come off in any order."""
+    return isinstance(vars(owner).get(name), _Layered)

@@ -1,8 +1,10 @@
 """leanwan as a library: put on models of other trees and taken off again, on the virtual GPU."""
 
 import copy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from test_retrofit import IDS, dit_inputs, make_pipeline
 from torch import nn
 
-from benchmarks.other_trees import copy_library
+import leanwan
 from leanwan import attach
 from leanwan.dit.known import check_known
 from leanwan.errors import InputError
@@ -283,14 +285,15 @@ def test_an_image_model_without_clip():
 
 def test_it_works_copied_under_another_name(tmp_path):
     """The files alone, without the rest of the package."""
-    copy_library(tmp_path / "lean")
+    shutil.copytree(Path(leanwan.__file__).parent, tmp_path / "lean")
     code = (
-        "import sys, torch; sys.modules['wan'] = None; import lean.memory as memory; from lean.memory import attach;"
+        "import sys, torch; sys.modules['wan'] = sys.modules['leanwan'] = None; import lean; from lean import attach;"
         "model = torch.nn.Module(); model.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)]);"
         "attach({'model': model}, device='cpu', dit_stream=0.0)();"
-        "[getattr(memory, name) for name in memory.__all__];"
-        "print(*{name.split('.')[0] for name in sys.modules} & {'transformers', 'diffusers', 'wan', 'easydict'})"
+        "[getattr(lean, name) for name in lean.__all__];"
+        "found = {name.split('.')[0] for name in sys.modules};"
+        "print(*found & {'transformers', 'diffusers', 'wan', 'leanwan', 'easydict'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["wan"], "wan is the blocked name"
+    assert sorted(done.stdout.split()) == ["leanwan", "wan"], "these are the blocked names"

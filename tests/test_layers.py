@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,12 +14,19 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS = [
+    ["leanwan.errors", "leanwan.lazy", "leanwan.methods"],
+    ["leanwan.accelerator", "leanwan.flags", "leanwan.read_ahead", "leanwan.record"],
+    ["leanwan.streaming", "leanwan.residency"],
+    ["leanwan.dit", "leanwan.vae"],
+    ["leanwan.activations", "leanwan.options"],
+    ["leanwan.placement"],
+    ["leanwan"],
     ["wan.configs"],
     ["wan.tasks"],
     ["wan.utils"],
     ["wan.weights"],
     ["wan.modules", "wan.sampling"],
-    ["leanwan"],
+    ["wan.planning"],
     ["wan.distributed"],
     ["wan.random_models", "wan.kernels"],
     ["wan.denoising"],
@@ -28,6 +36,7 @@ LAYERS = [
     ["wan"],  # names the pipelines
     ["wan.run"],
     ["wan.cli", "wan.__main__", "wan.web"],
+    ["toys"],
     ["generate", "benchmarks"],
 ]
 KINDS = sorted({name.split("-")[0] for name in TASKS})
@@ -40,7 +49,7 @@ NAMING = [
     "wan/modules/vace_model.py",
     "wan/tasks.py",
     "wan/random_models.py",
-    "wan/toy/",
+    "wan/trained_toys/",
 ]
 
 
@@ -82,7 +91,7 @@ def layer_of(module):
         (len(name), number)
         for number, names in enumerate(LAYERS)
         for name in names
-        if module == name or (name != "wan" and module.startswith(f"{name}."))
+        if module == name or (name not in ("leanwan", "wan") and module.startswith(f"{name}."))
     ]
     return max(owners)[1] if owners else None
 
@@ -97,7 +106,7 @@ def upward(edges):
 
 
 def test_every_module_has_a_layer():
-    assert [name for name in sources("wan", "benchmarks") if layer_of(name) is None] == []
+    assert [name for name in sources("leanwan", "wan", "toys", "benchmarks") if layer_of(name) is None] == []
 
 
 def check_no_circle(edges):
@@ -106,7 +115,7 @@ def check_no_circle(edges):
 
 
 def test_no_circle():
-    edges = graph("wan")
+    edges = graph("leanwan", "wan", "toys")
     check_no_circle(edges)
     edges["wan.modules.attention"] |= {"wan.modules.model"}
     with pytest.raises(CycleError, match="wan.modules.attention"):
@@ -114,7 +123,7 @@ def test_no_circle():
 
 
 def test_no_upward_import():
-    edges = graph("wan", "benchmarks")
+    edges = graph("leanwan", "wan", "toys", "benchmarks")
     edges["generate"] = imports_of("generate", ast.parse((ROOT / "generate.py").read_text()), edges, False)
     assert upward(edges) == []
 
@@ -124,6 +133,12 @@ def test_the_simulator_and_the_driver_stand_alone():
     for name, targets in graph("virtual_gpu", "upstream_driver").items():
         forbidden = theirs | ({"wan", "upstream_driver"} if name.startswith("virtual_gpu") else set())
         assert {target.split(".")[0] for target in targets} & forbidden == set(), name
+
+
+def test_the_library_needs_torch_einops_and_psutil_alone():
+    allowed = {"leanwan", "torch", "einops", "psutil", *sys.stdlib_module_names}
+    for name, targets in graph("leanwan").items():
+        assert {target.split(".")[0] for target in targets} <= allowed, name
 
 
 @pytest.mark.parametrize(
@@ -177,5 +192,5 @@ def test_a_task_is_named_in_the_table_alone(kind):
 def test_the_package_list_is_whole():
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {name_of(path) for path in (ROOT / "wan").rglob("__init__.py")}
+    there = {name_of(path) for top in ("leanwan", "wan") for path in (ROOT / top).rglob("__init__.py")}
     assert sorted(listed) == sorted(there | {"wan.examples"})

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from leanwan.options import LOW_VRAM
-from toys.clips import MOTIONS, VERBS
 from toys.seen import seen
 from toys.shown import KINDS, Toy, asked
 from wan.configs.toy import TOY_CONFIGS
 from wan.run import Request, run
 from wan.tasks import TASKS
+from wan.trained_toys.captions import MOTIONS, VERBS
 from wan.utils.events import Step
 from wan.utils.video import VideoFile, open_image
 

@@ -11,30 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDTH, HEIGHT, FRAMES = 80, 48, 17
+from wan.trained_toys.captions import COLOURS, GROUNDS, MOTIONS, SHAPES, VERBS
 
-# In [0, 255].
-COLOURS = {
-    "red": (225, 35, 35),
-    "yellow": (240, 215, 30),
-    "green": (35, 170, 55),
-    "turquoise": (40, 200, 205),
-    "blue": (40, 70, 225),
-    "pink": (225, 60, 200),
-}
-GROUNDS = {"white": (238, 238, 238), "grey": (150, 150, 150), "black": (28, 28, 28)}
-SHAPES = ("ball", "square", "triangle")
-# What a caption may say of a motion; {go} is a shape's own verb.
-MOTIONS = {
-    "right": ("{go} to the right", "moves to the right"),
-    "left": ("{go} to the left", "moves to the left"),
-    "up": ("rises", "moves up"),
-    "down": ("falls", "moves down"),
-    "bounces": ("bounces",),
-    "grows": ("grows",),
-    "shrinks": ("shrinks",),
-}
-VERBS = {"ball": "rolls", "square": "slides", "triangle": "slides"}
+WIDTH, HEIGHT, FRAMES = 80, 48, 17
 
 
 @dataclass(frozen=True)
@@ -144,15 +123,3 @@ def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
         small, reach = rng.uniform(5, 6.5), rng.uniform(8, 10)
         radius = small if motion == "grows" else small + reach
     return Clip(**drawn, x=float(x), y=float(y), radius=float(radius), reach=float(reach))
-
-
-def words() -> list[str]:
-    """All words of captions."""
-    said = [
-        wording.format(go=verb)
-        for wordings in MOTIONS.values()
-        for wording in wordings
-        for verb in (*VERBS.values(), "moves")
-    ]
-    listed = [*COLOURS, *GROUNDS, *SHAPES, *" ".join(said).split(), "a", "it", "on", "ground"]
-    return sorted(set(listed))

@@ -12,9 +12,10 @@ from wan.configs.toy import TEXT_LEN, TOY_CONFIGS
 from wan.image2video import known_mask
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae import LATENT_MEAN, LATENT_STD, VAE
+from wan.trained_toys.captions import COLOURS, MOTIONS, SHAPES
 from wan.vace import WanVace
 
-from .clips import COLOURS, FRAMES, HEIGHT, MOTIONS, SHAPES, WIDTH, Clip, random_clip
+from .clips import FRAMES, HEIGHT, WIDTH, Clip, random_clip
 from .dit_training import Batch
 from .vae_training import encoded_by_frames
 

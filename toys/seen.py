@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .clips import COLOURS, GROUNDS
+from wan.trained_toys.captions import COLOURS, GROUNDS
 
 DISTINCT = 60.0  # in colour, of what is not ground
 LEAST_AREA = 20  # pixels, of what counts as a shape

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from leanwan import __version__
 from leanwan.lazy import lazily
-
-__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from . import configs, distributed, modules
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .vace import WanVace, WanVaceMP
 
 __all__ = [
+    "__version__",
     "WanFLF2V",
     "WanI2V",
     "WanT2V",

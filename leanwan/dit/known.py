@@ -1,4 +1,4 @@
-"""Which DiTs leanwan/dit/forward.py knows whole: it runs their layers itself, and would leave out whatever it knows not."""
+"""Which DiTs dit/forward.py knows whole: it runs their layers itself, and would leave out any that it knows not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 from torch import nn
 
 from ..errors import InputError
+from ..methods import is_layered
 
 _ATTENTION = {"q", "k", "v", "o", "norm_q", "norm_k"}
 _MODEL = {
@@ -78,7 +79,7 @@ def _check(
     missing |= {name for name in attributes if not hasattr(module, name)}
     for part in sorted(missing):
         _refuse(f"{prefix}{part} is missing", field)
-    if "forward" in vars(module) and not _is_ours(vars(module)["forward"]):
+    if "forward" in vars(module) and not is_layered(module, "forward"):
         _refuse(f"forward of {name} is replaced", field)
     if type(module).forward is nn.Module.forward:
         return  # it is never called: its block runs its layers
@@ -88,11 +89,6 @@ def _check(
     others = [argument for argument in call if argument not in _CALLED_WITH[kind]]
     if others:
         _refuse(f"{name} is called with {', '.join(others)} too", field)
-
-
-def _is_ours(method: object) -> bool:
-    """Whether it is a layer of leanwan.methods, which are undone and put on in any order."""
-    return type(method).__module__ == __name__.rpartition(".")[0] + ".methods"
 
 
 def _refuse(problem: str, field: str) -> None:

@@ -1,1 +1,1 @@
-"""Trained toys: tiny Wan2.1 models that show what the prompt says, their data and their training."""
+"""Trained toys: the checkpoints of tiny Wan2.1 models that show what the prompt says. `toys` trains them."""

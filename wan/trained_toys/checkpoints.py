@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from leanwan.errors import InputError
-from toys.clips import words
 
 from .. import random_models
 from ..configs.toy import TOY_CONFIGS
 from ..utils.files import user_cache
+from .captions import words
 
 Weights = dict[str, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""The DiT: its forward pass over any module tree that has the checkpoints' names, by chunks of tokens."""
