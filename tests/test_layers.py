@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -120,6 +121,20 @@ def test_no_circle():
     edges["wan.modules.attention"] |= {"wan.modules.model"}
     with pytest.raises(CycleError, match="wan.modules.attention"):
         check_no_circle(edges)
+
+
+def test_every_name_is_of_one_thing():
+    files = sources("leanwan", "wan", "toys", "benchmarks", "upstream_driver", "virtual_gpu")
+    modules = Counter(path.stem for path in files.values())
+    classes = Counter(
+        node.name
+        for path in files.values()
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    for name in ("__init__", "__main__"):
+        del modules[name]
+    assert [name for name, count in (modules + classes).items() if count > 1] == []
 
 
 def test_no_upward_import():
