@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder of the other tree")
     parser.add_argument("--package", default="wan/modules", help="folder of its models (default wan/modules)")
     args = parser.parse_args()
+    if LACK:
+        parser.error(LACK)
     run(args.checkout.resolve(), args.package)
 
 
