@@ -13,17 +13,23 @@ FEW_BLOCKS = 3  # a VACE block, the first block that takes a hint, one that take
 @contextlib.contextmanager
 def few_blocks():
     """Of the DiT's blocks, which need the same memory, the first few run, on the first few chunks of tokens."""
-    run_block = forward.Layers.run
+    with contextlib.ExitStack() as stack:
+        for name in ("keys_and_values", "self_attention", "cross_attention", "ffn"):
+            stack.enter_context(
+                mock.patch.object(forward.Layers, name, _of_few(getattr(forward.Layers, name)))
+            )
+        yield
 
-    def some(layers, *args, **kwargs):
-        layers.blocks_run = getattr(layers, "blocks_run", 0) + 1
-        if layers.blocks_run <= FEW_BLOCKS:
+
+def _of_few(visit):
+    def some(layers, block, *args):
+        seen = vars(layers).setdefault("seen", {})  # blocks, and how many were seen before each
+        if seen.setdefault(block, len(seen)) < FEW_BLOCKS:
             all_chunks, layers.spans = layers.spans, layers.spans[:FEW_CHUNKS]
-            yield from run_block(layers, *args, **kwargs)
+            visit(layers, block, *args)
             layers.spans = all_chunks
 
-    with mock.patch.object(forward.Layers, "run", some):
-        yield
+    return some
 
 
 @contextlib.contextmanager

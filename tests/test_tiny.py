@@ -143,7 +143,11 @@ def test_cache_is_made_once(tmp_path, monkeypatch):
 
 
 def test_cache_made_by_two_at_once(tmp_path):
-    command = [sys.executable, "-c", "from wan import random_models; print(random_models.checkpoint('i2v-tiny'))"]
+    command = [
+        sys.executable,
+        "-c",
+        "from wan import random_models; print(random_models.checkpoint('i2v-tiny'))",
+    ]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     root = Path(__file__).parents[1]
     both = [

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -93,29 +93,24 @@ def apply_speed(
 
 
 def _compiled_blocks(backend: str | Callable) -> RunBlock:
-    """Layers.run, compiled; it pauses behind each block."""
+    """Layers.run, compiled."""
 
     @functools.cache
     def compiled(length: int) -> Callable[..., None]:
         # A copy for each length: what has been compiled too often, for whichever model, would run uncompiled.
-        copy = types.FunctionType(_run_through.__code__.replace(), globals(), _run_through.__name__)
+        run = Layers.run
+        copy = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__)
         return torch.compile(copy, backend=backend, dynamic=False)
 
-    def run_block(layers: Layers, block: nn.Module, tokens: Tokens, *, first: bool) -> Iterator[None]:
+    def run_block(layers: Layers, block: nn.Module, tokens: Tokens, first: bool) -> None:
         try:
             compiled(tokens.length)(layers, block, tokens, first)
         except torch._dynamo.exc.TorchDynamoException as error:
             if is_out_of_memory(error):
                 raise
             raise _failed(error) from error
-        yield
 
     return run_block
-
-
-def _run_through(layers: Layers, block: nn.Module, tokens: Tokens, first: bool) -> None:
-    for _ in layers.run(block, tokens, first=first):
-        pass
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The DiT's forward pass, for every model type, by chunks of tokens; the whole sequence is one chunk.
 
-Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them.
+Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them. A pass is
+a list of visits, one for each layer group: what a sample's layers do while the group's weights are on the device. A
+visit serves one sample, or several in turn.
+
 What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; where these
 live is handed in, see tokens.py. Everything else is computed for one chunk of tokens at a time and added in place.
 A chunk attends to all keys at once, so each row's arithmetic is the one of the whole pass.
@@ -13,10 +16,9 @@ in, as the attention is.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -24,9 +26,6 @@ from torch import nn
 
 from .conditioning import Conditions, Context, embed, full_precision, heads_of
 from .tokens import ON_DEVICE, Attention, Piece, Place, Tokens
-
-RunBlock = Callable[..., Iterator[None]]  # called as Layers.run is
-Result = TypeVar("Result")
 
 # Parameters that compute in fp32 whatever the model's compute type, by the module that owns them.
 _FP32_OWNERS = (
@@ -47,27 +46,13 @@ def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_groups(model: nn.Module) -> list[nn.Module]:
-    """The layers of a DiT in the order in which `dit_forward` visits them, grouped: of every block's self attention
-    what makes keys and values, then the rest; cross attention; FFN.
+    """The layers of a DiT in the order in which a pass visits them, grouped: of every block's self attention what makes
+    keys and values, then the rest; cross attention; FFN.
 
-    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE
-    block's `after_proj`. What is not listed is small (norms, modulation, patch embeddings, head), or is called once
-    a pass: see `embedding_layers`.
+    What is not listed is small (norms, modulation, patch embeddings, head), or is called once a pass: see
+    `embedding_layers`.
     """
-    hints = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
-    groups = [hints[0].before_proj] if hints else []
-    for i, block in enumerate(model.blocks):
-        for visited in [hints[i], block] if i in hints else [block]:
-            attention = visited.self_attn
-            groups += [
-                nn.ModuleList([attention.k, attention.norm_k, attention.v]),
-                nn.ModuleList([attention.q, attention.norm_q, attention.o]),
-                visited.cross_attn,
-                visited.ffn,
-            ]
-        if i in hints:
-            groups.append(hints[i].after_proj)
-    return groups
+    return [visit.group for visit in visits(model)]
 
 
 def embedding_layers(model: nn.Module) -> list[nn.Module]:
@@ -111,7 +96,7 @@ def dit_forward(
         together: whether each layer group serves all samples, one after the other, before the next is visited. Each
             sample's arithmetic is its own either way.
         conditions: each sample's, on the device of x, computed before: nothing is made of t, context and images then.
-        run_block: what runs a block, instead of Layers.run.
+        run_block: what runs a block, in one visit, instead of its layer groups in theirs.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -119,13 +104,11 @@ def dit_forward(
     Raises:
         ValueError: more tokens than seq_len, a longer prompt than text_len, image inputs missing.
     """
-    run = run_block or Layers.run
     if hasattr(model, "img_emb") and (image is None or y is None):
         raise ValueError(f"a {model.model_type} model needs clip_fea and y")
     device = x[0].device
 
-    def flow(i: int) -> Generator[None, None, torch.Tensor]:
-        """Of one sample; pauses behind each layer group."""
+    def sample(i: int) -> Sample:
         if conditions:
             known = conditions[i]
         else:
@@ -136,47 +119,129 @@ def dit_forward(
         tokens, grid = embed_patches(model.patch_embedding, joined, device, dtype, place, name + "tokens")
         if tokens.length > seq_len:
             raise ValueError(f"{tokens.length} tokens do not fit seq_len {seq_len}")
-        layers = Layers(
-            known.modulation,
-            known.context,
-            Rope(model.freqs.to(device), grid),
-            attention,
-            dtype,
-            place.spans(tokens.length, chunk),
-            place,
-            name,
-        )
-        if vace_context is None:
-            for n, block in enumerate(model.blocks):
-                yield from run(layers, block, tokens, first=n == 0)
-        else:
-            hints, _ = embed_patches(
-                model.vace_patch_embedding, [vace_context[i]], device, dtype, place, name + "hints"
-            )
-            yield from _run_with_hints(model, layers, run, tokens, hints, vace_context_scale)
-        # Rounded as autocast rounds what the published model makes of the head's output.
-        return predict(model, tokens, known.time, grid, layers.spans, place).to(dtype).float()
+        rope, spans = Rope(model.freqs.to(device), grid), place.spans(tokens.length, chunk)
+        layers = Layers(known.modulation, known.context, rope, attention, dtype, spans, place, name)
+        hints = None
+        if vace_context is not None:
+            embedding, source = model.vace_patch_embedding, [vace_context[i]]
+            hints, _ = embed_patches(embedding, source, device, dtype, place, name + "hints")
+        return Sample(layers, known.time, grid, tokens, hints, vace_context_scale)
 
-    return finished([flow(i) for i in range(len(x))], together)
+    flows = []
+    for turn in [range(len(x))] if together else [[i] for i in range(len(x))]:
+        samples = [sample(i) for i in turn]
+        for visit in visits(model, run_block):
+            visit.serve(samples)
+        while samples:
+            flows.append(predict(model, samples.pop(0)))
+    return flows
 
 
-def finished(passes: Sequence[Generator[None, None, Result]], in_turns: bool) -> list[Result]:
-    """What the passes return: of one after the other, or, in turns, of all from pause to pause."""
-    results: dict[int, Any] = dict.fromkeys(range(len(passes)))
-    waiting = deque(enumerate(passes))
-    while waiting:
-        i, one = waiting.popleft()
-        try:
-            next(one)
-        except StopIteration as end:
-            results[i] = end.value
-        else:
-            waiting.append((i, one)) if in_turns else waiting.appendleft((i, one))
-    return list(results.values())
+@dataclass
+class Sample:
+    """A sample on its way through the blocks.
+
+    Attributes:
+        layers: what runs layers over its tokens.
+        time: [1, dim] fp32, the embedded time.
+        grid: (frames, rows, columns) of its tokens.
+        tokens: its residual stream.
+        hints: that of a VACE model's second stack.
+        strength: of the hints.
+    """
+
+    layers: Layers
+    time: torch.Tensor
+    grid: tuple[int, int, int]
+    tokens: Tokens
+    hints: Tokens | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A layer group's turn in a pass: `run` calls its layers for a sample."""
+
+    group: nn.Module
+    run: Callable[[Sample], None]
+
+    def serve(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self.run(sample)
+
+
+def visits(model: nn.Module, run_block: RunBlock | None = None) -> list[Visit]:
+    """A pass of a DiT from the embedded patches to the head.
+
+    In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE block's
+    `after_proj`.
+
+    run_block: as dit_forward's.
+    """
+    hinting = dict(zip(getattr(model, "vace_layers", ()), getattr(model, "vace_blocks", ())))
+    found = [_first_hints(hinting[0].before_proj)] if hinting else []
+    for i, block in enumerate(model.blocks):
+        if i in hinting:
+            found += _block_visits(hinting[i], "hints", i == 0, run_block)
+        found += _block_visits(block, "tokens", i == 0, run_block)
+        if i in hinting:
+            found.append(_add_hints(hinting[i].after_proj))
+    return found
+
+
+def _block_visits(block: nn.Module, stream: str, first: bool, run_block: RunBlock | None) -> list[Visit]:
+    """Those of one block, on a sample's `tokens` or `hints`; first: whether it is the first of its stack."""
+
+    def visit(group: nn.Module, run: Callable[..., None], *args: bool) -> Visit:
+        return Visit(group, lambda sample: run(sample.layers, block, getattr(sample, stream), *args))
+
+    if run_block:
+        return [visit(block, run_block, first)]
+    attention = block.self_attn
+    return [
+        visit(nn.ModuleList([attention.k, attention.norm_k, attention.v]), Layers.keys_and_values, first),
+        visit(nn.ModuleList([attention.q, attention.norm_q, attention.o]), Layers.self_attention),
+        visit(block.cross_attn, Layers.cross_attention),
+        visit(block.ffn, Layers.ffn),
+    ]
+
+
+def _first_hints(before: nn.Module) -> Visit:
+    def run(sample: Sample) -> None:
+        layers, hints, tokens = sample.layers, sample.hints, sample.tokens
+        for (span, hint), (_, part) in zip(hints.read(layers.spans), tokens.read(layers.spans), strict=True):
+            hints.write(span, layers.linear(before, hint) + part.to(layers.dtype))
+
+    return Visit(before, run)
+
+
+def _add_hints(after: nn.Module) -> Visit:
+    def run(sample: Sample) -> None:
+        layers = sample.layers
+        for span, hint in sample.hints.read(layers.spans):
+            sample.tokens.add(span, layers.linear(after, hint) * sample.strength)
+
+    return Visit(after, run)
+
+
+@dataclass
+class _Between:
+    """What a block's visits hand on.
+
+    Attributes:
+        modulation: shift, scale and gate of self attention, then of the FFN, [1, 1, dim] fp32 each.
+        norm_dtype: the type that the norm before self attention gives.
+        keys, values: of self attention, over all tokens.
+    """
+
+    modulation: tuple[torch.Tensor, ...]
+    norm_dtype: torch.dtype
+    keys: Tokens | None
+    values: Tokens | None
 
 
 class Layers:
-    """Runs blocks over one sample's residual stream, in place."""
+    """Runs the layers of blocks over one sample's residual stream, in place."""
 
     def __init__(
         self,
@@ -196,72 +261,56 @@ class Layers:
         self.dtype = dtype
         self.spans = spans
         self.place = place
-        self.name = name  # of what it keeps in its place over a pause
+        self.name = name  # of what it keeps in its place between visits
+        self._between: _Between | None = None
 
-    def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The layer in the compute type."""
-        return layer(x.to(self.dtype))
+    def run(self, block: nn.Module, x: Tokens, first: bool) -> None:
+        """A whole block; first: whether it is the first of its stack."""
+        self.keys_and_values(block, x, first)
+        self.self_attention(block, x)
+        self.cross_attention(block, x)
+        self.ffn(block, x)
 
-    def run(self, block: nn.Module, x: Tokens, *, first: bool) -> Iterator[None]:
-        """One block on the residual stream x, changed in place; pauses behind each layer group.
+    def keys_and_values(self, block: nn.Module, x: Tokens, first: bool) -> None:
+        """Begins a block: keys and values of its self attention.
 
-        first: whether it is the first of its stack. The stream is fp32 from the start, but what embeds the patches
-        computes in the compute type, and the first block's norm gives its result in that type.
+        The stream is fp32 from the start, but what embeds the patches computes in the compute type, and the first
+        block's norm gives its result in that type.
         """
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + self.modulation).chunk(
-            6, dim=1
-        )
-        yield from self._self_attention(block, x, shift, scale, gate, self.dtype if first else torch.float32)
-        yield
-        self._cross_attention(block, x)
-        yield
-        for span, part in x.read(self.spans):
-            hidden = block.norm2(part).mul_(1 + ffn_scale).add_(ffn_shift)
-            x.add(span, self.linear(block.ffn, hidden) * ffn_gate)
-            del hidden
-        yield
-
-    def _self_attention(
-        self,
-        block: nn.Module,
-        x: Tokens,
-        shift: torch.Tensor,
-        scale: torch.Tensor,
-        gate: torch.Tensor,
-        norm_dtype: torch.dtype,
-    ) -> Iterator[None]:
         attention = block.self_attn
+        modulation = (block.modulation + self.modulation).chunk(6, dim=1)
         shape = attention.num_heads, attention.q.out_features // attention.num_heads
         keys, values = (
             self.place.heads(self.name + name, x.length, shape, self.dtype) for name in ("keys", "values")
         )
-
-        def modulated(part: torch.Tensor) -> torch.Tensor:
-            hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
-            return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
-
+        self._between = _Between(modulation, self.dtype if first else torch.float32, keys, values)
         for span, part in x.read(self.spans):
-            hidden = modulated(part)
+            hidden = self._modulated(block, part)
             values.write(span, heads_of(attention, attention.v(hidden)))
             hidden = attention.k(hidden)
             hidden = attention.norm_k(hidden)
             keys.write(span, self.rope(heads_of(attention, hidden).float(), span))
             del hidden
-        yield
 
-        def query(part: torch.Tensor, span: slice) -> torch.Tensor:
-            hidden = heads_of(attention, attention.norm_q(attention.q(modulated(part)))).float()
-            return self.rope(hidden, span).to(self.dtype)
+    def self_attention(self, block: nn.Module, x: Tokens) -> None:
+        attention, between = block.self_attn, self._between
+        gate = between.modulation[2]
+
+        def turned(part: torch.Tensor, span: slice) -> torch.Tensor:
+            query = attention.norm_q(attention.q(self._modulated(block, part)))
+            query = heads_of(attention, query).float()
+            return self.rope(query, span).to(self.dtype)
 
         def queries() -> Iterator[Piece]:
             for span, part in x.read(self.spans):
-                yield span, query(part, span)
+                yield span, turned(part, span)
 
-        for span, out in self.place.attended(self.attention, queries(), keys, values):
+        for span, out in self.place.attended(self.attention, queries(), between.keys, between.values):
             x.add(span, self.linear(attention.o, out.flatten(2)) * gate)
             del out
+        between.keys = between.values = None
 
-    def _cross_attention(self, block: nn.Module, x: Tokens) -> None:
+    def cross_attention(self, block: nn.Module, x: Tokens) -> None:
         attention = block.cross_attn
         contents = self.context.keys_and_values(attention)
         for span, part in x.read(self.spans):
@@ -273,24 +322,28 @@ class Layers:
             x.add(span, self.linear(attention.o, out.flatten(2)))
             del query, out
 
+    def ffn(self, block: nn.Module, x: Tokens) -> None:
+        """Ends a block."""
+        *_, shift, scale, gate = self._between.modulation
+        for span, part in x.read(self.spans):
+            hidden = block.norm2(part).mul_(1 + scale).add_(shift)
+            x.add(span, self.linear(block.ffn, hidden) * gate)
+            del hidden
+        self._between = None
 
-def _run_with_hints(
-    model: nn.Module, layers: Layers, run: RunBlock, x: Tokens, hints: Tokens, strength: float
-) -> Iterator[None]:
-    """The blocks of a VACE model. Each hint is made when its block has run, from the second stack's stream."""
-    before = model.vace_blocks[0].before_proj
-    for (span, hint), (_, part) in zip(hints.read(layers.spans), x.read(layers.spans), strict=True):
-        hints.write(span, layers.linear(before, hint) + part.to(layers.dtype))
-    yield
-    hinted = dict(zip(model.vace_layers, model.vace_blocks))
-    for i, block in enumerate(model.blocks):
-        if i in hinted:
-            yield from run(layers, hinted[i], hints, first=i == 0)
-        yield from run(layers, block, x, first=i == 0)
-        if i in hinted:
-            for span, hint in hints.read(layers.spans):
-                x.add(span, layers.linear(hinted[i].after_proj, hint) * strength)
-            yield
+    def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The layer in the compute type."""
+        return layer(x.to(self.dtype))
+
+    def _modulated(self, block: nn.Module, part: torch.Tensor) -> torch.Tensor:
+        """Tokens as self attention reads them."""
+        shift, scale, *_ = self._between.modulation
+        norm_dtype = self._between.norm_dtype
+        hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
+        return hidden.mul_(1 + scale).add_(shift).to(self.dtype)
+
+
+RunBlock = Callable[[Layers, nn.Module, Tokens, bool], None]  # called as Layers.run is
 
 
 def embed_patches(
@@ -320,18 +373,15 @@ def embed_patches(
     return stream, grid
 
 
-def predict(
-    model: nn.Module,
-    x: Tokens,
-    time: torch.Tensor,
-    grid: tuple[int, int, int],
-    spans: list[slice],
-    place: Place,
-) -> torch.Tensor:
+def predict(model: nn.Module, sample: Sample) -> torch.Tensor:
     """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
-    pieces = head_patches(model.head, x, time, spans)
-    patches = place.joined(pieces, x.length, model.head.head.out_features)
-    return patches_to_video(patches[0], grid, model.patch_size)
+    layers, x = sample.layers, sample.tokens
+    pieces = head_patches(model.head, x, sample.time, layers.spans)
+    patches = layers.place.joined(pieces, x.length, model.head.head.out_features)
+    video = patches_to_video(patches[0], sample.grid, model.patch_size)
+    del pieces, patches
+    # Rounded as autocast rounds what the published model makes of the head's output.
+    return video.to(layers.dtype).float()
 
 
 def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> list[torch.Tensor]:

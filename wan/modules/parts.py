@@ -59,8 +59,7 @@ def block_forward(
             [slice(0, length)],
             ON_DEVICE,
         )
-        for _ in layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32):
-            pass
+        layers.run(block, _tokens(stream[i : i + 1, :length]), first=x.dtype is not torch.float32)
     return stream
 
 

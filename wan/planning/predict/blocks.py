@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from leanwan.activations import ATTENTION_BYTES, SLOTS
-from leanwan.dit.forward import finished
 from leanwan.dit.tokens import spans
 from leanwan.record.ledger import Ledger
 
@@ -108,12 +107,14 @@ class _Walk(ContextRequests):
             features = self.ledger.take(samples * self.pictures * IMAGE_TOKENS * row)
         weights = Gathered(self.ledger, shards_of(self.model, self.way.ranks)) if self.way.ranks > 1 else None
         with self.place:
-            finished([self._flow(samples > 1, weights) for _ in range(samples)], samples > 1)
+            flows = [self._flow(weights) for _ in range(samples)]
+            for _ in itertools.zip_longest(*flows):  # a visit of each, and then the next visit of each
+                pass
         if weights:
             weights.drop()
         self.ledger.drop(features)
 
-    def _flow(self, together: bool, weights: Gathered | None) -> Generator[None, None, int]:
+    def _flow(self, weights: Gathered | None) -> Iterator[None]:
         ledger, blocks = self.ledger, range(min(FEW, len(self.model.blocks)))
         numbers = itertools.count()
 
@@ -123,12 +124,13 @@ class _Walk(ContextRequests):
 
         conditions = self._conditions()
         tokens = self._embed_patches([self.shape.latent[0], *[self.shape.joined] * bool(self.shape.joined)])
-        freqs, hints = ledger.take(self.model.freqs.nbytes), None
+        freqs = ledger.take(self.model.freqs.nbytes)
+        hints = self._embed_patches([self.shape.source], in_ram=True) if self.source else None
+        yield
         if not self.source:
             for n in blocks:
                 yield from self._run(n == 0, visit)
         else:
-            hints = self._embed_patches([self.shape.source], in_ram=True)
             for n, span in enumerate(self.spans):
                 self._before(span * self.dim * self.itemsize, visit if n == 0 else None)
             yield
@@ -141,9 +143,8 @@ class _Walk(ContextRequests):
                     for number, span in enumerate(self.spans):
                         self._hint(span * self.dim * self.itemsize, visit if number == 0 else None)
                     yield
-        out = self._predict()
+        self._predict()
         ledger.drop(*conditions, tokens, freqs, hints)
-        return out
 
     def _conditions(self) -> list[int]:
         """What a pass holds of them from its start to its end."""
@@ -217,8 +218,8 @@ class _Walk(ContextRequests):
             inner = ledger.become(span * self.ffn * self.itemsize, inner)
             out = ledger.become(span * dim * self.itemsize, inner, cast)
             ledger.drop(ledger.become(4 * span * dim, out), hidden)
-        yield
         ledger.drop(modulation)
+        yield
 
     def _self_attention(self, first: bool, visit: Callable[[], None]) -> Iterator[None]:
         ledger, dim, itemsize = self.ledger, self.dim, self.itemsize
