@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["leanwan.errors", "leanwan.lazy", "leanwan.methods"],
     ["leanwan.accelerator", "leanwan.flags", "leanwan.read_ahead", "leanwan.record"],
-    ["leanwan.streaming", "leanwan.residency"],
-    ["leanwan.dit", "leanwan.vae"],
+    ["leanwan.streaming", "leanwan.vae"],
+    ["leanwan.residency"],
+    ["leanwan.dit"],
     ["leanwan.activations", "leanwan.options"],
     ["leanwan.placement"],
     ["leanwan"],
