@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +20,17 @@ from torch import nn
 
 from .accelerator import release_memory
 from .activations import apply_activation_offload
+from .dit.ahead import OnCall
 from .dit.chunks import apply_chunking
-from .dit.forward import embedding_layers, layer_groups, storage_dtype
+from .dit.forward import embedding_layers, storage_dtype
 from .dit.known import check_known
+from .encoder_layers import image_encoder_groups, image_tower, not_called, text_encoder_groups, token_table
 from .errors import InputError
 from .methods import Undo, layer_methods
 from .options import MemoryOptions
-from .residency import Component, visit_by_halves, visit_when_called
+from .residency import Attachable, Component, visit_by_halves, visit_when_called
 from .streaming import Streamer
-from .vae.tiles import apply_tiling, check_layers, vae_modules
+from .vae.tiles import OnFrame, Share, apply_tiling, check_layers, vae_modules
 
 ENCODERS = ("text_encoder", "clip")
 DITS = (
@@ -45,6 +48,81 @@ _TAKERS: dict[str, Sequence[str]] = {
     "dit_chunk": DITS,
     "activation_offload": DITS,
 }
+
+
+def place_dit(
+    model: nn.Module, device: torch.device | str, options: MemoryOptions, dtype: torch.dtype = torch.float32
+) -> Undo:
+    """Puts on a built DiT, in this order: chunks of tokens, activations in RAM. How its weights come is another matter.
+
+    dtype: the compute type of a model of another tree.
+
+    Returns what undoes it. Raises as apply_chunking and apply_activation_offload.
+    """
+    with ExitStack() as undo:
+        undo.callback(apply_chunking(model, _chunk(options), dtype))
+        if options.activation_offload:
+            undo.callback(apply_activation_offload(model, device, _chunk(options)))
+        return undo.pop_all().close
+
+
+def _chunk(options: MemoryOptions) -> int:
+    """Tokens of a chunk: only the forward pass that works in chunks takes a place for tokens; of all it makes one."""
+    return options.dit_chunk or (sys.maxsize if options.activation_offload else 0)
+
+
+def place_text_encoder(
+    model: nn.Module,
+    device: torch.device | str,
+    options: MemoryOptions,
+    share: Callable[[Sequence[nn.Module]], Attachable] | None = None,
+) -> Component:
+    """A text encoder as it visits the device: whole, or its layers in turn and its table of tokens not at all.
+
+    share: makes of the layers what brings them, instead of a Streamer, where ranks share the weights out.
+    """
+    if not options.t5_stream and share is None:
+        return Component([model], "cpu" if options.t5_cpu else device)
+    groups = text_encoder_groups(model)
+    brought = share(groups) if share else Streamer(groups, device, buffers=options.stream_buffers)
+    return Component([model], device, [token_table(model), *groups], brought)
+
+
+def place_image_encoder(model: nn.Module, device: torch.device | str, options: MemoryOptions) -> Component:
+    """An image encoder as it visits the device: whole, or its layers in turn.
+
+    Streamed with the text encoder: on cards that need the one, the other is too much as well.
+    """
+    tower = image_tower(model)
+    if not options.t5_stream:
+        return Component([tower], device)
+    groups = image_encoder_groups(model)
+    streamer = Streamer(groups, device, buffers=options.stream_buffers)
+    return Component([tower], device, [*groups, *not_called(model)], streamer)
+
+
+def place_vae(
+    vae: Any,
+    device: torch.device | str,
+    tile: int | str | None,
+    halves: bool = True,
+    on_frame: OnFrame | None = None,
+    share: Share | None = None,
+) -> Undo:
+    """Puts on a built VAE, in this order: tiles, and visits of the half that a call needs.
+
+    Args:
+        tile, on_frame, share: as apply_tiling's; None for no tiles.
+        halves: whether the half that a call needs comes for it, and leaves.
+
+    Returns what undoes it. Raises as apply_tiling and visit_by_halves.
+    """
+    with ExitStack() as undo:
+        if tile is not None:
+            undo.callback(apply_tiling(vae, tile, on_frame=on_frame, share=share))
+        if halves:
+            undo.callback(visit_by_halves(vae, device))
+        return undo.pop_all().close
 
 
 def attach(
@@ -107,10 +185,9 @@ def attach(
     if not isinstance(dtype, torch.dtype):
         raise InputError("give a torch.dtype, such as torch.bfloat16", "dtype", dtype)
     with ExitStack() as undo:
-        if vae_tile is not None:
-            undo.callback(apply_tiling(parts.vae, vae_tile))
+        if vae_tile is not None or vae_cpu:
+            undo.callback(place_vae(parts.vae, place, vae_tile, halves=vae_cpu))
         if vae_cpu:
-            undo.callback(visit_by_halves(parts.vae, place))
             undo.callback(_send_to_cpu(vae_modules(parts.vae, "vae_cpu"), place))
         streamed = [getattr(parts, name).model for name in ENCODERS if t5_stream and hasattr(parts, name)]
         streamed += [getattr(parts, name) for name in DITS if dit_stream is not None and hasattr(parts, name)]
@@ -229,22 +306,20 @@ def _stream_and_chunk(
     pipeline: Any, device: torch.device, dtype: torch.dtype, options: MemoryOptions
 ) -> Undo:
     with ExitStack() as undo:
-        if options.t5_stream:
-            if hasattr(pipeline, "text_encoder"):
-                _stream_text_encoder(undo, pipeline.text_encoder.model, device)
-            if hasattr(pipeline, "clip"):
-                _stream_image_encoder(undo, pipeline.clip.model, device)
+        if options.t5_stream and hasattr(pipeline, "text_encoder"):
+            encoder = pipeline.text_encoder.model
+            visit = partial(place_text_encoder, encoder, device, options)
+            undo.callback(_come_when_called("t5_stream", encoder, encoder, visit))
+            undo.callback(_looked_up_at_home(token_table(encoder)))
+        if options.t5_stream and hasattr(pipeline, "clip"):
+            encoder = pipeline.clip.model
+            visit = partial(place_image_encoder, encoder, device, options)
+            undo.callback(_come_when_called("t5_stream", encoder, image_tower(encoder), visit))
         for model in (getattr(pipeline, name) for name in DITS if hasattr(pipeline, name)):
-            # Only the forward pass that works in chunks takes a place for tokens; of all of them it makes one.
-            chunk = options.dit_chunk or (sys.maxsize if options.activation_offload else 0)
-            if chunk:
-                undo.callback(apply_chunking(model, chunk, dtype))
-            if options.activation_offload:
-                undo.callback(apply_activation_offload(model, device, chunk))
+            undo.callback(place_dit(model, device, options, dtype))
             if options.dit_stream is not None:
-                groups = layer_groups(model) if chunk else _stack_by_stack(model)
-                _stream_dit(undo, model, groups, device, int(options.dit_stream * 2**30))
-            if (chunk or options.dit_stream is not None) and _is_known(model):
+                undo.callback(_stream_dit(model, device, options, dtype))
+            if (_chunk(options) or options.dit_stream is not None) and _is_known(model):
                 _keep_in_lossless_types(model, dtype)
         return undo.pop_all().close
 
@@ -266,45 +341,33 @@ def _is_known(model: nn.Module) -> bool:
     return True
 
 
-def _stream_text_encoder(undo: ExitStack, model: nn.Module, device: torch.device) -> None:
-    table = model.token_embedding
-    groups = [part for block in model.blocks for part in (block.attn, block.ffn)]
-
-    def visit() -> Component:
-        return Component([model], device, [table, *groups], Streamer(groups, device))
-
-    _come_when_called(undo, "t5_stream", model, model, visit)
+def _looked_up_at_home(table: nn.Module) -> Undo:
+    """Looks tokens up where their table is, so that only the rows found go to where the ids are."""
 
     def at_home(look_up: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Looks up where the table is, so that only the rows found go to where the ids are."""
         return lambda ids: look_up(ids.to(table.weight.device)).to(ids.device)
 
-    undo.callback(layer_methods(table, "t5_stream", forward=at_home))
+    return layer_methods(table, "t5_stream", forward=at_home)
 
 
-def _stream_image_encoder(undo: ExitStack, model: nn.Module, device: torch.device) -> None:
-    """Of CLIP only the image tower is called, and of its blocks all but the last."""
-    tower = model.visual
-    groups = list(tower.transformer)[:-1]
-
-    def visit() -> Component:
-        return Component([tower], device, [*tower.transformer, tower.post_norm], Streamer(groups, device))
-
-    _come_when_called(undo, "t5_stream", model, tower, visit)
-
-
-def _stream_dit(
-    undo: ExitStack, model: nn.Module, groups: Sequence[nn.Module], device: torch.device, resident_bytes: int
-) -> None:
-    embeddings = embedding_layers(model)
+def _stream_dit(model: nn.Module, device: torch.device, options: MemoryOptions, dtype: torch.dtype) -> Undo:
+    """The layers of a DiT in turn: behind our own forward pass those that are not constant, else all."""
+    make_streamer = partial(
+        Streamer, buffers=options.stream_buffers, resident_bytes=int(options.dit_stream * 2**30)
+    )
+    if _chunk(options):
+        on_call = partial(OnCall, model, device, dtype, make_streamer)
+        return _come_when_called("dit_stream", model, model, on_call)
+    groups, embeddings = _stack_by_stack(model), embedding_layers(model)
 
     def visit() -> Component:
-        streamer = Streamer(groups, device, resident_bytes=resident_bytes)
-        return Component([model], device, [*groups, *embeddings], streamer)
+        return Component([model], device, [*groups, *embeddings], make_streamer(groups, device))
 
-    _come_when_called(undo, "dit_stream", model, model, visit)
-    for embedding in embeddings:
-        undo.callback(visit_when_called(embedding, device))
+    with ExitStack() as undo:
+        undo.callback(_come_when_called("dit_stream", model, model, visit))
+        for embedding in embeddings:
+            undo.callback(visit_when_called(embedding, device))
+        return undo.pop_all().close
 
 
 def _stack_by_stack(model: nn.Module) -> list[nn.Module]:
@@ -327,14 +390,14 @@ def _keep_in_lossless_types(model: nn.Module, compute_dtype: torch.dtype) -> Non
 
 
 def _come_when_called(
-    undo: ExitStack, option: str, model: nn.Module, called: nn.Module, make_visit: Callable[[], Component]
-) -> None:
-    """`called`, a part of the model, brings the visiting Component; `model.cpu()` or `.to("cpu")` sends it home."""
+    option: str, model: nn.Module, called: nn.Module, make_visit: Callable[[], Component | OnCall]
+) -> Undo:
+    """`called`, a part of the model, brings the weights; `model.cpu()` or `.to("cpu")` sends them home."""
 
     def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with visit.on_device(stay=True):
-                return forward(*args, **kwargs)
+            with visit.visiting(*args, **kwargs) as more:
+                return forward(*args, **kwargs, **more)
 
         return call
 
@@ -346,7 +409,9 @@ def _come_when_called(
         visit.leave()
         return model
 
-    undo.callback(layer_methods(called, option, forward=with_weights))
-    undo.callback(layer_methods(model, option, to=lambda _: move, cpu=lambda _: go_home))
-    visit = make_visit()  # refused above if it is there already
-    undo.callback(visit.leave)
+    with ExitStack() as undo:
+        undo.callback(layer_methods(called, option, forward=with_weights))
+        undo.callback(layer_methods(model, option, to=lambda _: move, cpu=lambda _: go_home))
+        visit = make_visit()  # refused above if it is there already
+        undo.callback(visit.leave)
+        return undo.pop_all().close

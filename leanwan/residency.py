@@ -106,6 +106,12 @@ class Component:
         if not stay:
             self.leave()
 
+    @contextlib.contextmanager
+    def visiting(self, *_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        """Inside, what is on the device can be called, with whatever arguments; it stays. Yields no more of these."""
+        with self.on_device(stay=True):
+            yield {}
+
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, with the component on the device while it runs."""
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from leanwan.encoder_layers import image_encoder_groups
 from leanwan.errors import InputError
 from upstream_driver.toy_encoders import encode
 from virtual_gpu import VirtualGPU
@@ -122,7 +123,7 @@ def test_on_another_device(folder):
 def test_pieces_are_visited_in_their_order(folder):
     encoder = load(folder)
     visits = []
-    for i, piece in enumerate(encoder.layer_groups()):
+    for i, piece in enumerate(image_encoder_groups(encoder.model)):
         piece.register_forward_pre_hook(lambda module, args, i=i: visits.append(i))
     encoder.visual(videos()[:1])
     assert visits == [0, 1]

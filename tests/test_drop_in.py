@@ -464,7 +464,7 @@ def test_a_forward_pass_written_out_by_its_parts(task, first):
     padded = torch.stack([torch.cat([row, row.new_zeros(512 - len(row), 4096)]) for row in context]).to(first)
     joined = torch.cat([model.text_embedding(row[None]) for row in padded])
     if image:
-        images = torch.cat([model.img_emb(row[None], first) for row in features])
+        images = torch.cat([model.img_emb(row[None]) for row in features])
         joined = torch.cat([images.to(joined), joined], dim=1)
     lengths = torch.tensor([18, 18])
     with torch.no_grad():

@@ -16,7 +16,13 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS = [
     ["leanwan.errors", "leanwan.lazy", "leanwan.methods"],
-    ["leanwan.accelerator", "leanwan.flags", "leanwan.read_ahead", "leanwan.record"],
+    [
+        "leanwan.accelerator",
+        "leanwan.encoder_layers",
+        "leanwan.flags",
+        "leanwan.read_ahead",
+        "leanwan.record",
+    ],
     ["leanwan.streaming", "leanwan.vae"],
     ["leanwan.residency"],
     ["leanwan.dit"],

@@ -14,6 +14,7 @@ from torch import nn
 from leanwan.activations import ActivationOffload
 from leanwan.errors import InputError
 from leanwan.placement import check_memory_options, save_memory
+from leanwan.streaming import Streamer
 from virtual_gpu import DEVICE, VirtualGPU
 from wan.modules.model import WanModel
 from wan.modules.vace_model import VaceWanModel
@@ -234,12 +235,21 @@ def test_without_options_nothing_changes():
 
 
 @pytest.mark.parametrize("chunk", [0, 64])
-def test_pieces_follow_the_forward_pass_in_use(monkeypatch, chunk):
+def test_pieces_follow_the_forward_pass_in_use(gpu, monkeypatch, chunk):
     """The original forward pass runs all VACE blocks first, the one in chunks takes turns."""
     pipeline = make_pipeline(VaceWanModel, vace_layers=[0, 2], vace_in_dim=8)
     orders = []
-    monkeypatch.setattr("leanwan.placement.Streamer", lambda pieces, *args, **options: orders.append(pieces))
-    save_memory(pipeline, dit_stream=0.0, dit_chunk=chunk)
+
+    def recorded(pieces, *args, **options):
+        orders.append(pieces)
+        return Streamer(pieces, *args, **options)
+
+    monkeypatch.setattr("leanwan.placement.Streamer", recorded)
+    undo = save_memory(pipeline, dit_stream=0.0, dit_chunk=chunk)
+    source = [torch.ones(8, 3, 8, 6, device="vgpu")]
+    pipeline.model(**dit_inputs("vgpu"), vace_context=source)  # after which it is known what streams
+    undo()
+    del source
     names = {module: name for name, module in pipeline.model.named_modules()}
     found = [names.get(piece) or names[next(piece.children())] for piece in orders[0]]
     order = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in found))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from leanwan.encoder_layers import text_encoder_groups
 from leanwan.errors import InputError
 from upstream_driver.toy_encoders import encode
 from virtual_gpu import VirtualGPU
@@ -154,12 +155,12 @@ def test_the_table_may_stay_on_the_cpu(folder, dtype):
 def test_pieces_are_visited_in_their_order_and_hold_every_block(folder):
     encoder = load(folder)
     visits = []
-    for i, piece in enumerate(encoder.layer_groups()):
+    for i, piece in enumerate(text_encoder_groups(encoder.model)):
         for module in piece:
             module.register_forward_pre_hook(lambda module, args, i=i: visits.append(i))
     encoder("a red ball", "cpu")
     assert [i for i, _ in itertools.groupby(visits)] == list(range(5 * SIZES["num_layers"]))
-    of_pieces = [id(p) for piece in encoder.layer_groups() for p in piece.parameters()]
+    of_pieces = [id(p) for piece in text_encoder_groups(encoder.model) for p in piece.parameters()]
     of_blocks = [id(p) for p in encoder.model.block.parameters()]
     assert sorted(of_pieces) == sorted(of_blocks)
 

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leanwan.accelerator import initialise
-from leanwan.activations import apply_activation_offload
-from leanwan.dit.chunks import apply_chunking
+from leanwan.encoder_layers import image_encoder_groups
 from leanwan.errors import InputError
 from leanwan.methods import layer_methods
 from leanwan.options import MemoryOptions
-from leanwan.residency import Component, visit_by_halves
-from leanwan.streaming import Streamer
+from leanwan.placement import place_dit, place_image_encoder, place_text_encoder, place_vae
+from leanwan.residency import Component
 from leanwan.vae.passes import Stored
-from leanwan.vae.tiles import apply_tiling
 
 from .denoising import NEGATIVE_PROMPT, PROMPT, Conditioning, Flows, passes
 from .kernels import apply_speed, check_able, check_speed
@@ -174,9 +172,7 @@ class WanPipeline:
         )
         apply_speed(model, *self._speed)
         self._sizes.remember(folder.mapped if folder else self.weight_files("denoise"))
-        apply_chunking(model, self.options.dit_chunk)
-        if self.options.activation_offload:
-            apply_activation_offload(model, self.device, self.options.dit_chunk)
+        place_dit(model, self.device, self.options)
         return model
 
     @cached_property
@@ -191,8 +187,7 @@ class WanPipeline:
             from .distributed.together import SharedTiles, lead_vae
 
             share = SharedTiles(self._ranks)
-        apply_tiling(vae, self.options.vae_tile, on_frame=self.stages.counter(), share=share)
-        visit_by_halves(vae, self.device)
+        place_vae(vae, self.device, self.options.vae_tile, on_frame=self.stages.counter(), share=share)
         if self._ranks and self._ranks.leads:
             layers: dict[str, Any] = dict(lead_vae(self._ranks))
             layer_methods(vae, "ranks", **layers)
@@ -264,24 +259,12 @@ class WanPipeline:
 
     @cached_property
     def _text(self) -> Component:
-        encoder = self.text_encoder
-        if not self.options.t5_stream and not self._t5_fsdp:
-            return Component([encoder.model], torch.device("cpu") if self.options.t5_cpu else self.device)
-        groups = encoder.layer_groups()
-        apart = [encoder.model.embed_tokens, *groups]
-        if self._t5_fsdp:
-            return Component([encoder.model], self.device, apart, self._sharded(groups))
-        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
-        return Component([encoder.model], self.device, apart, streamer)
+        share = self._sharded if self._t5_fsdp else None
+        return place_text_encoder(self.text_encoder.model, self.device, self.options, share)
 
     @cached_property
     def _image(self) -> Component:
-        # Streamed with the text encoder: on cards that need the one, the other is too much as well.
-        if not self.options.t5_stream:
-            return Component([self.clip.model], self.device)
-        groups = self.clip.layer_groups()
-        streamer = Streamer(groups, self.device, buffers=self.options.stream_buffers)
-        return Component([self.clip.model], self.device, groups, streamer)
+        return place_image_encoder(self.clip.model, self.device, self.options)
 
     @cached_property
     def _dit(self) -> Component:
@@ -361,7 +344,7 @@ class WanPipeline:
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
         """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
-        stay, layers = self._stay(offload_model), self.clip.layer_groups()
+        stay, layers = self._stay(offload_model), image_encoder_groups(self.clip.model)
         with (
             self.stages("image"),
             torch.no_grad(),

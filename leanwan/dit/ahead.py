@@ -1,4 +1,4 @@
-"""What a DiT makes of time, prompt and image, computed once per run, before its layers stream.
+"""What a DiT makes of time, prompt and image, computed once, before its layers stream.
 
 It stays in RAM. A block's keys and values of the context visit the device with its layer group, as weights do, and the
 layers that made them are not copied again: 4.2 GB per pass of a 14B model, against 0.84 GB of keys and values.
@@ -8,11 +8,15 @@ Beside the ring of that model the time projection alone, 0.59 GiB of fp32, would
 from __future__ import annotations
 
 import contextlib
+import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import InputError
 from ..residency import Component
 from ..streaming import Streamer
 from .conditioning import (
@@ -23,9 +27,14 @@ from .conditioning import (
     embed_text,
     embed_time,
     image_keys_and_values,
+    project_time,
     text_keys_and_values,
 )
-from .forward import cross_attentions, layer_groups
+from .forward import cross_attentions, embedding_layers, layer_groups
+
+PROMPTS = 4  # whose keys and values are kept for calls that nobody announces
+
+MakeStreamer = Callable[[Sequence[nn.Module], torch.device], Streamer]
 
 
 @contextlib.contextmanager
@@ -36,7 +45,7 @@ def streamed_ahead(
     prompts: Sequence[torch.Tensor],
     clip_fea: torch.Tensor | None,
     dtype: torch.dtype,
-    make_streamer: Callable[[Sequence[nn.Module], torch.device], Streamer] = Streamer,
+    make_streamer: MakeStreamer = Streamer,
 ) -> Iterator[Ahead]:
     """Computes the conditions of all passes; inside, the model is called with them, and its layer groups stream.
 
@@ -54,51 +63,75 @@ def streamed_ahead(
     Yields:
         The conditions of each call, to be given to the model as its `conditions`.
     """
-    with torch.no_grad():
-        ahead = Ahead(model, device, times, prompts, clip_fea, dtype)
-    not_moved = [*layer_groups(model), *model.embedding_layers()]
-    with Component([model], device, not_moved, make_streamer(ahead.groups, device)).on_device():
+    ahead = Ahead(model, device, dtype, clip_fea)
+    ahead.add_times(times)
+    ahead.add_prompts(prompts)
+    with ahead.streamed(make_streamer).on_device():
         yield ahead
 
 
 class Ahead:
-    """Conditions of all passes. Arguments as above.
+    """Conditions of passes, computed before them.
+
+    While some are computed, the model's layer groups are not on the device.
+
+    Args:
+        model: a DiT, not on the device.
+        device: where it computes.
+        dtype: its compute type.
+        clip_fea: image features that all prompts go with, or None.
 
     Attributes:
         groups: what streams in place of the model's `layer_groups`.
     """
 
+    @torch.no_grad()
     def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        times: Sequence[torch.Tensor],
-        prompts: Sequence[torch.Tensor],
-        clip_fea: torch.Tensor | None,
-        dtype: torch.dtype,
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, clip_fea: torch.Tensor | None
     ):
-        self._device = device
-        with Component([model.time_embedding], device).on_device():
-            self._embedded = [embed_time(model, t.to(device)).cpu() for t in times]
-        with Component([model.time_projection], device).on_device():
-            projected = [model.time_projection(time.to(device)).cpu() for time in self._embedded]
-        self._modulations = [modulation.unflatten(1, (6, -1)) for modulation in projected]
-        with Component([model.text_embedding], device).on_device():
-            texts = [embed_text(model, prompt, device, dtype) for prompt in prompts]
+        self._model, self._device, self._dtype = model, device, dtype
+        self._embedded: list[torch.Tensor] = []
+        self._modulations: list[torch.Tensor] = []
         image = None
         if clip_fea is not None and hasattr(model, "img_emb"):
             with Component([model.img_emb], device).on_device():
-                image = model.img_emb(clip_fea.to(device), dtype)
-        self._kept: dict[nn.Module, _Kept] = {}
-        attentions = cross_attentions(model)
-        groups = [nn.ModuleList(context_layers(attention)) for attention in attentions]
-        with Streamer(groups, device):
-            for attention in attentions:
-                of_texts = [text_keys_and_values(attention, text, dtype) for text in texts]
-                of_image = [] if image is None else [image_keys_and_values(attention, image, dtype)]
-                self._kept[attention] = _Kept(of_texts, of_image)
-                del of_texts, of_image
+                image = model.img_emb(clip_fea.to(device))
+        self._kept = {attention: _Kept() for attention in cross_attentions(model)}
+        if image is not None:
+            self._keep(lambda attention: [image_keys_and_values(attention, image, dtype)], _Kept.set_image)
         self.groups = [self._group(group) for group in layer_groups(model)]
+
+    @torch.no_grad()
+    def add_times(self, times: Sequence[torch.Tensor]) -> None:
+        """More times, [1] each; their numbers follow those of the times before."""
+        model, device = self._model, self._device
+        with Component([model.time_embedding], device).on_device():
+            embedded = [embed_time(model, t.to(device)).cpu() for t in times]
+        with Component([model.time_projection], device).on_device():
+            modulations = [project_time(model, time.to(device)).cpu() for time in embedded]
+        self._embedded += embedded
+        self._modulations += modulations
+
+    def forget_times(self) -> None:
+        self._embedded.clear()
+        self._modulations.clear()
+
+    @torch.no_grad()
+    def add_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
+        """More prompts, [L, text_dim] each; their numbers follow those of the prompts before."""
+        model, device, dtype = self._model, self._device, self._dtype
+        with Component([model.text_embedding], device).on_device():
+            texts = [embed_text(model, prompt, device, dtype) for prompt in prompts]
+        self._keep(
+            lambda attention: [text_keys_and_values(attention, text, dtype) for text in texts],
+            _Kept.add_texts,
+        )
+
+    def streamed(self, make_streamer: MakeStreamer) -> Component:
+        """What visits the device for passes with the conditions that are here: groups in turn, else what is small."""
+        not_moved = [*layer_groups(self._model), *embedding_layers(self._model)]
+        streamer = make_streamer(self.groups, self._device)
+        return Component([self._model], self._device, not_moved, streamer)
 
     def __call__(self, time: int, prompt: int) -> Conditions:
         """Those of a call, by the numbers of its time and its prompt among all."""
@@ -106,6 +139,17 @@ class Ahead:
             kept[time].to(self._device, non_blocking=True) for kept in (self._embedded, self._modulations)
         )
         return Conditions(embedded, modulation, _KeptContext(self._kept, prompt))
+
+    def _keep(
+        self,
+        make: Callable[[nn.Module], list[KeysAndValues]],
+        keep: Callable[[_Kept, list[KeysAndValues]], None],
+    ) -> None:
+        """What `make` makes with each cross attention, whose layers for that visit the device in turn."""
+        groups = [nn.ModuleList(context_layers(attention)) for attention in self._kept]
+        with Streamer(groups, self._device):
+            for attention, kept in self._kept.items():
+                keep(kept, make(attention))
 
     def _group(self, group: nn.Module) -> nn.Module:
         """A layer group, a cross attention's with what is kept in place of the layers that made it."""
@@ -116,20 +160,134 @@ class Ahead:
         return nn.ModuleList([*called, self._kept[group]])
 
 
+class OnCall:
+    """Conditions for a model whose caller does not say what comes next: computed at the first call that has a time, a
+    prompt or image features, and kept for the next ones.
+
+    Times are kept for one call, prompts up to PROMPTS. What computes them visits the device before the layer groups do.
+
+    Args:
+        model: a DiT, not on the device, called with t, context and maybe clip_fea as Wan2.1's is.
+        device: where it computes.
+        dtype: its compute type.
+        make_streamer: makes what brings the groups to the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        make_streamer: MakeStreamer = Streamer,
+    ):
+        self._given = model, device, dtype
+        self._make_streamer = make_streamer
+        self._signature = inspect.signature(type(model).forward)
+        self._ahead: Ahead | None = None
+        self._visit: Component | None = None
+        self._times: _Seen | None = None
+        self._features: _Seen | None = None
+        self._prompts: list[_Seen] = []
+
+    @contextlib.contextmanager
+    def visiting(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        """Inside, the model can be called with these arguments and with those that are yielded; then its weights stay.
+
+        An exception sends them home.
+        """
+        model, *_ = self._given
+        call = self._signature.bind(model, *args, **kwargs).arguments
+        conditions = self._conditions(call["t"], call["context"], call.get("clip_fea"))
+        if self._visit is None:
+            self._visit = self._ahead.streamed(self._make_streamer)
+        with self._visit.on_device(stay=True):
+            yield {"conditions": conditions}
+
+    def leave(self) -> None:
+        """Sends the weights home."""
+        if self._visit:
+            self._visit.leave()
+
+    def _conditions(
+        self, t: torch.Tensor, context: Sequence[torch.Tensor], clip_fea: torch.Tensor | None
+    ) -> list[Conditions]:
+        if t.dim() != 1:
+            raise InputError("takes one time for each sample; stream the layers without it", "dit_chunk")
+        new = [prompt for prompt in context if _number(self._prompts, prompt) is None]
+        other_image = self._ahead is None or not _is(self._features, clip_fea)
+        if other_image or (new and len(self._prompts) + len(new) > max(PROMPTS, len(context))):
+            self.leave()
+            self._visit, self._prompts, self._times, new = None, [], None, list(context)
+            self._ahead = Ahead(*self._given, clip_fea)
+            self._features = None if clip_fea is None else _Seen(clip_fea)
+        if new:
+            self.leave()
+            self._visit = None  # its streamer has buffers of another size
+            for prompt in new:
+                if _number(self._prompts, prompt) is None:
+                    self._ahead.add_prompts([prompt])
+                    self._prompts.append(_Seen(prompt))
+        if not _is(self._times, t):
+            self.leave()
+            self._ahead.forget_times()
+            self._ahead.add_times(list(t.split(1)))
+            self._times = _Seen(t)
+        return [self._ahead(i, _number(self._prompts, prompt)) for i, prompt in enumerate(context)]
+
+
+class _Seen:
+    """A tensor as it was given, which may be gone by now."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._version = weakref.ref(tensor), _version(tensor)
+        self._contents = tensor.detach().to("cpu", copy=True)
+
+    def is_(self, given: torch.Tensor) -> bool:
+        """Whether that has the same contents; the host waits for the device only if it may have others."""
+        if given is self._tensor() and self._version is not None and self._version == _version(given):
+            return True
+        known = self._contents
+        return known.shape == given.shape and known.dtype == given.dtype and torch.equal(known, given.cpu())
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often it was written to; nobody counts that in inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is(seen: _Seen | None, given: torch.Tensor | None) -> bool:
+    return seen is None if given is None else seen is not None and seen.is_(given)
+
+
+def _number(seen: Sequence[_Seen], given: torch.Tensor) -> int | None:
+    return next((number for number, one in enumerate(seen) if one.is_(given)), None)
+
+
 class _Kept(nn.Module):
     """Keys and values of a block's context, of several prompts and an image, as parameters: a Streamer brings them."""
 
-    def __init__(self, of_texts: Sequence[KeysAndValues], of_image: Sequence[KeysAndValues]):
+    def __init__(self) -> None:
         super().__init__()
-        self._texts = len(of_texts)
-        for i, pair in enumerate([*of_texts, *of_image]):
-            for name, tensor in zip(("key", "value"), pair):
-                setattr(self, f"{name}{i}", nn.Parameter(tensor.cpu(), requires_grad=False))
-        self._image = [self._texts] if of_image else []
+        self._texts = 0
+
+    def set_image(self, pairs: list[KeysAndValues]) -> None:
+        """Those of the image: one pair."""
+        self._add("image", pairs[0])
+
+    def add_texts(self, pairs: list[KeysAndValues]) -> None:
+        """Those of more prompts, a pair each."""
+        for pair in pairs:
+            self._add(self._texts, pair)
+            self._texts += 1
+
+    def _add(self, number: int | str, pair: KeysAndValues) -> None:
+        for name, tensor in zip(("key", "value"), pair):
+            self.register_parameter(f"{name}_{number}", nn.Parameter(tensor.cpu(), requires_grad=False))
 
     def forward(self, prompt: int) -> list[KeysAndValues]:
         """Those of a prompt, and of the image."""
-        return [(getattr(self, f"key{i}"), getattr(self, f"value{i}")) for i in [prompt, *self._image]]
+        numbers = [prompt, "image"] if hasattr(self, "key_image") else [prompt]
+        return [(getattr(self, f"key_{number}"), getattr(self, f"value_{number}")) for number in numbers]
 
 
 class _KeptContext(Context):

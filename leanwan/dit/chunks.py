@@ -5,8 +5,10 @@ The forward pass itself, whole or in chunks, is leanwan/dit/forward.py; this mak
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..methods import Undo, layer_methods
+from .conditioning import Conditions
 from .forward import dit_forward
 from .known import check_known
 from .tokens import ON_DEVICE, Place
@@ -59,7 +62,9 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
     if attention is None:
         raise InputError("the code of its self attention has no flash_attention", "dit_chunk")
 
-    def chunked(*args: Any, place: Place = ON_DEVICE, **kwargs: Any) -> list[torch.Tensor]:
+    def chunked(
+        *args: Any, place: Place = ON_DEVICE, conditions: Sequence[Conditions] | None = None, **kwargs: Any
+    ) -> list[torch.Tensor]:
         call = signature.bind(model, *args, **kwargs).arguments
         inputs = {name: call[name] for name in ("x", "t", "context", "seq_len")}
         if inputs["t"].dim() != 1:
@@ -69,8 +74,9 @@ def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.flo
         else:
             inputs["y"] = call.get("y")
             if call.get("clip_fea") is not None and hasattr(model, "img_emb"):
-                image = model.img_emb(call["clip_fea"])
-                inputs["image"] = lambda i: image[i : i + 1]
-        return dit_forward(model, **inputs, attention=attention, dtype=dtype, chunk=tokens, place=place)
+                image = functools.cache(lambda: model.img_emb(call["clip_fea"]))
+                inputs["image"] = lambda i: image()[i : i + 1]
+        inputs |= {"chunk": tokens, "place": place, "conditions": conditions}
+        return dit_forward(model, **inputs, attention=attention, dtype=dtype)
 
     return layer_methods(model, "dit_chunk", innermost=True, forward=lambda _: chunked)

@@ -71,8 +71,7 @@ def embed(
     Raises ValueError for a longer prompt.
     """
     time = embed_time(model, t)
-    with full_precision(t.device):
-        modulation = model.time_projection(time).unflatten(1, (6, -1))
+    modulation = project_time(model, time)
     text = embed_text(model, prompt, t.device, dtype)
     return Conditions(time, modulation, Context(text, None if image is None else image(), dtype))
 
@@ -81,6 +80,12 @@ def embed_time(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
     """A timestep [1] to [1, dim] fp32."""
     with full_precision(t.device):
         return model.time_embedding(sinusoidal_embedding(model.freq_dim, t))
+
+
+def project_time(model: nn.Module, time: torch.Tensor) -> torch.Tensor:
+    """An embedded time [1, dim] to [1, 6, dim] fp32."""
+    with full_precision(time.device):
+        return model.time_projection(time).unflatten(1, (6, -1))
 
 
 def embed_text(

@@ -127,10 +127,6 @@ class CLIPModel:
         embeddings.class_embedding = _reshaped(embeddings.class_embedding, *shapes[0])
         positions.weight = _reshaped(positions.weight, *shapes[1])
 
-    def layer_groups(self) -> list[nn.Module]:
-        """The blocks in the order of their visits."""
-        return list(self.model.encoder.layers)
-
     def visual(self, videos: Sequence[torch.Tensor]) -> torch.Tensor:
         """Encodes every frame of some videos.
 

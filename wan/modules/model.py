@@ -179,12 +179,9 @@ class MLPProj(nn.Module):
         if flf_pos_emb:
             self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
 
-    def forward(self, image_embeds: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """image_embeds: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32.
-
-        dtype: the type that the linear layers compute in, and are kept in.
-        """
-        x = image_embeds.float()
+    def forward(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """image_embeds: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32."""
+        x, dtype = image_embeds.float(), self.proj[1].weight.dtype
         if hasattr(self, "emb_pos"):
             x = x.reshape(-1, 2 * x.size(1), x.size(2)) + self.emb_pos
         x = self.proj[1](self.proj[0](x).to(dtype))
@@ -322,7 +319,7 @@ class WanModel(nn.Module):
             features = clip_fea.chunk(len(x))
 
             def image(i: int) -> torch.Tensor:
-                return self.img_emb(features[i], self.compute_dtype)
+                return self.img_emb(features[i])
 
         return dit_forward(
             self,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..configs.encoders import UMT5_XXL
@@ -90,21 +89,6 @@ class T5EncoderModel:
                 self.model = shard_fn(model, sync_module_states=False)
             else:
                 model.to(device)
-
-    def layer_groups(self) -> list[nn.Module]:
-        """The layers of each block in the order of their visits, one or a few at a time, the largest alone."""
-        groups = []
-        for block in self.model.block:
-            attention, ffn = block.layer
-            own, dense = attention.SelfAttention, ffn.DenseReluDense
-            groups += [
-                [attention.layer_norm, own.q, own.k],
-                [own.v, own.relative_attention_bias, own.o],
-                [ffn.layer_norm, dense.wi_0],
-                [dense.wi_1],
-                [dense.wo],
-            ]
-        return [nn.ModuleList(group) for group in groups]
 
     def __call__(self, texts: Sequence[str], device: torch.device | str) -> list[torch.Tensor]:
         """Encodes prompts.
