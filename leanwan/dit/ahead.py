@@ -85,6 +85,7 @@ class Ahead:
         groups: what streams in place of the model's `layer_groups`.
     """
 
+    @torch.inference_mode(False)  # the weights that stream are not the caller's
     @torch.no_grad()
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, clip_fea: torch.Tensor | None
@@ -101,6 +102,7 @@ class Ahead:
             self._keep(lambda attention: [image_keys_and_values(attention, image, dtype)], _Kept.set_image)
         self.groups = [self._group(group) for group in layer_groups(model)]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_times(self, times: Sequence[torch.Tensor]) -> None:
         """More times, [1] each; their numbers follow those of the times before."""
@@ -116,6 +118,7 @@ class Ahead:
         self._embedded.clear()
         self._modulations.clear()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
         """More prompts, [L, text_dim] each; their numbers follow those of the prompts before."""
