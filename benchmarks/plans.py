@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from leanwan.vae.tiles import CONTEXT
+from leanwan.budget import Budget
 from wan.planning.plan import GIB, Plan, time_text
 from wan.run import Request
 from wan.run.plan_request import planner_within
@@ -27,10 +27,10 @@ def main() -> None:
         cells = []
         for request in requests:
             planner = planner_within(request, card * GIB, RAM)
-            plan, whole = (planner.plan(room) for room in (card * GIB - CONTEXT, math.inf))
+            plan, whole = (planner.plan(room) for room in (Budget(card * GIB).room, math.inf))
             cells.append(f"{_chosen(plan)}; {time_text(plan.seconds)} ({plan.seconds / whole.seconds:.3f})")
         print(_row(str(card), cells), flush=True)
-    least = (planner_within(request, 0, RAM).least() + CONTEXT for request in requests)
+    least = (Budget(0).limit_for(planner_within(request, 0, RAM).least()) for request in requests)
     print(_row("least", [f"{nbytes / GIB:.2f}" for nbytes in least]))
 
 

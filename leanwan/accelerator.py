@@ -4,7 +4,6 @@ Nothing here needs an accelerator to be imported. Devices are reached through `t
 """
 
 import contextlib
-import logging
 import os
 import platform
 import re
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 
 from .errors import InputError
-
-log = logging.getLogger(__name__)
 
 CHOICES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
 INSTALL = (
@@ -170,39 +167,6 @@ def configure_allocator(device: torch.device | str) -> bool:
     return _segments_grow()
 
 
-def hold_to_free(device: torch.device | str) -> int | None:
-    """On Windows and WSL, limits this process to the memory that is free now.
-
-    Their drivers move what does not fit to RAM, many times slower, and report nothing; held to what is free,
-    PyTorch's allocator runs out of memory in time for smaller tiles. What other programs free later stays unused.
-    Elsewhere the driver itself refuses, so nothing is limited.
-
-    Returns:
-        The limit in bytes, None for none.
-    """
-    device = torch.device(device)
-    if device.type == "cpu" or not spills_to_ram():
-        return None
-    backend = torch.get_device_module(device)
-    limit = getattr(backend, "set_per_process_memory_fraction", None)
-    if limit is None or not hasattr(backend, "mem_get_info"):
-        return None
-    free, total = backend.mem_get_info(device)
-    held = max(0, free + backend.memory_reserved(device) - LIBRARY_BYTES)
-    limit(held / total, device)
-    log.info(f"Held to the {held / 2**30:.2f} GiB that are free on {device}")
-    return held
-
-
-def hold_to(device: torch.device | str, nbytes: float) -> None:
-    """Limits what PyTorch's allocator may take from a device, where that can be done."""
-    backend = torch.get_device_module(device)
-    limit = getattr(backend, "set_per_process_memory_fraction", None)
-    if limit is not None:
-        _, total = backend.mem_get_info(device)
-        limit(min(1.0, nbytes / total), device)
-
-
 def release_memory(device: torch.device | str) -> None:
     """Returns the allocator's unused memory to the device, so that other users of it find it."""
     if torch.device(device).type != "cpu":
@@ -296,24 +260,6 @@ def exact_arithmetic() -> Iterator[None]:
             torch.backends.cuda.preferred_blas_library(products)
         for owner, name, old in reversed(before):
             setattr(owner, name, old)
-
-
-def workspace_bytes(capability: tuple[int, int], exact: bool = False) -> tuple[int, int]:
-    """What cuBLAS and cublasLt keep of PyTorch's allocator from their first products on; cublasLt's are those with a
-    bias, in exact_arithmetic all.
-
-    One of each for a stream on which a thread multiplies, and only one thread does, on one stream. As
-    ATen/cuda/CublasHandlePool.cpp chooses them: of its versions that which takes most. Newer ones than 2.10 give
-    capability 10 and 12 what 9 has, and cublasLt nothing of its own.
-
-    Args:
-        capability: of the card.
-        exact: whether the products are in exact_arithmetic.
-    """
-    config = os.environ.get(WORKSPACE_VARIABLE, EXACT_WORKSPACE if exact else "")
-    by_default = [(4096, 8)] if capability >= (9, 0) else [(4096, 2), (16, 8)]
-    buffers = re.findall(r":(\d+):(\d+)", config) or by_default
-    return sum(int(size) * int(count) for size, count in buffers) * 2**10, 2**20
 
 
 def spills_to_ram() -> bool:

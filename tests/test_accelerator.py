@@ -13,12 +13,11 @@ from leanwan.accelerator import (
     choose_device,
     configure_allocator,
     exact_arithmetic,
-    hold_to_free,
     initialise,
     is_out_of_memory,
     require_accelerator,
-    workspace_bytes,
 )
+from leanwan.budget import hold_to_free, workspace_bytes
 from leanwan.errors import InputError
 from virtual_gpu import VirtualGPU
 

@@ -10,6 +10,7 @@ import torch
 
 import wan.run.plan_request
 from leanwan.accelerator import WORKSPACE_VARIABLE
+from leanwan.budget import Budget
 from leanwan.errors import InputError
 from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
@@ -27,6 +28,7 @@ from wan.run.plan_request import card_of, plan, planner_for, planner_of, planner
 from wan.run.request import PLANNED
 
 CARD = torch.device("cuda:0")
+BUDGET = Budget(None, free=4 * GIB, total=8 * GIB)
 TURING, AMPERE, HOPPER = (7, 5), (8, 6), (9, 0)
 MIB = 2**20
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -154,8 +156,6 @@ def card(monkeypatch):
     """Plays a card of capability 7.5 to planning; calls are noted in what is returned."""
     seen = SimpleNamespace(kernel=IN_PIECES, choices=[], rates=[], made=[])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: TURING)
-    memory = SimpleNamespace(mem_get_info=lambda device: (8 * GIB, 8 * GIB))
-    monkeypatch.setattr(torch, "get_device_module", lambda device: memory)
     empty = torch.empty
 
     def made(*size, device=None, **rest):
@@ -174,7 +174,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch, "empty", made)
     monkeypatch.setattr(planning, "kernel_of", kernel_of)
     monkeypatch.setattr(planning, "rates_of", measured)
-    monkeypatch.setattr(planning, "room_on", lambda *_: (4.0 * GIB, 3.0 * GIB))
+    monkeypatch.setattr(planning, "budget_on", lambda *_: BUDGET)
     monkeypatch.setattr(planning, "configure_allocator", lambda device: False)
     planning._kernel_on.cache_clear()
     yield seen
@@ -197,8 +197,8 @@ def test_attention_that_cannot_run_is_refused_before_anything_is_measured(card):
 @pytest.mark.parametrize(("exact", "workspace"), [(False, None), (True, ":4096:8")])
 def test_what_is_in_force_is_what_is_planned_with(card, exact, workspace):
     """The workspace's size is read at the first product of a process, which measuring has."""
-    planner, room, steady = planner_for(request_of(exact=exact), CARD)
-    assert (room, steady) == (4 * GIB, 3 * GIB) and not planner.expandable
+    planner, budget = planner_for(request_of(exact=exact), CARD)
+    assert budget is BUDGET and not planner.expandable
     assert planner.card == planner.predictor.card == Card(TURING, IN_PIECES, exact)
     assert card.rates == [(planner.card, "auto", workspace)]
     assert WORKSPACE_VARIABLE not in os.environ

@@ -23,6 +23,7 @@ LAYERS = [
         "leanwan.read_ahead",
         "leanwan.record",
     ],
+    ["leanwan.budget"],
     ["leanwan.streaming", "leanwan.vae"],
     ["leanwan.residency"],
     ["leanwan.dit"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import wan.run.runner
+import wan.run.execute
 from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan.configs.tiny import TINY_CONFIGS
@@ -62,7 +62,7 @@ def saved(monkeypatch):
         return saves
 
     for name in ("save_video", "save_image"):
-        monkeypatch.setattr(wan.run.runner, name, seen(getattr(wan.run.runner, name)))
+        monkeypatch.setattr(wan.run.execute, name, seen(getattr(wan.run.execute, name)))
     return found
 
 

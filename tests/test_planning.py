@@ -30,7 +30,7 @@ from wan.planning.predict.work import meta_model
 from wan.planning.rates import NOMINAL, nominal, usual
 from wan.run import Request, Runner
 from wan.run.over_ranks import less_room
-from wan.run.plan_request import plan, planner_of, report, room_on
+from wan.run.plan_request import budget_on, plan, planner_of, report
 from wan.run.request import PLANNED
 from wan.run.settings import read_plan
 from wan.tasks import TASKS
@@ -283,7 +283,8 @@ def test_a_card_that_others_have_filled(free, settings, monkeypatch):
     card = SimpleNamespace(mem_get_info=lambda _: (int(free * GIB), 8 * GIB), memory_reserved=lambda _: 0)
     monkeypatch.setattr(torch, "get_device_module", lambda _: card)
     request = toy(**settings)
-    room, steady = room_on(request, device)
+    budget = budget_on(request, device)
+    room, steady = budget.room, budget.steady
     assert 0 <= room < 0.011 * GIB < steady
     planner = planner_of(request, usual(8 * GIB), ram=GIB)
     chosen = planner.plan(room, steady)
@@ -345,9 +346,9 @@ def test_the_same_picture_whatever_the_room(tmp_path, monkeypatch):
 def made(tmp_path, monkeypatch):
     """The videos that runs save from here on, in 8 bits, of stills in [-1, 1]; files go to a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    videos, save = [], wan.run.runner._save
+    videos, save = [], wan.run.runner.save
     monkeypatch.setattr(
-        wan.run.runner, "_save", lambda video, *rest: videos.append(video.clone()) or save(video, *rest)
+        wan.run.runner, "save", lambda video, *rest: videos.append(video.clone()) or save(video, *rest)
     )
     return videos
 

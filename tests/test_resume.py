@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import wan
 from wan import random_models
-from wan.run import Request, keeper, outputs, run, runner
+from wan.run import Request, execute, keeper, outputs, run
 from wan.run.interrupts import Interrupted, Interrupts
 from wan.run.state import read_state, write_state
 from wan.utils import files, progress
@@ -224,7 +224,7 @@ def test_the_way_back_works_when_pasted_anywhere(whole, tmp_path, monkeypatch, c
         raise OSError("out.mp4: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "save_video", full)
+        patch.setattr(execute, "save_video", full)
         assert command("--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4") == 1
     line = caplog.messages[-1].partition("go on with: ")[2]
     assert os.system(f"cd / && {line} 2>&1 >/dev/null") == 0
@@ -361,7 +361,7 @@ def test_a_full_disk_keeps_the_state_elsewhere(whole, monkeypatch, tmp_path, cap
 
     with monkeypatch.context() as patch:
         patch.setattr(keeper, "write_state", full)
-        patch.setattr(runner, "save_video", nothing)
+        patch.setattr(execute, "save_video", nothing)
         assert command("--task", "t2v-tiny", *SETTINGS, "--save_file", "out.mp4") == 1
     assert os.listdir() == []
     (state,) = other.iterdir()

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.vae_tiles import as_diffusers, randomized, theirs
 from leanwan.accelerator import exact_arithmetic
+from leanwan.budget import CONTEXT
 from leanwan.errors import InputError
 from leanwan.methods import layer_methods
 from leanwan.vae import geometry, passes
@@ -341,7 +342,7 @@ def test_auto_takes_the_fewest_tiles_that_fit(direction, capacity, largest_tile_
     caplog.set_level(logging.INFO, vae_tiling.log.name)
     capacity = int(capacity * GIB)
     shape = (13, 720, 1280)
-    device = capacity - vae_tiling.CONTEXT  # which the virtual GPU does not count
+    device = capacity - CONTEXT  # which the virtual GPU does not count
     monkeypatch.setattr(DeviceModule, "mem_get_info", lambda _: (0, capacity))
     peak = counted(direction, *shape, "auto", dim=96, capacity=device)
     (chosen,) = caplog.messages  # and no tile was found too large
@@ -379,7 +380,7 @@ def test_other_programs_do_not_change_the_tiles(monkeypatch):
                 DeviceModule, "mem_get_info", lambda _, taken=others: (2 * GIB - taken, 2 * GIB)
             )
             vae_tiling.decode(model, z, SCALE, "auto", capacity)
-        room = 2 * GIB - gpu.live - vae_tiling.CONTEXT
+        room = 2 * GIB - gpu.live - CONTEXT
     assert asked == [((1, 128, 128), room), ((1, 128, 128), room), ((1, 128, 128), room - GIB)]
 
 

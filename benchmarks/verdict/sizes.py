@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import memory, random_weights
+from leanwan.accelerator import LIBRARY_BYTES
+from leanwan.budget import CONTEXT
 from leanwan.options import LOW_VRAM, MemoryOptions
 from virtual_gpu import VirtualGPU
 from wan.configs import SIZE_CONFIGS
@@ -25,7 +27,7 @@ WHOLE: dict[str, Any] = {
 }  # neither the DiT nor the video is cut
 TOLERANCE = 0.05
 CONVOLUTIONS = ("encode", "decode")  # cuDNN's workspaces, which are not counted, come on top
-CONTEXT = 0.75 * GIB  # beside the run: CUDA's context and libraries
+BESIDE = CONTEXT + LIBRARY_BYTES  # the run: CUDA's context and libraries
 MARGIN = 64 << 20  # beside what is counted, under a cap: small workspaces
 ROUNDING = 1.05  # the same, for the gaps between tensors
 INTERVAL = 0.02  # seconds between two looks at the driver's free memory
@@ -36,7 +38,7 @@ def counted(bench: Bench, task: str, size: str, layers: int | None = None, whole
     """Bytes in tensors are those that the virtual GPU counts, stage by stage, within 5%."""
     run = _run(bench, task, size, layers, MemoryOptions(**(WHOLE if whole else LOW_VRAM)))
     count = _count(bench, run)
-    bench.needs((count.peak_bytes * 1.3 + CONTEXT) / GIB, 8)
+    bench.needs((count.peak_bytes * 1.3 + BESIDE) / GIB, 8)
     workspace = _workspace(bench)
     with _least_free(bench) as least_free:
         report = _measure(bench, run)
@@ -68,7 +70,7 @@ def capped(bench: Bench, task: str, size: str, layers: int | None = None) -> Non
     count = _count(bench, run)
     peak = max(count.peak_bytes, *count.reserved.values())
     room = int(ROUNDING * peak) + _workspace(bench) + (0 if bench.rehearse else MARGIN)
-    bench.needs((room + CONTEXT) / GIB, 8)
+    bench.needs((room + BESIDE) / GIB, 8)
     report = _measure(bench, run, room)
     bench.note("cap GiB", room / GIB)
     bench.note("reserved GiB", max(report.reserved.values(), default=0) / GIB)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ..accelerator import is_out_of_memory, release_memory
+from ..budget import Budget
 from ..errors import InputError
 from ..methods import Undo, layer_methods
 from . import passes
@@ -36,7 +37,6 @@ from .passes import FrameWriter, frames_of, run_pass
 from .requests import decode_bytes, encode_bytes, surely_reserved
 
 SMALLEST_TILE, TILE_STEP = 64, 16  # pixels
-CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all tensors
 
 OnFrame = Callable[[int, int], None]  # is told after each frame of a tile: so many of so many done
 Index = tuple[Any, ...]
@@ -319,7 +319,7 @@ def _tile_for_device(
     accelerator = torch.get_device_module(device)
     if capacity is None:
         _, capacity = accelerator.mem_get_info(device)
-    room = capacity - CONTEXT - accelerator.memory_allocated(device)
+    room = Budget(capacity).room - accelerator.memory_allocated(device)
     tile = fitting_tile(bytes_needed, model, shape, room)
     size = f"tiles of {tile} pixels" if tile else "whole frames"
     log.info("VAE: %s, for %.2f GiB on %s", size, capacity / 2**30, device)

@@ -29,6 +29,7 @@ from .rates import Rates
 
 CHUNKS = (0, 32768, 16384, 8192, 4096, 2048, 1024, 512)
 TILES = (0, 640, 512, 416, 320, 272, 208, 160, 128, 96, 64)
+LESS = 0.9  # of what a plan took whose memory ran out, for the next one
 SHARES = 24  # parts of the DiT's weights in which the streamed ones may stay
 MODES = ("gpu_only", "hybrid", "cpu_only")
 Ways = list[tuple[float, dict[str, Any]]]  # seconds, and options to change, the fastest first
@@ -78,7 +79,7 @@ class Planner:
 
     def leaner(self, than: Plan) -> Plan | None:
         """The next plan that takes less by a tenth, or the leanest; None if there is none that takes less."""
-        plan = self.plan(0.9 * than.peak_bytes)
+        plan = self.plan(LESS * than.peak_bytes)
         return plan if plan.peak_bytes < than.peak_bytes else None
 
     def least(self) -> int:

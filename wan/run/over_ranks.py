@@ -10,23 +10,25 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from leanwan.accelerator import is_out_of_memory
+from leanwan.accelerator import configure_allocator, is_out_of_memory
+from leanwan.budget import Budget, hold_to_free
 from leanwan.errors import InputError
 
 from ..distributed.ranks import Ranks
 from ..planning.plan import Plan
+from ..planning.planner import LESS
 from .interrupts import SIGNALS
-from .request import Request
+from .plan_request import budget_on
+from .request import LEAST_FRACTION, Request
 
 LOST = 1  # exit code of a process that follows
-LESS = 0.9  # of what a plan took, for the next one
-LEAST_FRACTION = 0.5  # that --vram_fraction takes
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,16 @@ def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str
         f"Memory ran out; what goes on from the last step is planned with --vram_fraction {fraction:g}"
     )
     return {"vram_fraction": fraction}
+
+
+def least_budget(request: Request, device: torch.device, ranks: Ranks) -> Budget:
+    """On all ranks: what a request has of the device where that is least, what the ranks' connections take not among
+    it."""
+    configure_allocator(device)
+    hold_to_free(device)
+    ranks.connect()
+    budgets = ranks.gather(budget_on(request, device))
+    return replace(budgets[0], free=min(one.free for one in budgets), total=min(one.total for one in budgets))
 
 
 def activation_ram(request: Request, ranks: Ranks) -> float:

@@ -13,15 +13,9 @@ import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from leanwan.accelerator import (
-    LIBRARY_BYTES,
-    choose_device,
-    configure_allocator,
-    exact_arithmetic,
-    initialise,
-)
+from leanwan.accelerator import choose_device, configure_allocator, exact_arithmetic
+from leanwan.budget import CONTEXT, Budget
 from leanwan.errors import InputError
-from leanwan.vae.tiles import CONTEXT
 
 from ..configs.encoders import UMT5_XXL, VIT_H_14
 from ..kernels import needed_options
@@ -40,7 +34,6 @@ from ..utils.vace_processor import processor_of
 from ..utils.video import fitted_size
 from .request import PLANNED, Request
 
-STEADY = 0.75  # of a card: what a desktop and other programs leave of it
 RATES_FILE = Path("~/.cache/wan-low-memory/rates.json")
 
 log = logging.getLogger(__name__)
@@ -58,11 +51,8 @@ def plan(request: Request, vram: float | None = None, ram: float | None = None) 
     Raises:
         InputError: no device and no limit.
     """
-    if vram is None and request.vram_limit == "auto":
-        planner, room, steady = planner_for(request, device_of(request), ram)
-        return planner.plan(room, steady)
-    limit = float(request.vram_limit) * GIB if vram is None else float(vram)
-    return planner_within(request, limit, ram).plan(request.vram_fraction * max(0.0, limit - CONTEXT))
+    planner, budget = _planner_and_budget(request, vram, ram)
+    return planner.plan(budget.room, budget.steady)
 
 
 def planner_of(
@@ -93,20 +83,18 @@ def planner_within(request: Request, limit: float, ram: float | None = None) -> 
 
 def planner_for(
     request: Request, device: torch.device, ram: float | None = None, ranks: int | None = None
-) -> tuple[Planner, float, float]:
-    """The Planner of a request on a device, of which there are so many ranks; the bytes its allocator may take there,
-    and those of them that cuts are chosen for.
+) -> tuple[Planner, Budget]:
+    """The Planner of a request on a device, of which there are so many ranks, and what the request has of the device.
 
     Raises InputError for a limit that is more than the device has.
     """
-    room, steady = room_on(request, device)
-    total = torch.get_device_module(device).mem_get_info(device)[1]
-    expandable, card, rates = configure_allocator(device), card_of(request, device), usual(total)
+    budget = budget_on(request, device)
+    expandable, card, rates = configure_allocator(device), card_of(request, device), usual(budget.total)
     if card.capability:
         # The first product of a process decides on the size of cuBLAS' workspace: it is one as the run's are.
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             rates = rates_of(device, RATES_FILE.expanduser(), card, request.attention)
-    return planner_of(request, rates, ram, expandable, ranks, card), room, steady
+    return planner_of(request, rates, ram, expandable, ranks, card), budget
 
 
 def card_of(request: Request, device: torch.device) -> Card:
@@ -129,26 +117,25 @@ def _head_width(request: Request) -> int:
     return dit.dim // dit.num_heads
 
 
-def room_on(request: Request, device: torch.device) -> tuple[float, float]:
-    """As planner_for's."""
-    initialise(device)
-    backend, cuda = torch.get_device_module(device), device.type == "cuda"
-    free, total = backend.mem_get_info(device)
-    room = free + backend.memory_reserved(device) - (LIBRARY_BYTES if cuda else 0)
-    steady = STEADY * (total - context_bytes(device))
-    if request.vram_limit != "auto":
-        limit = float(request.vram_limit) * GIB
-        if limit > total:
-            raise InputError(f"the card has {total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
-        steady = limit - context_bytes(device)
-        room = min(room, steady)
-    # None is left where less is free than CUDA's libraries may still load.
-    return request.vram_fraction * max(0.0, room), request.vram_fraction * max(0.0, steady)
+def budget_on(request: Request, device: torch.device) -> Budget:
+    """What a request has of a device. Raises InputError for a limit that is more than the device has."""
+    budget = Budget.on(device, _limit(request), request.vram_fraction)
+    if budget.limit is not None and budget.limit > budget.total:
+        raise InputError(f"the card has {budget.total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
+    return budget
 
 
-def context_bytes(device: torch.device) -> int:
-    """What a device's libraries take beside all tensors."""
-    return CONTEXT if device.type == "cuda" else 0
+def _limit(request: Request) -> float | None:
+    """Bytes of the card for a request, CUDA's own among them; None for what is free."""
+    return None if request.vram_limit == "auto" else float(request.vram_limit) * GIB
+
+
+def _planner_and_budget(request: Request, vram: float | None, ram: float | None) -> tuple[Planner, Budget]:
+    """As plan's arguments: for a card of the limit's size, or for the device where there is no limit."""
+    limit = _limit(request) if vram is None else float(vram)
+    if limit is None:
+        return planner_for(request, device_of(request), ram)
+    return planner_within(request, limit, ram), Budget(limit, request.vram_fraction)
 
 
 def check_mode(mode: str, kept: dict[str, Any]) -> None:
@@ -262,14 +249,10 @@ def _pictures(request: Request) -> list[tuple[int, int]]:
 
 def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, Any]]:
     """The plan of a request, and beside it as JSON's values what more and less memory would bring."""
-    if request.vram_limit == "auto":
-        planner, room, steady = planner_for(request, device_of(request), ram)
-        limit = room + CONTEXT
-    else:
-        limit = float(request.vram_limit) * GIB
-        planner = planner_within(request, limit, ram)
-        room = steady = request.vram_fraction * max(0.0, limit - CONTEXT)
-    chosen = planner.plan(room, steady)
+    planner, budget = _planner_and_budget(request, None, ram)
+    room = budget.room
+    chosen = planner.plan(room, budget.steady)
+    limit = room + CONTEXT if budget.limit is None else budget.limit
     beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
     beside["least_bytes"] = None if chosen.fits else int(planner.least() + CONTEXT)
     more = planner.plan(room + GIB)

@@ -45,6 +45,7 @@ PLANNED = (
     *("t5_stream", "vae_cpu", "vae_tile", "dit_stream", "dit_chunk"),
     *("activation_offload", "guidance_together"),
 )
+LEAST_FRACTION = 0.5  # that --vram_fraction takes
 NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
 # Fields that are the path of one file.
 PATHS = (
@@ -218,7 +219,11 @@ class Request:
         metavar="GIB",
     )
     vram_fraction: float = option(
-        1.0, "Share of that to be used, 0.5 to 1 (default 1).", at_least=0.5, at_most=1, group=PLANNING
+        1.0,
+        f"Share of that to be used, {LEAST_FRACTION} to 1 (default 1).",
+        at_least=LEAST_FRACTION,
+        at_most=1,
+        group=PLANNING,
     )
     memory_mode: str = option(
         "hybrid",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from leanwan.accelerator import workspace_bytes
+from leanwan.budget import workspace_bytes
 
 from ...modules.attention import FUSED, IN_PIECES, piece_of
 
