@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from leanwan.errors import InputError
 
+from .configs.encoders import IMAGE_TOKENS, TEXT_TOKENS
 from .configs.tiny import TINY_CONFIGS
 from .utils.files import user_cache
 
@@ -255,7 +256,7 @@ def clip_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     shapes = {
         "log_scale": (),
         "visual.cls_embedding": (1, 1, width),
-        "visual.pos_embedding": (1, 257, width),
+        "visual.pos_embedding": (1, IMAGE_TOKENS, width),
         "visual.patch_embedding.weight": (width, 3, 14, 14),
         "visual.head": (width, CLIP_EMBED_DIM),
         **_affine("visual.pre_norm", width),
@@ -337,5 +338,5 @@ def train_tokenizer(vocab_size: int, text: str = TRAINING_TEXT) -> PreTrainedTok
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=512,
+        model_max_length=TEXT_TOKENS,
     )

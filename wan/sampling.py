@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
+from .configs.shared_config import SOLVER_PIECES
 from .utils.fm_solvers import FlowDPMSolverMultistepScheduler, get_sampling_sigmas
 from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
@@ -133,7 +134,7 @@ class Solver:
             return self._stepped(flow, t, latent, solved)
         before, states = self.state_dict(), []
         out = torch.empty_like(latent)
-        for frames in torch.arange(latent.size(1)).chunk(PIECES):
+        for frames in torch.arange(latent.size(1)).chunk(SOLVER_PIECES):
             piece = slice(int(frames[0]), int(frames[-1]) + 1)
             self.load_state_dict(_each(before, partial(_frames, piece)))
             out[:, piece] = self._stepped(flow[:, piece], t, latent[:, piece], solved)
@@ -201,9 +202,6 @@ class _SolvedOnce(TorchFunctionMode):
 
 # What diffusers' solvers change while they step, each some of it.
 _MEMORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
-
-
-PIECES = 8  # at most, of an offloaded step
 
 
 def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

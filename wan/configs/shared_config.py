@@ -5,11 +5,16 @@ from typing import Any
 import torch
 from easydict import EasyDict
 
+from .encoders import TEXT_TOKENS
+
+# At most so many groups of a latent's frames take a solver's step in turn where what it remembers is in RAM.
+SOLVER_PIECES = 8
+
 wan_shared_cfg = EasyDict(
     # text encoder
     t5_model="umt5_xxl",
     t5_dtype=torch.bfloat16,
-    text_len=512,
+    text_len=TEXT_TOKENS,
     t5_checkpoint="models_t5_umt5-xxl-enc-bf16.pth",
     t5_tokenizer="google/umt5-xxl",
     # VAE

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from easydict import EasyDict
 
+from .encoders import TEXT_TOKENS
 from .wan_i2v_14B import i2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 
@@ -31,7 +32,7 @@ DIT = {
     "num_heads": 2,
     "num_layers": 3,
     "out_dim": 16,
-    "text_len": 512,
+    "text_len": TEXT_TOKENS,
 }
 CLIP = {"num_hidden_layers": 2, "intermediate_size": 128}
 

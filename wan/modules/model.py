@@ -24,6 +24,7 @@ from leanwan.dit.forward import RunBlock, dit_forward, embedding_layers, layer_g
 from leanwan.dit.tokens import ON_DEVICE, Attention, Place
 from leanwan.errors import InputError
 
+from ..configs.encoders import IMAGE_TOKENS, TEXT_TOKENS
 from ..utils.outside import parse_json
 from ..weights.converted import OffloadFolder
 from ..weights.filling import load_weights
@@ -32,7 +33,6 @@ from .attention import flash_attention
 from .parts import block_forward, head_forward, unpatchify
 
 CLIP_WIDTH = 1280
-CLIP_TOKENS = 257
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 # Of what config.json may ask for.
 LARGEST = {"num_layers": 1000} | dict.fromkeys(
@@ -177,7 +177,7 @@ class MLPProj(nn.Module):
             nn.LayerNorm(out_dim),
         )
         if flf_pos_emb:
-            self.emb_pos = nn.Parameter(torch.zeros(1, 2 * CLIP_TOKENS, CLIP_WIDTH))
+            self.emb_pos = nn.Parameter(torch.zeros(1, 2 * IMAGE_TOKENS, CLIP_WIDTH))
 
     def forward(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """image_embeds: [B, 257, 1280], or [2 B, 257, 1280] for pairs of frames. Returns [B, 257 or 514, dim] fp32."""
@@ -224,7 +224,7 @@ class WanModel(nn.Module):
         self,
         model_type: str = "t2v",
         patch_size: Sequence[int] = (1, 2, 2),
-        text_len: int = 512,
+        text_len: int = TEXT_TOKENS,
         in_dim: int = 16,
         dim: int = 2048,
         ffn_dim: int = 8192,

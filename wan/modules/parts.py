@@ -14,9 +14,8 @@ from leanwan.dit.conditioning import Context
 from leanwan.dit.forward import Layers, Rope, head_patches, patches_to_video
 from leanwan.dit.tokens import ON_DEVICE, Tokens
 
+from ..configs.encoders import TEXT_TOKENS
 from .attention import flash_attention
-
-TEXT_TOKENS = 512  # at the end of a context that starts with the tokens of an image
 
 
 def block_forward(

@@ -11,6 +11,7 @@ from leanwan.dit.forward import RunBlock, dit_forward
 from leanwan.dit.tokens import ON_DEVICE, Attention, Place
 from leanwan.errors import InputError
 
+from ..configs.encoders import TEXT_TOKENS
 from .attention import flash_attention
 from .model import WanModel, keeps_config
 
@@ -28,7 +29,7 @@ class VaceWanModel(WanModel):
         vace_in_dim: int | None = None,
         model_type: str = "vace",
         patch_size: Sequence[int] = (1, 2, 2),
-        text_len: int = 512,
+        text_len: int = TEXT_TOKENS,
         in_dim: int = 16,
         dim: int = 2048,
         ffn_dim: int = 8192,

@@ -6,9 +6,8 @@ from torch import nn
 
 from leanwan.record.ledger import Ledger
 
+from ...configs.encoders import IMAGE_TOKENS
 from .image_encoder import layer_norm
-
-IMAGE_TOKENS = 257
 
 
 class ContextRequests:

@@ -7,6 +7,7 @@ from typing import Any
 
 from leanwan.record.ledger import Ledger
 
+from ...configs.encoders import IMAGE_TOKENS
 from ...modules.attention import FUSED
 from .buffers import Sizes, attach, few
 from .card import NOT_CUDA, Card, beside_attention
@@ -48,17 +49,13 @@ def image_stage(
 def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[Sizes, list[Sizes]]:
     """Bytes of what comes before the layers, positions' numbers included; and of each layer group's parameters."""
     width, hidden = config["hidden_size"], config["intermediate_size"]
-    tokens = _tokens(config)
     patch = width * 3 * config["patch_size"] ** 2
-    before = [width * itemsize, 8 * tokens, *(n * itemsize for n in (patch, tokens * width, width, width))]
+    before = [width * itemsize, 8 * IMAGE_TOKENS]
+    before += [n * itemsize for n in (patch, IMAGE_TOKENS * width, width, width)]
     layer = [*[width * width, width] * 4, width, width, width * hidden, hidden, hidden * width, width]
     layer = [*layer, width, width]
     groups: list[Sizes] = [[n * itemsize for n in layer] for _ in range(config["num_hidden_layers"] - 1)]
     return before, groups
-
-
-def _tokens(config: Mapping[str, Any]) -> int:
-    return 1 + (config["image_size"] // config["patch_size"]) ** 2
 
 
 def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: int, card: Card) -> int:
@@ -71,11 +68,11 @@ def _encode(ledger: Ledger, config: Mapping[str, Any], pictures: int, itemsize: 
         normed = ledger.become(pictures * pixels, normed)
     ledger.drop(images)
 
-    tokens, width = pictures * _tokens(config), config["hidden_size"]
+    tokens, width = pictures * IMAGE_TOKENS, config["hidden_size"]
     cast = ledger.take(pictures * pixels // 4 * itemsize) if itemsize < 4 else None
     patches = ledger.become((tokens - pictures) * width * itemsize, cast)
     joined = ledger.take(tokens * width * itemsize)
-    positions = ledger.take(_tokens(config) * width * itemsize)
+    positions = ledger.take(IMAGE_TOKENS * width * itemsize)
     x = ledger.become(tokens * width * itemsize, positions, joined, patches)
     first = _norm(ledger, tokens, width, itemsize)
     ledger.drop(x)
@@ -98,7 +95,7 @@ def _layer(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int
         card._replace(kernel=FUSED),
     )  # always PyTorch's, of fp16 or fp32
     ledger.drop(
-        *ledger.arrive(beside_attention(fused, heads, tokens, _tokens(config), width // heads, itemsize))
+        *ledger.arrive(beside_attention(fused, heads, tokens, IMAGE_TOKENS, width // heads, itemsize))
     )
     if itemsize == 4:  # the result comes head by head
         attended = ledger.become(tokens * row, attended)

@@ -11,6 +11,8 @@ from torch import nn
 
 from leanwan.options import MemoryOptions
 
+from ...configs.encoders import IMAGE_TOKENS
+
 FEATURES = 4  # channels between the VAE's passes, in units of its width
 
 
@@ -76,7 +78,7 @@ def ram_needed(
     if options.dit_stream is not None:
         blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
         image = model.img_emb.emb_pos.size(1) if hasattr(getattr(model, "img_emb", None), "emb_pos") else 0
-        image = image or (257 if hasattr(model, "img_emb") else 0)
+        image = image or (IMAGE_TOKENS if hasattr(model, "img_emb") else 0)
         context = 2 * blocks * (prompts * model.text_len + image) * model.dim * dtype.itemsize
     features = FEATURES * vae_dim * math.prod(latent) * 4
     sources = source_channels * frames * height * width * 4

@@ -32,6 +32,7 @@ from leanwan.vae.operations import (
 from leanwan.vae.passes import decoded_frames, encoded_frames
 from leanwan.vae.requests import decode_stage, encode_stage
 
+from ...configs.encoders import IMAGE_TOKENS
 from ..rates import Rates
 from . import prompt_encoder
 from .blocks import Shape, Way, made_by_a_block, tokens_of
@@ -62,7 +63,8 @@ def text_seconds(
 
 
 def image_seconds(weight_bytes: int, itemsize: int, pictures: int, rates: Rates) -> float:
-    return weight_bytes / rates.pageable + 2 * weight_bytes / itemsize * 257 * pictures / rates.products
+    computing = 2 * weight_bytes / itemsize * IMAGE_TOKENS * pictures
+    return weight_bytes / rates.pageable + computing / rates.products
 
 
 def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rates: Rates) -> float:

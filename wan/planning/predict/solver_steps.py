@@ -6,7 +6,7 @@ import math
 
 from leanwan.record.ledger import Ledger
 
-PIECES = 8  # as sampling.py has it
+from ...configs.shared_config import SOLVER_PIECES
 
 
 def schedule(ledger: Ledger, name: str, steps: int) -> list[int]:
@@ -66,7 +66,7 @@ class SolverRequests:
         """What it remembers of a piece comes from RAM before the one of the piece before is dropped."""
         ledger = self.ledger
         out = ledger.take(self.nbytes)
-        step = math.ceil(self._frames / PIECES)
+        step = math.ceil(self._frames / SOLVER_PIECES)
         before: list[int | None] = []
         for start in range(0, self._frames, step):
             nbytes = self.nbytes * min(step, self._frames - start) // self._frames

@@ -13,6 +13,7 @@ from leanwan.options import MemoryOptions
 from leanwan.record.ledger import LARGE_PAGE, SMALL_PAGE, Device, Known, Ledger
 from leanwan.vae.requests import decode_stage, encode_stage, surely_reserved, weight_sizes
 
+from ...configs.encoders import IMAGE_TOKENS
 from ..rates import Rates
 from . import image_encoder, prompt_encoder
 from .blocks import Way
@@ -229,7 +230,7 @@ class Predictor:
             return
         yield from [work.text_tokens * work.text["d_model"] * work.text_itemsize] * 2
         if name != "image" and work.image is not None:
-            yield len(work.pictures) * 257 * work.image["hidden_size"] * work.image_itemsize
+            yield len(work.pictures) * IMAGE_TOKENS * work.image["hidden_size"] * work.image_itemsize
         if name in ("denoise", "decode") and shape.joined:
             yield 4 * shape.joined * math.prod(shape.latent[1:])
         if name == "decode":
