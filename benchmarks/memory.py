@@ -34,6 +34,7 @@ from PIL import Image
 
 from benchmarks import random_weights
 from leanwan.accelerator import configure_allocator, initialise
+from leanwan.budget import hold_to
 from leanwan.errors import InputError
 from leanwan.flags import add_flags, boolean
 from leanwan.options import MemoryOptions, add_low_vram, set_low_vram
@@ -120,8 +121,7 @@ def measure(run: Run, capacity: int | None = None, expandable_segments: bool = T
     if expandable_segments:
         configure_allocator(device)
     if capacity is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total), device)
+        hold_to(device, capacity)
     with random_weights.weights_from(random_weights.untouched):
         return report_on(run, device)
 
