@@ -9,7 +9,7 @@ The package knows layers and tensors: no task, no checkpoint file, no program. I
 
 from .lazy import lazily
 
-__version__ = "0.3.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "InputError": "errors",
