@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,6 +232,15 @@ def test_report_has_what_programs_read():
     assert set(told["stages"]["denoise"]) == {"bytes", "reserved", "seconds"}
     assert told["longest_frame_num"] >= 5 and told["least_bytes"] is None
     assert chosen.peak_bytes == max(stage["reserved"] for stage in told["stages"].values())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_would_do_does(fraction):
+    request = request_of("t2i-14B", frame_num=1, vram_limit=0.6, vram_fraction=fraction)
+    chosen, told = report(request, ram=64 * GIB)
+    assert not chosen.fits
+    enough = replace(request, vram_limit=told["least_bytes"] / GIB + 1e-6)
+    assert report(enough, ram=64 * GIB)[0].fits
 
 
 # The command line

@@ -55,7 +55,7 @@ def test_a_request_is_whole_and_frozen():
         ({"sample_steps": True}, "sample_steps True: give a whole number"),
         ({"task": "t2v-tony"}, "task t2v-tony: choose one of t2v-14B"),
         ({"sample_guide_scale": float("nan")}, "sample_guide_scale nan: give 0 to 1000"),
-        ({"base_seed": 2**70}, f"base_seed {2**70}: give a number at most"),
+        ({"base_seed": 2**70}, f"base_seed {2**70}: give a whole number of at most 64 bits"),
         *(({"size": size}, f"size {size}: give width*height in multiples of 16") for size in SIZES),
         ({"size": "64*64", "task": "i2v-tiny"}, "size 64*64: choose one of 96*128, 128*96"),
         ({"image": "a.png"}, "image: belongs to i2v tasks, leave it out for t2v-tiny"),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from leanwan.accelerator import choose_device, configure_allocator, exact_arithmetic
-from leanwan.budget import CONTEXT, Budget
+from leanwan.budget import Budget
 from leanwan.errors import InputError
 
 from ..configs.encoders import UMT5_XXL, VIT_H_14
@@ -252,9 +252,9 @@ def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, 
     planner, budget = _planner_and_budget(request, None, ram)
     room = budget.room
     chosen = planner.plan(room, budget.steady)
-    limit = room + CONTEXT if budget.limit is None else budget.limit
+    limit = budget.limit_for(room) if budget.limit is None else budget.limit
     beside: dict[str, Any] = chosen.to_json() | {"limit_bytes": int(limit)}
-    beside["least_bytes"] = None if chosen.fits else int(planner.least() + CONTEXT)
+    beside["least_bytes"] = None if chosen.fits else int(budget.limit_for(planner.least()))
     more = planner.plan(room + GIB)
     beside["seconds_with_one_gib_more"] = more.seconds if more.fits else None
     beside["longest_frame_num"] = longest(request, planner, room) if chosen.fits else None
