@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import autocast, streams
-from .device import VirtualGPU, active, current
+from .hardware import DEVICE_TYPE, Hardware, active, current
 from .support import require, set_up
-from .tensor import DEVICE_TYPE, VirtualTensor, attention, copy_
+from .tensor import KNOWN, VirtualTensor, attention, copy_
 
 Device = Any  # there is one
 
 _library = torch.library.Library("aten", "IMPL")  # for factories; everything else arrives with a wrapper
 
 
-def _used() -> VirtualGPU:
+def _used() -> Hardware:
     gpu = current()
-    gpu.initialize()
+    gpu.timeline.initialized = True
     return gpu
 
 
@@ -42,7 +42,7 @@ class DeviceModule:
 
     @staticmethod
     def init() -> None:
-        current().initialize()
+        current().timeline.initialized = True
 
     @staticmethod
     def _is_in_bad_fork() -> bool:
@@ -85,7 +85,7 @@ class DeviceModule:
     def Event(
         enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
     ) -> streams.Event:
-        return streams.Event(current())
+        return streams.Event(current().timeline)
 
     @staticmethod
     def current_stream(device: Device = None) -> streams.Stream:
@@ -151,6 +151,13 @@ class DeviceModule:
         return capacity - gpu.reserved, capacity
 
 
+def _fresh(make: Callable, size: Sequence[int], *args: Any, **options: Any) -> VirtualTensor:
+    """A new tensor from a factory of torch, held as the current GPU holds its tensors."""
+    gpu = current()
+    options["device"] = "meta" if gpu.meta and torch.Size(size).numel() > KNOWN else "cpu"
+    return VirtualTensor(make(size, *args, **options), gpu)
+
+
 def _empty_strided(
     size: Sequence[int],
     stride: Sequence[int],
@@ -159,7 +166,7 @@ def _empty_strided(
     device: Device = None,
     pin_memory: Any = None,
 ) -> VirtualTensor:
-    return current()._fresh(torch.empty_strided, size, stride, dtype=dtype)
+    return _fresh(torch.empty_strided, size, stride, dtype=dtype)
 
 
 def _empty(
@@ -171,7 +178,7 @@ def _empty(
     memory_format: Any = None,
 ) -> VirtualTensor:
     memory_format = memory_format or torch.contiguous_format
-    return current()._fresh(torch.empty, size, dtype=dtype, memory_format=memory_format)
+    return _fresh(torch.empty, size, dtype=dtype, memory_format=memory_format)
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

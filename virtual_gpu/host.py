@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
+from .hardware import current
 from .tensor import VirtualTensor
-
-if TYPE_CHECKING:
-    from .device import VirtualGPU
 
 
 @contextlib.contextmanager
-def host_side(current: Callable[[], VirtualGPU]) -> Iterator[None]:
-    """Inside, parameters move to the device and back in place, as with CUDA, and memory can be pinned.
-
-    current: gives the virtual GPU whose block is innermost.
-    """
+def host_side() -> Iterator[None]:
+    """Inside, parameters move to the device and back in place, as with CUDA, and memory can be pinned."""
     swap_was = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     patches: dict[tuple[Any, str], Any] = {(torch.Tensor, "data"): property(_get_data, _set_data)}
@@ -28,7 +23,7 @@ def host_side(current: Callable[[], VirtualGPU]) -> Iterator[None]:
     patches[torch.Tensor, "is_pinned"] = lambda tensor, device=None: current().is_pinned(tensor)
     _device_constructors()  # `with torch.device(...)` finds the factories by identity, as they are when first listed
     for name in ("empty", "empty_like", "zeros"):
-        patches[torch, name] = _pinning(getattr(torch, name), current)
+        patches[torch, name] = _pinning(getattr(torch, name))
     before = {key: getattr(*key) for key in patches}
     for key, value in patches.items():
         setattr(*key, value)
@@ -40,7 +35,7 @@ def host_side(current: Callable[[], VirtualGPU]) -> Iterator[None]:
             setattr(*key, value)
 
 
-def _pinning(factory: Callable, current: Callable[[], VirtualGPU]) -> Callable:
+def _pinning(factory: Callable) -> Callable:
     def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         if not pin_memory:
             return factory(*args, **kwargs)

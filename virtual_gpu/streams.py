@@ -21,16 +21,21 @@ import functools
 import threading
 import zlib
 from collections.abc import Callable, Container, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .device import VirtualGPU
-    from .tensor import VirtualTensor
+Clock = dict["Stream", int]  # per stream, the last work that happens before
+Fields = tuple["Stream", int, int, int, bool, str, str | None]  # of an Access
 
-    Clock = dict["Stream", int]  # per stream, the last work that happens before
-    Fields = tuple["Stream", int, int, int, bool, str, str | None]  # of an Access
+
+class DeviceTensor(Protocol):
+    """A tensor on the device: it covers the bytes `span` of a storage, whose `accesses` `allocation` keeps."""
+
+    allocation: Any
+
+    @property
+    def span(self) -> tuple[int, int]: ...
 
 
 class RaceError(RuntimeError):
@@ -42,10 +47,26 @@ def _exclusive(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.gpu._lock:
+        with self.lock:
             return method(self, *args, **kwargs)
 
     return locked
+
+
+class Record(NamedTuple):
+    """One thing that happened on the device.
+
+    kind: "alloc", "free", "copy_in" (host to device), "copy_out", "op", "record_event", "wait_event", "record_stream"
+        or "pin". name: the operator or event; of a copy_out, the operator whose result the host had to know, without
+        bytes. allocation: number of the storage, in order of allocation.
+    """
+
+    kind: str
+    name: str
+    nbytes: int
+    stream: str
+    label: str | None
+    allocation: int | None
 
 
 class Access(NamedTuple):
@@ -68,8 +89,8 @@ class Access(NamedTuple):
 class Stream:
     """Work in order of submission, unordered against other streams but for events. As torch.cuda.Stream."""
 
-    def __init__(self, gpu: VirtualGPU, name: str):
-        self.gpu = gpu
+    def __init__(self, timeline: Timeline, name: str):
+        self.timeline = timeline
         self.name = name
         # per stream, the last work that happens before what this stream does next
         self.clock: Clock = {self: 0}
@@ -77,21 +98,21 @@ class Stream:
     def __repr__(self) -> str:
         return self.name
 
-    @_exclusive
     def wait_event(self, event: Event) -> None:
-        self.gpu.note("wait_event", name=event.name, stream=self)
-        merge(self.clock, event.clock)
+        with self.timeline.lock:
+            self.timeline.note("wait_event", name=event.name, stream=self)
+            merge(self.clock, event.clock)
 
     def wait_stream(self, other: Stream) -> None:
         self.wait_event(other.record_event())
 
     def record_event(self, event: Event | None = None) -> Event:
-        event = Event(self.gpu) if event is None else event
+        event = Event(self.timeline) if event is None else event
         event.record(self)
         return event
 
     def synchronize(self) -> None:
-        self.gpu.timeline.host_learns(self.clock)
+        self.timeline.host_learns(self.clock)
 
     def query(self) -> bool:
         self.synchronize()
@@ -101,24 +122,24 @@ class Stream:
 class Event:
     """A point in a stream's work. As torch.cuda.Event, without timing. A query finds the work done."""
 
-    def __init__(self, gpu: VirtualGPU):
-        self.gpu = gpu
+    def __init__(self, timeline: Timeline):
+        self.timeline = timeline
         self.clock: Clock = {}
-        gpu.timeline.events += 1
-        self.name = f"event {gpu.timeline.events}"
+        timeline.events += 1
+        self.name = f"event {timeline.events}"
 
-    @_exclusive
     def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self.gpu.timeline.current
-        self.gpu.initialize()
-        self.clock = dict(stream.clock)
-        self.gpu.note("record_event", name=self.name, stream=stream)
+        stream = stream or self.timeline.current
+        with self.timeline.lock:
+            self.timeline.initialized = True
+            self.clock = dict(stream.clock)
+            self.timeline.note("record_event", name=self.name, stream=stream)
 
     def wait(self, stream: Stream | None = None) -> None:
-        (stream or self.gpu.timeline.current).wait_event(self)
+        (stream or self.timeline.current).wait_event(self)
 
     def synchronize(self) -> None:
-        self.gpu.timeline.host_learns(self.clock)
+        self.timeline.host_learns(self.clock)
 
     def query(self) -> bool:
         self.synchronize()
@@ -165,11 +186,13 @@ class _Here(threading.local):
 
 
 class Timeline:
-    """The clocks of one virtual GPU and the check of every access against them."""
+    """The record and the clocks of one virtual GPU, and the check of every access against them."""
 
-    def __init__(self, gpu: VirtualGPU):
-        self.gpu = gpu
-        self.default = Stream(gpu, "default stream")
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.initialized = False  # whether the device was used yet
+        self.record: list[tuple] = []  # the fields of a Record each
+        self.default = Stream(self, "default stream")
         self.streams = [self.default]
         self.events = 0  # made so far
         self.host: Clock = {}  # the clock of what the host knows to be done
@@ -183,11 +206,23 @@ class Timeline:
         return self.here.stream or self.default
 
     def new_stream(self) -> Stream:
-        self.streams.append(Stream(self.gpu, f"stream {len(self.streams)}"))
+        self.streams.append(Stream(self, f"stream {len(self.streams)}"))
         return self.streams[-1]
 
+    def note(
+        self,
+        kind: str,
+        name: str = "",
+        nbytes: int = 0,
+        stream: Stream | None = None,
+        allocation: int | None = None,
+    ) -> None:
+        here = self.here
+        stream = stream or here.stream or self.default
+        self.record.append((kind, name, nbytes, stream.name, here.label, allocation))
+
     def submit(
-        self, name: str, reads: Iterable[VirtualTensor] = (), writes: Iterable[VirtualTensor] = ()
+        self, name: str, reads: Iterable[DeviceTensor] = (), writes: Iterable[DeviceTensor] = ()
     ) -> None:
         """Put work on the current stream; `reads` and `writes` are tensors on the device.
 

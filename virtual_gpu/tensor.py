@@ -1,68 +1,19 @@
-"""Tensors of the virtual GPU: what they hold, what their storages count, and how operators run on them."""
+"""Tensors of the virtual GPU: what they hold, and how operators run on them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from .allocator import Block
-    from .device import VirtualGPU
-    from .streams import Fields, Stream
+from .hardware import DEVICE_TYPE, Allocation, Hardware
+from .streams import Stream
 
 aten = torch.ops.aten
-DEVICE_TYPE = "vgpu"
-DEVICE = torch.device("privateuseone", 0)  # as PyTorch calls it before the type is registered
 KNOWN = 4096  # elements; on a GPU that holds meta tensors, those up to this size can keep their values
-
-
-class Allocation:
-    """The bytes of one storage on the device; given back when the last tensor that shares it is gone."""
-
-    __slots__ = (
-        "__weakref__",
-        "accesses",
-        "block",
-        "former",
-        "gpu",
-        "number",
-        "storage",
-        "stream",
-        "streams",
-    )
-
-    def __init__(self, gpu: VirtualGPU, storage: torch.UntypedStorage):
-        self.gpu = gpu
-        self.storage = storage  # keeps the address, by which the ledger knows it, taken
-        # the storage with values, when they are known no more
-        self.former: torch.UntypedStorage | None = None
-        self.stream = gpu.timeline.current
-        self.streams: tuple[Stream, ...] = ()  # those that record_stream named
-        self.accesses: Sequence[Fields] = ()  # none while it may be refused
-        self.block: Block | None = None
-        requested = storage.nbytes()
-        self.resize(requested)
-        self.number = next(gpu._numbers)
-        self.accesses = [gpu.timeline.birth(requested)]
-        gpu.note("alloc", nbytes=self.nbytes, allocation=self.number)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.block is None else self.block.used
-
-    def resize(self, requested: int) -> None:
-        block, self.block = self.block, self.gpu._allocate(requested, self.stream)
-        if block is not None:
-            self.gpu._give_back(block)
-
-    def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not exiting():  # Python takes modules apart before the last objects
-            self.gpu._release(self)
 
 
 class VirtualTensor(torch.Tensor):
@@ -74,7 +25,7 @@ class VirtualTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, held: torch.Tensor, gpu: VirtualGPU, allocation: Allocation | None = None
+        cls, held: torch.Tensor, gpu: Hardware, allocation: Allocation | None = None
     ) -> VirtualTensor:
         allocation = allocation or gpu._allocation_of(held)
         shape, strides = held.shape, held.stride()
@@ -119,7 +70,7 @@ class VirtualTensor(torch.Tensor):
 
     def record_stream(self, stream: Stream) -> None:
         self.allocation.streams += (stream,)
-        self.allocation.gpu.note("record_stream", stream=stream, allocation=self.allocation.number)
+        self.allocation.gpu.timeline.note("record_stream", stream=stream, allocation=self.allocation.number)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -366,7 +317,7 @@ def copy_(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = 
     else:
         destination.forget()
     if not from_device:
-        gpu.note("copy_in", nbytes=destination.nbytes, allocation=destination.allocation.number)
+        gpu.timeline.note("copy_in", nbytes=destination.nbytes, allocation=destination.allocation.number)
         if not non_blocking:
             gpu.timeline.current.synchronize()
         elif pinned:
@@ -380,7 +331,7 @@ def _copy_out(
     """Copy to the host; asynchronously if non_blocking and the destination is pinned."""
     gpu = source.allocation.gpu
     gpu.submit("copy_", [source])
-    gpu.note("copy_out", nbytes=source.nbytes, allocation=source.allocation.number)
+    gpu.timeline.note("copy_out", nbytes=source.nbytes, allocation=source.allocation.number)
     if not destination.is_meta and gpu.is_pinned(destination):
         gpu.timeline.touch_host("copy_out", destination, writes=True)
     late = non_blocking and (pinned or gpu.is_pinned(destination))
@@ -425,9 +376,9 @@ def _by_numbers(virtual: Sequence[VirtualTensor]) -> bool:
     return not any(index.dtype in (torch.bool, torch.uint8) for index in virtual[1:])
 
 
-def _read_back(gpu: VirtualGPU, name: str) -> None:
+def _read_back(gpu: Hardware, name: str) -> None:
     """The host waits for values that an operator tells it: a number, a length, whether all went well."""
-    gpu.note("copy_out", name)
+    gpu.timeline.note("copy_out", name)
     gpu.timeline.current.synchronize()
 
 
