@@ -69,10 +69,10 @@ def test_tests_are_skipped():
 
 def test_a_check_of_a_card_that_needs_it_is_skipped(tmp_path):
     code = OLD + (
-        "from benchmarks.verdict import process\n"
-        "process.initialise = lambda device: None\n"
+        "from benchmarks.verdict import child_process\n"
+        "child_process.initialise = lambda device: None\n"
         "job = {'function': 'virtual_gpu:VirtualGPU', 'arguments': {}, 'tree': None, 'rehearse': False}\n"
-        "process.perform(job | {'told': sys.argv[1]})\n"
+        "child_process.perform(job | {'told': sys.argv[1]})\n"
     )
     done = python(code, str(tmp_path / "told"))
     told = json.loads((tmp_path / "told").read_text())
@@ -84,11 +84,11 @@ def test_the_process_of_a_card_has_no_virtual_gpu():
     done = python(
         "import torch\n"
         "from benchmarks import memory\n"
-        "from benchmarks.verdict import placement, process, sizes\n"
+        "from benchmarks.verdict import child_process, full_width, sizes\n"
         "from upstream_driver import driver\n"
         "names = torch._C._get_privateuse1_backend_name\n"
         "run = memory.Run('t2v-tiny', (128, 96), 9)\n"
-        "counted = sizes._count(process.Bench(torch.device('cuda:0')), run)\n"
+        "counted = sizes._count(child_process.Bench(torch.device('cuda:0')), run)\n"
         "print(names(), counted == memory.count(run), names())\n"
     )
     assert done.stdout.split() == ["privateuseone", "True", "vgpu"], done.stderr
