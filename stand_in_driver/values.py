@@ -32,10 +32,10 @@ WITHOUT_VALUES = {
     "empty", "empty_like", "empty_strided", "is_pinned", "lift", "lift_fresh", "new_empty", "new_empty_strided",
     "record_stream", "resize_", "resize_as_", "set_",
 }  # fmt: skip
-# The shape of what they give depends on values, which CUDA's host code does not have.
+# CUDA's host code reads values that kernels have computed inside them, such as the number of elements of the result.
 BY_VALUES = {
-    "_unique2", "bincount", "equal", "isin", "masked_select", "multinomial", "nonzero", "repeat_interleave",
-    "unique_consecutive", "unique_dim",
+    "_linalg_check_errors", "_unique2", "bincount", "equal", "isin", "masked_select", "multinomial", "nonzero",
+    "repeat_interleave", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 INDEXING = {
     "index",

@@ -167,8 +167,9 @@ class _Operator:
         self.written = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
         aliases = any(a.alias_info for _, a in arguments) or func is aten._unsafe_view.default
         self.is_view = aliases and not self.written
-        in_place = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
-        self.keeps_geometry = in_place and len(func._schema.returns) == 1
+        in_place = func._schema.name.endswith("_") and self.written[:1] == [(0, arguments[0][1].name)]
+        views = torch.Tag.inplace_view in tags
+        self.keeps_geometry = in_place and not views and len(func._schema.returns) == 1
 
     def writes(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[VirtualTensor]:
         """The tensors that a call with these arguments writes."""
