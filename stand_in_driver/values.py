@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,30 +66,29 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         asked = kwargs.get("device")
         on_it = any(map(on_card, tensors)) or (asked is not None and torch.device(asked).type == "cuda")
         strange = any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
         if not on_it or strange or func.namespace != "aten":
             return func(*args, **kwargs)
-        if _is_composite(func):
+        name, composite, makes = _facts(func)
+        if composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
-        if func.is_view:
-            return func(*args, **kwargs)
-        if not func._schema.is_mutable:
+        if makes:
             self.count()
-        if name in WITHOUT_VALUES or _is_plain_copy(name, args):
-            return func(*args, **kwargs)
         if name in BY_VALUES or (name in INDEXING and _has_mask(args[1])):
             return _on_cpu_alone(func, args, kwargs)
+        large = not self.everything and any(x.numel() > FEW for x in tensors)
+        if large or func.is_view or name in WITHOUT_VALUES or _is_plain_copy(name, args):
+            return func(*args, **kwargs)
         on_cpu = _on_cpu(func, name, args, kwargs, self.late)
         out = func(*args, **kwargs)
-        if self.everything or _are_few(tensors, out):
+        made = _tensors((out,))
+        if self.everything or all(x.numel() <= FEW for x in made):
             _submit(on_cpu, _targets(tensors, out))
-            if any(isinstance(x, torch.Tensor) and not on_card(x) for x in tree_leaves(out)):
+            if not all(map(on_card, made)):
                 torch.cuda.current_stream().synchronize()  # as copies into the host's memory do
         return out
 
@@ -100,10 +99,24 @@ class Values(TorchDispatchMode):
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
 
-def _is_composite(func: Any) -> bool:
-    """Whether PyTorch makes it of other operators, on the CPU as on CUDA."""
+@functools.cache
+def _facts(func: Any) -> tuple[str, bool, bool]:
+    """An operator's name, whether PyTorch makes it of others on CUDA as on the CPU, and whether it makes a tensor."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(func.name(), "CompositeImplicitAutograd") and not has(func.name(), "CUDA")
+    composite = has(func.name(), "CompositeImplicitAutograd") and not has(func.name(), "CUDA")
+    makes = not func.is_view and not func._schema.is_mutable
+    return func._schema.name.removeprefix("aten::"), composite, makes
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Those among the values and in lists of them."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
 def _is_plain_copy(name: str, args: Any) -> bool:
@@ -117,11 +130,6 @@ def _is_plain_copy(name: str, args: Any) -> bool:
 
 def _has_mask(indices: Any) -> bool:
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
-
-
-def _are_few(tensors: list[torch.Tensor], out: Any) -> bool:
-    made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-    return max((x.numel() for x in tensors + made), default=0) <= FEW
 
 
 def _on_cpu(func: Any, name: str, args: Any, kwargs: Any, late: bool) -> Callable[[], Any]:
@@ -145,8 +153,8 @@ def _on_cpu(func: Any, name: str, args: Any, kwargs: Any, late: bool) -> Callabl
     if name in RANDOM and kwargs.get("generator") is None:
         func = with_default_generator(func)
     if name in ATTENTION:
-        func = partial(_attention, name)
-    return partial(func, *args, **kwargs)
+        func = functools.partial(_attention, name)
+    return functools.partial(func, *args, **kwargs)
 
 
 def _targets(tensors: list[torch.Tensor], out: Any) -> list[torch.Tensor | None]:

@@ -18,7 +18,7 @@ from wan import tiny
 from wan.configs import WAN_CONFIGS
 
 FILES = ("streaming", "activation_offload")  # by their names alone, wherever they are
-MEMORY: dict[str, Any] = {"dit_stream": 0.0, "dit_chunk": 64, "activation_offload": True}
+MEMORY: dict[str, Any] = {"dit_stream": 0.0, "dit_chunk": 64, "activation_offload": True, "t5_stream": True}
 CALL: dict[str, Any] = {"size": (128, 96), "frame_num": 9, "sampling_steps": 1, "seed": 5}
 WAITING = [(torch.cuda.Stream, "wait_event"), (torch.cuda.Event, "synchronize")]
 
