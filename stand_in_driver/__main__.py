@@ -76,12 +76,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Card, list[str]]:
         default=card.late,
         help="what runs as late as events allow, so that a wait that is missing shows (default copies)",
     )
-    add(
-        "--out_of_memory_at",
-        type=int,
-        metavar="N",
-        help="the N-th operator that makes a tensor on the card runs out of memory",
-    )
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     args = vars(parser.parse_args(argv))
     command = args.pop("command")

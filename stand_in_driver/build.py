@@ -81,6 +81,10 @@ def _build(torch: Path, sources: list[Path], scratch: Path) -> Path:
             objects.append(str(scratch / f"{source.stem}.o"))
             _run("g++", *FLAGS, *include, "-c", str(source), "-o", objects[-1])
     asked = _names("-D", "--undefined-only", *map(str, sorted((torch / "lib").glob("*.so"))))
+    # Those of the driver that the allocator asks for by name.
+    asked |= set(
+        re.findall(r"(?<=\0)cu[A-Z]\w+(?=\0)", (torch / "lib/libc10_cuda.so").read_bytes().decode("latin-1"))
+    )
     lacking = sorted(name for name in asked - _names("--defined-only", *objects) if THEIRS.match(name))
     rest = scratch / "rest.cpp"
     rest.write_text(

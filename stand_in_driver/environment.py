@@ -23,7 +23,6 @@ class Card:
     Attributes:
         capacity, context: GiB; the second is taken by CUDA itself and its libraries.
         capability: ten times the compute capability.
-        out_of_memory_at: None, or the number of the operator that runs out of memory, from 1 on.
     """
 
     capacity: float = 24
@@ -32,7 +31,6 @@ class Card:
     fixed_segments: bool = False
     no_values: bool = False
     late: str = "copies"
-    out_of_memory_at: int | None = None
 
     def told(self) -> str:
         major, minor = divmod(self.capability, 10)
@@ -45,7 +43,7 @@ class Card:
 def environment(card: Card, report: Path) -> dict[str, str]:
     """Variables for a process in which PyTorch finds `card`.
 
-    report: a file to which processes append lines: what was asked for and not done, how many operators ran.
+    report: a file to which processes append lines: what was asked for and not done.
 
     Raises UnavailableError where the driver can't be built.
     """
@@ -62,8 +60,6 @@ def environment(card: Card, report: Path) -> dict[str, str]:
     }
     if card.no_values:
         variables["STAND_IN_LARGEST_COPY"] = LARGEST_COPY
-    if card.out_of_memory_at is not None:
-        variables["STAND_IN_OUT_OF_MEMORY_AT"] = card.out_of_memory_at
     paths = {"LD_LIBRARY_PATH": folder, "PYTHONPATH": INSIDE, "PATH": Path(sys.executable).parent}
     for name, first in paths.items():
         rest = os.environ.get(name)

@@ -8,7 +8,6 @@ Without values only operators on few elements are computed: those that control f
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import itertools
@@ -62,7 +61,9 @@ class Values(TorchDispatchMode):
     operators = 0  # that made a tensor on the card, in all threads
     everything = os.environ["STAND_IN_VALUES"] == "1"
     late = os.environ["STAND_IN_LATE"] == "kernels"
-    out_of_memory_at = int(os.environ.get("STAND_IN_OUT_OF_MEMORY_AT", 0))
+    out_of_memory_at = (
+        0  # the operator, counted from 1 on, that runs out of memory instead of making its tensor
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,7 +96,7 @@ class Values(TorchDispatchMode):
     def count(self) -> None:
         """One more operator that makes a tensor; it runs out of memory if it is the one that shall."""
         Values.operators += 1
-        if Values.operators == self.out_of_memory_at:
+        if Values.operators == Values.out_of_memory_at:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
 
@@ -230,4 +231,3 @@ def install() -> None:
             bootstrap(thread)
 
     threading.Thread._bootstrap_inner = with_values
-    atexit.register(lambda: note("operators", str(Values.operators)))

@@ -1,0 +1,64 @@
+"""Runs at full size without values: what PyTorch's allocator holds and reserves, beside what the planner predicts.
+
+    python -m stand_in_driver --no_values --capacity 80 python tests/stand_in/sizes.py TASK SIZE [--low_vram]
+    python -m stand_in_driver --no_values --capacity 8 python tests/stand_in/sizes.py TASK SIZE --plan 8
+
+Prints as JSON {"out_of_memory": null or where, "stages": {name: {"live", "predicted", "reserved", "to be reserved"}}},
+in bytes, and "options", those of the plan.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+
+from benchmarks import memory
+from wan.memory.options import LOW_VRAM, MemoryOptions
+from wan.memory.rates import usual
+from wan.run.planning import planner_of
+from wan.run.request import Request
+
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task")
+    parser.add_argument("size")
+    parser.add_argument("--frame_num", type=int)
+    parser.add_argument("--low_vram", action="store_true")
+    parser.add_argument(
+        "--plan", type=float, metavar="GIB", help="the options are those planned for a card of so much"
+    )
+    parser.add_argument("--options", type=json.loads, default={})
+    args = parser.parse_args()
+    grows = "expandable_segments:False" not in os.environ.get("PYTORCH_ALLOC_CONF", "")
+    options = MemoryOptions(**(LOW_VRAM if args.low_vram else {}) | args.options)
+    request = Request(
+        task=args.task, prompt="a red ball", size=args.size, frame_num=args.frame_num, memory=options,
+        ckpt_dir=".", sample_steps=memory.STEPS, vram_limit=args.plan or "auto",
+    )  # fmt: skip
+    planner = planner_of(request, usual((args.plan or 80) * GIB), expandable=grows)
+    if args.plan:
+        from wan.run import planning
+
+        room = request.vram_fraction * (args.plan * GIB - planning.CONTEXT)
+        options = planner.plan(room).options
+    predicted = planner.of(options)
+    width, height = map(int, args.size.split("*"))
+    run = memory.Run(args.task, (width, height), request.frame_num, options)
+    report = memory.measure(run, expandable_segments=grows)
+    stages = {
+        name: {
+            "live": live,
+            "predicted": predicted.stages[name].bytes,
+            "reserved": report.reserved[name],
+            "to be reserved": predicted.stages[name].reserved,
+        }
+        for name, live in report.stages.items()
+    }
+    print(json.dumps({"out_of_memory": report.out_of_memory, "stages": stages, "options": asdict(options)}))
+
+
+if __name__ == "__main__":
+    main()
