@@ -224,10 +224,11 @@ def install() -> None:
     _library.stand_in_compute_with(_compute)
     _modes.append(Values())
     _modes[0].__enter__()
-    bootstrap = threading.Thread._bootstrap_inner
+    threads: Any = threading.Thread
+    bootstrap = threads._bootstrap_inner
 
     def with_values(thread: threading.Thread) -> None:
         with Values():
             bootstrap(thread)
 
-    threading.Thread._bootstrap_inner = with_values
+    threads._bootstrap_inner = with_values

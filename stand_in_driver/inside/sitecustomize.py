@@ -19,13 +19,14 @@ class _Finder:
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec("torch")
         if spec is not None:
-            execute = spec.loader.exec_module
+            loader: Any = spec.loader
+            execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 _load_values()
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 
