@@ -61,9 +61,7 @@ class Values(TorchDispatchMode):
     operators = 0  # that made a tensor on the card, in all threads
     everything = os.environ["STAND_IN_VALUES"] == "1"
     late = os.environ["STAND_IN_LATE"] == "kernels"
-    out_of_memory_at = (
-        0  # the operator, counted from 1 on, that runs out of memory instead of making its tensor
-    )
+    out_of_memory_at = 0  # the operator, counted from 1 on, that runs out of memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -81,6 +81,14 @@ cudaError_t __cudaPopCallConfiguration(dim3* blocks, dim3* threads, size_t* byte
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void**, size_t bytes, cudaStream_t stream) {
   return launch(kernel, blocks, threads, bytes, stream);
 }
+// What a launch is compiled to from CUDA 13 on; a kernel's handle is its function here.
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  return *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function)), cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 blocks, dim3 threads, void**, size_t bytes,
+                               cudaStream_t stream) {
+  return launch(kernel, blocks, threads, bytes, stream);
+}
 cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 blocks, dim3 threads, void**, size_t bytes,
                                         cudaStream_t stream) {
   return launch(kernel, blocks, threads, bytes, stream);
