@@ -35,3 +35,9 @@ def test_out_of_memory_at_any_operator(stand_in):
     assert found["operators"] > 500
     assert found["different"] == found["unnoticed"] == []
     assert found["bytes left"] <= 0
+
+
+def test_a_component_that_does_not_come_or_go_shows(stand_in):
+    found = stand_in([], "residency.py")
+    assert found.pop("none") == ""
+    assert len(found) == 4 and all(found.values()), found
