@@ -10,13 +10,19 @@ in bytes, and "options", those of the plan.
 import argparse
 import json
 import os
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from benchmarks import memory
 from wan.memory.options import LOW_VRAM, MemoryOptions
 from wan.memory.rates import usual
-from wan.run.planning import planner_of
+from wan.run.planning import CONTEXT, planner_of
 from wan.run.request import Request
+from wan.tasks import TASKS
 
 GIB = 2**30
 
@@ -32,21 +38,34 @@ def main() -> None:
     )
     parser.add_argument("--options", type=json.loads, default={})
     args = parser.parse_args()
-    grows = "expandable_segments:False" not in os.environ.get("PYTORCH_ALLOC_CONF", "")
     options = MemoryOptions(**(LOW_VRAM if args.low_vram else {}) | args.options)
-    request = Request(
-        task=args.task, prompt="a red ball", size=args.size, frame_num=args.frame_num, memory=options,
-        ckpt_dir=".", sample_steps=memory.STEPS, vram_limit=args.plan or "auto",
-    )  # fmt: skip
+    width, height = map(int, args.size.split("*"))
+    with tempfile.TemporaryDirectory() as folder:
+        request = Request(
+            task=args.task, prompt="a red ball", size=args.size, frame_num=args.frame_num, memory=options,
+            ckpt_dir=".", sample_steps=memory.STEPS, vram_limit=args.plan or "auto",
+            **pictures(args.task, Path(folder), width, height),
+        )  # fmt: skip
+        told = compared(args, request)
+    print(json.dumps(told))
+
+
+def pictures(task: str, folder: Path, width: int, height: int) -> dict[str, str]:
+    """Inputs as the benchmark makes them: black pictures of the video's size, one reference."""
+    file = folder / "black.png"
+    Image.new("RGB", (width, height)).save(file)
+    names = [name for name, example in TASKS[task].inputs.items() if example is not None]
+    return dict.fromkeys(names, str(file))
+
+
+def compared(args: argparse.Namespace, request: Request) -> dict[str, Any]:
+    grows = "expandable_segments:False" not in os.environ.get("PYTORCH_ALLOC_CONF", "")
+    options = request.memory
     planner = planner_of(request, usual((args.plan or 80) * GIB), expandable=grows)
     if args.plan:
-        from wan.run import planning
-
-        room = request.vram_fraction * (args.plan * GIB - planning.CONTEXT)
-        options = planner.plan(room).options
+        options = planner.plan(request.vram_fraction * (args.plan * GIB - CONTEXT)).options
     predicted = planner.of(options)
-    width, height = map(int, args.size.split("*"))
-    run = memory.Run(args.task, (width, height), request.frame_num, options)
+    run = memory.Run(args.task, request.pixels, request.frame_num, options)
     report = memory.measure(run, expandable_segments=grows)
     stages = {
         name: {
@@ -57,7 +76,7 @@ def main() -> None:
         }
         for name, live in report.stages.items()
     }
-    print(json.dumps({"out_of_memory": report.out_of_memory, "stages": stages, "options": asdict(options)}))
+    return {"out_of_memory": report.out_of_memory, "stages": stages, "options": asdict(options)}
 
 
 if __name__ == "__main__":
