@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "source"
-LIBRARY = "libcuda.so.1"  # the name that PyTorch opens, and that its libraries were linked against
+LIBRARY = "libcuda.so.1"  # the names that PyTorch opens
+MANAGEMENT = "libnvidia-ml.so.1"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wextra"]
 # What PyTorch's libraries take from CUDA's runtime, driver and cuBLAS; cuFile is another library.
 THEIRS = re.compile(r"^(__cuda[A-Z]|cuda[A-Z]|cublas|cu[A-EG-Z]|cuF(?!ile))\w*$")
@@ -69,7 +70,10 @@ def cached() -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             library = _build(torch, sources, Path(scratch))
             folder.mkdir(exist_ok=True)
-            os.replace(library, folder / LIBRARY)  # whole, whoever builds at the same time
+            link = Path(scratch) / MANAGEMENT
+            link.symlink_to(LIBRARY)
+            for file in (link, library):
+                os.replace(file, folder / file.name)  # whole, whoever builds at the same time
     return folder
 
 

@@ -50,6 +50,17 @@ def out_of_memory() -> dict[str, Any]:
     return {"total": total, "told": "Tried to allocate" in told, "taken": taken}
 
 
+def grows() -> bool:
+    """Whether the allocator's segments can grow."""
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (configure or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+    kept = [torch.empty(5 * MIB, dtype=torch.uint8, device="cuda") for _ in range(9)]
+    (segment,) = torch.cuda.memory_snapshot()
+    del kept
+    torch.cuda.empty_cache()
+    return segment["is_expandable"] and torch.cuda.memory_reserved() == 0
+
+
 def values() -> dict[str, bool]:
     """Operators against the CPU's."""
     x = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(1))
@@ -82,6 +93,7 @@ def _in_thread(function: Any) -> bool:
 
 
 def main() -> None:
+    grown = grows()
     memory = out_of_memory()
     print(
         json.dumps(
@@ -89,6 +101,7 @@ def main() -> None:
                 "capability": torch.cuda.get_device_capability(),
                 "with waits": copies_and_kernels(True),
                 "without": copies_and_kernels(False),
+                "grows": grown,
                 "memory": memory,
                 "values": values(),
             }

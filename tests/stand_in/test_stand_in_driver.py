@@ -12,7 +12,7 @@ from stand_in_driver.__main__ import main, parse_arguments
 @pytest.mark.parametrize("late, unseen", [("copies", [False, True]), ("kernels", [True, False])])
 def test_what_pytorch_sees(stand_in, late, unseen):
     found = stand_in(["--capacity", "2", "--capability", "9.0", "--late", late], "driver.py")
-    assert found["capability"] == [9, 0]
+    assert found["capability"] == [9, 0] and found["grows"]
     assert found["memory"] == {"total": 2 * 2**30, "told": True, "taken": True}
     assert found["with waits"] == [True, True]
     assert found["without"] == unseen
