@@ -21,11 +21,11 @@ THEIRS = re.compile(r"^(__cuda[A-Z]|cuda[A-Z]|cublas|cu[A-EG-Z]|cuF(?!ile))\w*$"
 
 
 class UnavailableError(RuntimeError):
-    """What is missing here, in one line."""
+    """What is missing here."""
 
 
-def cuda_build() -> tuple[Path, str]:
-    """PyTorch's folder and the version of CUDA that it was built for, found without importing it.
+def cuda_build() -> Path:
+    """PyTorch's folder, found without importing it.
 
     Raises UnavailableError: not Linux, no PyTorch, one without CUDA, or no compiler.
     """
@@ -35,13 +35,12 @@ def cuda_build() -> tuple[Path, str]:
     if spec is None:
         raise UnavailableError(f"{sys.executable} has no torch")
     folder = Path(spec.origin).parent
-    built = re.search(r"^cuda\b.*=\s*'([\d.]+)'", (folder / "version.py").read_text(), re.MULTILINE)
-    if built is None:
+    if not re.search(r"^cuda\b.*=\s*'[\d.]+'", (folder / "version.py").read_text(), re.MULTILINE):
         raise UnavailableError(f"the torch in {folder} has no CUDA: install a build of it that has")
     for program in ("g++", "nm"):
         if shutil.which(program) is None:
             raise UnavailableError(f"no {program} is here: install it, the driver is built with it")
-    return folder, built[1]
+    return folder
 
 
 def headers(torch: Path) -> list[Path]:
@@ -57,9 +56,9 @@ def headers(torch: Path) -> list[Path]:
 def cached() -> Path:
     """The folder of the library for this PyTorch, which is built there if it was not yet.
 
-    Raises UnavailableError; RuntimeError, with the compiler's words, if the sources do not fit this CUDA.
+    Raises UnavailableError, with the compiler's words if the sources do not fit this CUDA.
     """
-    torch, _ = cuda_build()
+    torch = cuda_build()
     sources = sorted(SOURCE.iterdir())
     content = b"".join(path.read_bytes() for path in [*sources, torch / "version.py", Path(__file__)])
     name = hashlib.sha256(content + str(torch).encode()).hexdigest()[:16]
@@ -110,5 +109,5 @@ def _names(*arguments: str) -> set[str]:
 def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:1])} failed:\n{done.stderr[-4000:]}")
+        raise UnavailableError(f"{command[0]} failed:\n{done.stderr[-4000:]}")
     return done.stdout

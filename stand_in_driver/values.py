@@ -36,13 +36,8 @@ BY_VALUES = {
     "_linalg_check_errors", "_unique2", "bincount", "equal", "isin", "masked_select", "multinomial", "nonzero",
     "repeat_interleave", "unique_consecutive", "unique_dim",
 }  # fmt: skip
-INDEXING = {
-    "index",
-    "index_put",
-    "index_put_",
-    "_index_put_impl_",
-    "_unsafe_index",
-}  # too, if a mask is an index
+# These too, where an index is a mask.
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # fmt: skip
 ATTENTION = {
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention",

@@ -11,8 +11,7 @@ WORKSPACES = (
 )  # of cuBLAS and cublasLt, which live in PyTorch's allocator: 8.1 and 1 MiB before Hopper
 ROUNDED = 64 * MIB  # by which segments may be larger than was predicted
 CASES = [("t2v-1.3B", "832*480")]
-CASES += [("t2v-14B", "1280*720"), ("i2v-14B", "1280*720"), ("flf2v-14B", "1280*720")] if WIDE else []
-CASES += [("vace-1.3B", "832*480"), ("t2i-14B", "1024*1024")] if WIDE else []
+CASES += [("t2v-14B", "1280*720"), ("t2i-14B", "1024*1024")] if WIDE else []
 CARDS = (4, 6, 8, 12, 16, 24)
 
 
