@@ -6,9 +6,8 @@ import pytest
 
 WIDE = bool(os.environ.get("WAN_WIDE_SWEEP"))
 MIB = 2**20
-WORKSPACES = (
-    10 * MIB
-)  # of cuBLAS and cublasLt, which live in PyTorch's allocator: 8.1 and 1 MiB before Hopper
+# Of cuBLAS and cublasLt, which live in PyTorch's allocator: 8.1 and 1 MiB before Hopper.
+WORKSPACES = 10 * MIB
 ROUNDED = 64 * MIB  # by which segments may be larger than was predicted
 CASES = [("t2v-1.3B", "832*480")]
 CASES += [("t2v-14B", "1280*720"), ("t2i-14B", "1024*1024")] if WIDE else []
