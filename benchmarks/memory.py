@@ -39,6 +39,7 @@ from leanwan.errors import InputError
 from leanwan.flags import add_flags, boolean
 from leanwan.options import MemoryOptions, add_low_vram, set_low_vram
 from upstream_driver import driver
+from upstream_driver.watch import requested_bytes
 from virtual_gpu import LACK, VirtualGPU, least_capacity
 from wan.run.request import pixels
 from wan.tasks import TASKS, Task
@@ -132,11 +133,13 @@ def count_upstream(
     capacity: int | None = None,
     expandable_segments: bool = True,
     find_least: bool = False,
+    device: str = "vgpu",
 ) -> MemoryReport:
-    """The MemoryReport of a run of upstream's own code, patched or not, on a virtual GPU of `capacity` bytes.
+    """The MemoryReport of a run of upstream's own code, patched or not.
 
     Args:
         tree: upstream's checkout. Memory options that differ from their defaults are given to its pipeline.
+        capacity, expandable_segments, find_least: of the virtual GPU; the rest is PyTorch's to say on "cuda".
 
     Raises:
         InputError: the tree does not know an option.
@@ -162,7 +165,7 @@ def count_upstream(
                 if value != defaults[name] and name != "offload_model"
             },
             call=call,
-            device="vgpu",
+            device=device,
             dtype="bfloat16",
             config=run.task,
             capacity=capacity,
@@ -203,7 +206,7 @@ def report_on(run: Run, device: torch.device) -> MemoryReport:
             _generate(pipeline, run, torch.device("meta" if counted else "cpu"))
         except torch.OutOfMemoryError as error:
             stage = (pipeline and pipeline.stages.current) or "load"
-            report.out_of_memory = {"stage": stage, "requested": _requested(error)}
+            report.out_of_memory = {"stage": stage, "requested": requested_bytes(error)}
     for stage in pipeline.stages.history if pipeline else ():
         report.stages[stage.name] = max(stage.allocated, report.stages.get(stage.name, 0))
         report.reserved[stage.name] = max(stage.reserved, report.reserved.get(stage.name, 0))
@@ -260,14 +263,6 @@ def _generate(pipeline: Any, run: Run, source_device: torch.device) -> torch.Ten
         }
     arguments |= {"sampling_steps": run.steps, "sample_solver": run.solver, "guide_scale": run.guide_scale}
     return pipeline.generate(PROMPT, **arguments, frame_num=run.frame_num, seed=0)
-
-
-def _requested(error: Any) -> int:
-    """The bytes that an out-of-memory error asked for."""
-    if hasattr(error, "requested"):
-        return error.requested
-    number, unit = re.search(r"allocate ([\d.]+) (\w+)", str(error)).groups()
-    return round(float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -330,8 +325,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--device cuda: there is no CUDA device here, use --device virtual")
     if args.tree is not None and not (Path(args.tree) / "wan" / "text2video.py").is_file():
         raise InputError(f"--tree {args.tree}: no checkout of upstream is there")
-    if args.tree is not None and args.device != "virtual":
-        raise InputError("--tree: only with --device virtual")
+    if args.tree is not None and args.device == "cuda" and (args.capacity is not None or args.compare):
+        given = "--compare" if args.compare else "--capacity"
+        raise InputError(
+            f"{given}: not with --tree and --device cuda, where the original has all of the card"
+        )
     if args.least_capacity and args.device != "virtual":
         raise InputError("--least_capacity: only with --device virtual")
     if args.compare and args.device != "cuda":
@@ -347,7 +345,8 @@ def _run(args: argparse.Namespace) -> tuple[MemoryReport, MemoryReport | None]:
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments
     if args.tree is not None:
-        return count_upstream(run, args.tree, capacity, expandable, args.least_capacity), None
+        device = "cuda" if args.device == "cuda" else "vgpu"
+        return count_upstream(run, args.tree, capacity, expandable, args.least_capacity, device), None
     if args.device == "virtual":
         return count(run, capacity, expandable, args.least_capacity), None
     return measure(run, capacity, expandable), count(run, capacity, expandable) if args.compare else None

@@ -3,6 +3,7 @@
 A check runs in a process of its own, so that no other's memory, workspaces or limits come into what it measures.
 """
 
+import copy
 import gc
 import os
 
@@ -34,7 +35,7 @@ def test_check(check, tmp_path):
 
 @pytest.fixture
 def config():
-    config = WAN_CONFIGS["t2v-tiny"].copy()
+    config = copy.copy(WAN_CONFIGS["t2v-tiny"])  # its own copy() gives a plain dict
     config.param_dtype = config.t5_dtype = torch.bfloat16
     return config
 

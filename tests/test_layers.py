@@ -151,10 +151,14 @@ def test_no_upward_import():
     assert upward(edges) == []
 
 
-def test_the_simulator_and_the_driver_stand_alone():
+def test_the_simulator_and_the_drivers_stand_alone():
     theirs = {"tests", "benchmarks", "generate", "goldens", "conftest"}
-    for name, targets in graph("virtual_gpu", "upstream_driver").items():
-        forbidden = theirs | ({"wan", "upstream_driver"} if name.startswith("virtual_gpu") else set())
+    apart = {"virtual_gpu", "stand_in_driver"}
+    for name, targets in graph("virtual_gpu", "upstream_driver", "stand_in_driver").items():
+        own = name.split(".")[0]
+        forbidden = theirs | (
+            (apart | {"wan", "upstream_driver"}) - {own} if own in apart else {"stand_in_driver"}
+        )
         assert {target.split(".")[0] for target in targets} & forbidden == set(), name
 
 
@@ -162,6 +166,13 @@ def test_the_library_needs_torch_einops_and_psutil_alone():
     allowed = {"leanwan", "torch", "einops", "psutil", *sys.stdlib_module_names}
     for name, targets in graph("leanwan").items():
         assert {target.split(".")[0] for target in targets} <= allowed, name
+
+
+def test_nothing_imports_the_stand_in_driver():
+    for name, targets in graph(
+        "leanwan", "wan", "toys", "benchmarks", "virtual_gpu", "upstream_driver"
+    ).items():
+        assert "stand_in_driver" not in {target.split(".")[0] for target in targets}, name
 
 
 @pytest.mark.parametrize(

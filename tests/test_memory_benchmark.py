@@ -18,6 +18,7 @@ from shortcuts import few_blocks, largest_tile
 from benchmarks import memory
 from benchmarks.memory import GIB, Run, count
 from leanwan.options import LOW_VRAM, MemoryOptions
+from upstream_driver.watch import requested_bytes
 from wan.configs import SIZE_CONFIGS
 
 STAGES = ["text", "image", "encode", "denoise", "decode"]
@@ -125,7 +126,7 @@ def test_out_of_memory_names_stage_and_bytes(shortcuts):
 
 def test_bytes_that_cuda_asked_for():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 MiB. GPU 0 has ...")
-    assert memory._requested(error) == 80 * 2**20
+    assert requested_bytes(error) == 80 * 2**20
 
 
 # The command

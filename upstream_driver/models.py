@@ -66,14 +66,17 @@ def _count(shapes: Shapes, prefix: str) -> int:
     return 1 + max(int(name.split(".")[depth]) for name in shapes if name.startswith(f"{prefix}."))
 
 
-def without_storage(wan: Any, config: Any, task: str) -> None:
-    """Makes upstream build full-size models that hold no numbers."""
+def without_weights(wan: Any, config: Any, task: str, storage: bool) -> None:
+    """Makes upstream build full-size models of which nothing is read from a checkpoint.
+
+    storage: whether they have memory for numbers, whatever is in it, or none.
+    """
     t5, clip, vae = wan.modules.t5, wan.modules.clip, wan.modules.vae
 
     build_t5 = t5.umt5_xxl
     t5.umt5_xxl = lambda device, **sizes: build_t5(device="meta", **sizes)
     for module in (t5.T5Encoder, clip.XLMRobertaCLIP, vae.WanVAE_):
-        module.load_state_dict = _unless_none(module.load_state_dict)
+        module.load_state_dict = _unless_none(module.load_state_dict, _give_storage if storage else _leave)
     t5.HuggingfaceTokenizer = clip.HuggingfaceTokenizer = _Tokenizer
 
     def build_dit(cls: type, directory: str) -> Any:
@@ -84,7 +87,8 @@ def without_storage(wan: Any, config: Any, task: str) -> None:
             step = 2 if config.num_layers == 30 else 5  # of the 1.3B and the 14B model
             sizes |= {"vace_layers": list(range(0, config.num_layers, step)), "vace_in_dim": 96}
         with torch.device("meta"):
-            return cls(**sizes)
+            model = cls(**sizes)
+        return _give_storage(model) if storage else model
 
     wan.modules.model.WanModel.from_pretrained = classmethod(build_dit)
 
@@ -95,6 +99,9 @@ def without_storage(wan: Any, config: Any, task: str) -> None:
         return [encoder.model(ids.to(device), mask.to(device))[0, :TOKENS]]
 
     t5.T5EncoderModel.__call__ = encode
+    if storage:
+        torch.load = lambda *args, **options: None
+        return
     _let_meta_modules_be_at_home()
     for solver in (wan.utils.FlowUniPCMultistepScheduler, wan.utils.FlowDPMSolverMultistepScheduler):
         # Its table of times is searched by value: it stays where there are values.
@@ -108,9 +115,27 @@ def without_storage(wan: Any, config: Any, task: str) -> None:
         solver.set_timesteps = set_timesteps
 
 
-def _unless_none(load: Callable) -> Callable:
-    """Without storage nothing is read from a checkpoint; a VAE that goes home still puts its weights back."""
-    return lambda self, weights, **options: None if weights is None else load(self, weights, **options)
+def _unless_none(load: Callable, otherwise: Callable) -> Callable:
+    """Nothing is read from a checkpoint; a VAE that goes home still puts its weights back."""
+    return lambda self, weights, **options: (
+        otherwise(self) if weights is None else load(self, weights, **options)
+    )
+
+
+def _leave(model: torch.nn.Module) -> None:
+    pass
+
+
+def _give_storage(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every tensor of a model without storage memory of the CPU, which takes RAM only where it is written."""
+    for module in model.modules():
+        for entries in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in entries.items():
+                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                    there = torch.empty_like(tensor, device="cpu")
+                    like = isinstance(tensor, torch.nn.Parameter)
+                    entries[name] = torch.nn.Parameter(there, requires_grad=False) if like else there
+    return model
 
 
 def _let_meta_modules_be_at_home() -> None:

@@ -2,8 +2,8 @@
 
     python -m upstream_driver.process --tree UPSTREAM --task t2v --checkpoint DIR --out FILE [--device vgpu ...]
 
-With `--meta` (virtual GPU only) the full-size models are built without storage, nothing is read from a checkpoint
-and nothing is computed: bytes are counted.
+With `--meta` full-size models are built and nothing is read from a checkpoint: bytes are counted. On the virtual GPU
+they have no storage and nothing is computed; on CUDA they are in memory that nobody has written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .driver import PIPELINES
-from .models import fit_sizes, task_config, without_storage
+from .models import fit_sizes, task_config, without_weights
 from .surroundings import load_tree
-from .watch import CudaMemory, Watch
+from .watch import CudaMemory, Watch, requested_bytes
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     wan = load_tree(args.tree, args.device, args.meta)
     config = task_config(wan, args.task, getattr(torch, args.dtype), args.config)
     if args.meta:
-        without_storage(wan, config, args.task)
+        without_weights(wan, config, args.task, storage=args.device == "cuda")
     else:
         fit_sizes(wan, args.checkpoint, config)
     with ExitStack() as stack:
@@ -58,11 +58,11 @@ def main() -> None:
         out_of_memory = video = None
         try:
             pipeline = build(wan, args.task, config, args.checkpoint, **args.init)
-            watch.attach(pipeline, args.meta)
+            watch.attach(pipeline, args.meta and args.device != "cuda")
             watch.begin("text")
             video = generate(wan, pipeline, args.task, args.call, inputs).cpu()
         except torch.OutOfMemoryError as error:
-            out_of_memory = {"stage": watch.stage, "requested": getattr(error, "requested", None)}
+            out_of_memory = {"stage": watch.stage, "requested": requested_bytes(error)}
         report = watch.report(out_of_memory)
         if args.find_least and out_of_memory is None:
             report["least_capacity"] = _least_capacity(gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +111,11 @@ class CudaMemory:
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()
+
+
+def requested_bytes(error: Any) -> int:
+    """What an out-of-memory error asked for: the virtual GPU says it, PyTorch's text has it in rounded units."""
+    if hasattr(error, "requested"):
+        return error.requested
+    number, unit = re.search(r"allocate ([\d.]+) (\w+)", str(error)).groups()
+    return round(float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])
