@@ -1,8 +1,8 @@
 """Less memory for models of the Wan family that are built already, whatever tree their code is in.
 
-`attach` puts every option on a pipeline and returns what takes them off again. Its parts are functions of their own,
-each of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `apply_chunking` for a DiT,
-`visit_when_called` for any module; and `Streamer`, a context manager, for modules that are called in turn.
+`attach` applies any of the options to a pipeline and returns a function that undoes them. Its parts are functions of
+their own, each of which returns its undo: `apply_tiling` and `visit_by_halves` for a VAE, `apply_chunking` for a DiT,
+`visit_when_called` for any module; `Streamer` is a context manager for modules that are called in turn.
 
 The package knows layers and tensors: no task, no checkpoint file, no program. It needs torch, einops and psutil.
 """

@@ -36,9 +36,9 @@ _BUILT = {
 }
 _AUTOMATIC = ("cuda", "xpu")
 
-# How memory that a device lacks is reported other than by torch.OutOfMemoryError. cuDNN's "unable to find an engine"
-# follows when no plan got its workspace, its internal error when its kernels cannot be loaded; cuBLAS is not
-# initialised when there is no room for its handle; resources are what Level Zero calls it.
+# Messages other than torch.OutOfMemoryError's that report a lack of device memory. cuDNN is unable to find an engine
+# when none got its workspace, and has an internal error when its kernels cannot be loaded; cuBLAS is not initialised
+# when there is no room for its handle; Level Zero calls memory "resources".
 _OUT_OF_MEMORY = re.compile(
     r"out of memory"
     r"|unable to find an engine"
@@ -51,7 +51,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name, with its number; None is the accelerator that is there, else the CPU.
+    """The device of that name, with its index; for None the first accelerator that can compute the model, or the CPU.
 
     Raises:
         InputError: no device of that name, or one that cannot compute the model.
@@ -88,7 +88,7 @@ def why_missing(kind: str) -> str | None:
     except RuntimeError:
         return f"no such device, give {CHOICES}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say what is asked for below
+        warnings.simplefilter("ignore")  # they say what the error below says
         if backend.is_available():
             return None
         try:
@@ -140,10 +140,10 @@ def initialise(device: torch.device | str) -> None:
 
 
 def configure_allocator(device: torch.device | str) -> bool:
-    """Lets the allocator's segments grow where CUDA can map memory, so that less of it is lost to gaps.
+    """Turns on the allocator's expandable segments where CUDA can map memory, so that less of it is lost to gaps.
 
-    To be called before the first allocation. A user who set PyTorch's variable for it has decided. Windows and ROCm
-    have no such segments; under WSL drivers announce them and then fail. Returns whether they are on then.
+    To be called before the first allocation. If the user has set PyTorch's variable for the allocator, that decides.
+    Windows and ROCm have no such segments; under WSL drivers announce them and then fail. Returns whether they are on.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -184,8 +184,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def lacks_page_locked(error: BaseException) -> bool:
     """Whether an exception says that no more RAM can be page-locked.
 
-    CUDA gives it the number that it gives to a lack of its own memory. PyTorch's allocator has an error of its own for
-    that, and CUDA itself asks for little: it is the RAM where all cards that are used have room.
+    CUDA reports it with the error number of a lack of device memory. PyTorch's allocator reports the latter with an
+    error of its own, and CUDA itself allocates little: if all cards in use have room, the error is about RAM.
     """
     if not isinstance(error, RuntimeError) or not re.search(r"(CUDA|HIP) error: out of memory", str(error)):
         return False
@@ -193,14 +193,14 @@ def lacks_page_locked(error: BaseException) -> bool:
     return bool(used) and all(torch.cuda.mem_get_info(number)[0] >= LIBRARY_BYTES for number in used)
 
 
-NUMBERS = (1, 2, 4, 8, 16)  # bytes that one takes, of whatever type
+NUMBERS = (1, 2, 4, 8, 16)  # bytes of one number, of all types
 
 
 def page_locked(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor [numel] of RAM that is page-locked, its values not set.
+    """A tensor [numel] in page-locked RAM, its values not set.
 
-    PyTorch tells the host a number of a result through such RAM. A block of each size that it needs is page-locked
-    first; PyTorch's allocator keeps them for it, so that this never takes the last.
+    PyTorch reads single numbers of results back through page-locked RAM. A block of each size that this needs is
+    page-locked first; PyTorch's allocator keeps these blocks, so that the tensor never takes the last RAM for them.
 
     Raises RuntimeError if the system gives no more.
     """
@@ -215,8 +215,8 @@ def exact_arithmetic() -> Iterator[None]:
 
     fp32 stays fp32 in convolutions and products, algorithms are deterministic where such exist, none is chosen by
     timing, bf16 and fp16 products neither split their sum nor add in less than fp32 (cublasLt alone can do that: cuBLAS
-    raises), and cuDNN's attention stays out, which is taken or not by the number of queries too. All is as before at
-    the end.
+    raises), and cuDNN's attention is off, whose use depends on the number of queries too. At the end all settings are
+    as before.
 
     cuBLAS reads its workspace's size at its first use in a process: enter before that.
     """
@@ -272,7 +272,7 @@ def in_wsl() -> bool:
 
 
 def _segments_grow() -> bool:
-    """Whether those of CUDA's allocator do, as it is set now, by whomever."""
+    """Whether CUDA's allocator has expandable segments on, whoever set it."""
     if torch.cuda.memory.get_allocator_backend() != "native":
         return False
     return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])

@@ -68,12 +68,12 @@ def apply_activation_offload(
 
 
 class ActivationOffload(Place):
-    """Tensors over all tokens in RAM; a context manager, inside which they can be used. Arguments as above."""
+    """Keeps tensors over all tokens in RAM; a context manager, inside which they can be used (chunk 0: all tokens)."""
 
     def __init__(self, device: torch.device, chunk: int, heads: int | None = None):
         self.device, self.chunk, self.heads_per_visit = device, chunk or sys.maxsize, heads
         self._homes: dict[str, list[_Home]] = {}
-        self._page_locked = psutil.virtual_memory().available // 2  # bytes that may still be
+        self._page_locked = psutil.virtual_memory().available // 2  # bytes that may still be page-locked
 
     def __enter__(self) -> ActivationOffload:
         self.backend = torch.get_device_module(self.device)

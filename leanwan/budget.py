@@ -13,20 +13,20 @@ import torch
 from .accelerator import EXACT_WORKSPACE, LIBRARY_BYTES, WORKSPACE_VARIABLE, initialise, spills_to_ram
 
 CONTEXT = int(0.45 * 2**30)  # bytes that CUDA and its libraries take beside all tensors
-STEADY = 0.75  # of a card: what a desktop and other programs leave of it
+STEADY = 0.75  # share of a card that a desktop and other programs leave free
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a process has of a device's memory. A limit alone is of a card with CUDA that nobody else uses.
+    """The part of a device's memory that a process may use; by default of a card with CUDA that nobody else uses.
 
     Attributes:
         limit: bytes of the device for this process, CUDA's own among them; None for what is free.
-        fraction: share of what is left for tensors that is to be used.
-        free: bytes that PyTorch's allocator has or could get of the driver now, some of which CUDA's libraries may
-            still take.
+        fraction: share to use of the bytes that are left for tensors.
+        free: bytes that PyTorch's allocator has or could get from the driver now; CUDA's libraries may still take
+            some of them.
         total: bytes of the device.
         cuda: whether CUDA's context and libraries are on the device.
     """
@@ -47,24 +47,24 @@ class Budget:
 
     @property
     def context(self) -> int:
-        """Bytes beside all tensors."""
+        """Bytes that CUDA and its libraries take beside all tensors."""
         return CONTEXT if self.cuda else 0
 
     @property
     def room(self) -> float:
-        """Bytes for PyTorch's allocator now; none where less is free than CUDA's libraries may still load."""
+        """Bytes for PyTorch's allocator now; 0 if less is free than CUDA's libraries may still load."""
         free = self.free - (LIBRARY_BYTES if self.cuda else 0)
         return self._usable(free if self.limit is None else min(free, self.limit - self.context))
 
     @property
     def steady(self) -> float:
-        """Bytes for PyTorch's allocator whatever other programs take: the limit's, or else most of the device's."""
+        """Bytes for PyTorch's allocator whatever other programs take: of the limit, or else of STEADY of the device."""
         if self.limit is None:
             return self._usable(STEADY * (self.total - self.context))
         return self._usable(self.limit - self.context)
 
     def limit_for(self, nbytes: float) -> float:
-        """The least limit that leaves so many bytes for PyTorch's allocator."""
+        """The least limit that leaves `nbytes` for PyTorch's allocator."""
         return nbytes / self.fraction + self.context
 
     def _usable(self, nbytes: float) -> float:
@@ -72,7 +72,7 @@ class Budget:
 
 
 def hold_to(device: torch.device | str, nbytes: float) -> bool:
-    """Limits what PyTorch's allocator may take from a device, where that can be done; returns whether it can."""
+    """Limits the bytes that PyTorch's allocator takes from a device, if the backend can; returns whether it can."""
     backend = torch.get_device_module(device)
     limit = getattr(backend, "set_per_process_memory_fraction", None)
     if limit is not None:
@@ -104,12 +104,12 @@ def hold_to_free(device: torch.device | str) -> int | None:
 
 
 def workspace_bytes(capability: tuple[int, int], exact: bool = False) -> tuple[int, int]:
-    """What cuBLAS and cublasLt keep of PyTorch's allocator from their first products on; cublasLt's are those with a
-    bias, in exact_arithmetic all.
+    """Bytes of the workspaces that cuBLAS and cublasLt keep in PyTorch's allocator from their first matrix products on.
 
-    One of each for a stream on which a thread multiplies, and only one thread does, on one stream. As
-    ATen/cuda/CublasHandlePool.cpp chooses them: of its versions that which takes most. Newer ones than 2.10 give
-    capability 10 and 12 what 9 has, and cublasLt nothing of its own.
+    cublasLt computes products with a bias, and in exact_arithmetic all. Each has a workspace for every stream on which
+    a thread multiplies; only one thread does, on one stream. The sizes are those that ATen/cuda/CublasHandlePool.cpp
+    chooses, in the version of PyTorch that takes most: versions after 2.10 give capability 10 and 12 what 9 has, and
+    cublasLt nothing of its own.
 
     Args:
         capability: of the card.

@@ -16,7 +16,7 @@ def token_table(model: nn.Module) -> nn.Module:
 
 
 def text_encoder_groups(model: nn.Module) -> list[nn.Module]:
-    """The layers of each block of a text encoder, one or a few at a time, the largest alone."""
+    """The layer groups of a text encoder: one layer or a few of a block each, the largest layers alone."""
     groups = []
     for block in model.blocks if hasattr(model, "blocks") else model.block:
         if hasattr(block, "attn"):
@@ -39,11 +39,11 @@ def _of_wan(attention: nn.Module, ffn: nn.Module) -> list[list[nn.Module]]:
     named += [[(ffn, name)] for name in ("fc1", "gate", "fc2")]
     if all(hasattr(owner, name) for group in named for owner, name in group):
         return [[getattr(owner, name) for owner, name in group] for group in named]
-    return [[attention], [ffn]]  # of a tree that makes them otherwise
+    return [[attention], [ffn]]  # in a tree whose layers have other names
 
 
 def image_tower(model: nn.Module) -> nn.Module:
-    """Of an image encoder what is called; Wan's CLIP has a text tower beside it."""
+    """The part of an image encoder that is called: Wan's CLIP has a text tower beside it."""
     return getattr(model, "visual", model)
 
 
@@ -54,6 +54,6 @@ def image_encoder_groups(model: nn.Module) -> list[nn.Module]:
 
 
 def not_called(model: nn.Module) -> list[nn.Module]:
-    """What an image encoder has beyond its last hidden states but one, which are its features here."""
+    """The layers of an image encoder after its second-to-last hidden states, which are the features used here."""
     tower = image_tower(model)
     return [tower.transformer[-1], tower.post_norm] if hasattr(tower, "transformer") else []

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how what others wrote is shown in them."""
+"""Errors that the user can mend, and how names and values from outside are shown in them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Collection
 
-SHOWN_LENGTH = 300  # characters, of a value
-SHOWN_NAMES = 10  # of a list
-LINE_LENGTH = 4000
+SHOWN_LENGTH = 300  # characters of a value
+SHOWN_NAMES = 10  # names of a list
+LINE_LENGTH = 4000  # characters of an error
 
 
 class InputError(ValueError):
@@ -17,8 +17,7 @@ class InputError(ValueError):
 
     Args:
         problem: what is wrong and what to do; options in it are written as flags, --name.
-        field: the option that it is about, or several, by the names that they have in Python; the command line writes
-            them as flags.
+        field: the Python name of the option at fault, or of several; the command line writes them as flags.
         value: what was given, if that says something.
     """
 
@@ -29,7 +28,7 @@ class InputError(ValueError):
         super().__init__(self.told())
 
     def told(self, prefix: str = "") -> str:
-        """The line, as `shown`, the names of options written with `prefix`."""
+        """The error in one line, with `prefix` before the names of options."""
         problem = shown(re.sub(r"--(?=[a-z])", prefix, self.problem), LINE_LENGTH)
         names = [prefix + shown(name) for name in self.fields]
         subject = " and ".join(names) if len(names) == 2 else listed(names)
@@ -39,8 +38,8 @@ class InputError(ValueError):
 
 
 def shown(value: object, length: int = SHOWN_LENGTH) -> str:
-    """A value as one line of at most about `length` characters: what is longer lacks its middle, and what does not
-    print, such as what a terminal would obey, is escaped."""
+    """A value as one line of about `length` characters at most: longer text loses its middle, and characters that do
+    not print, such as a terminal's control characters, are escaped."""
     try:
         text = str(value)
     except ValueError:  # Python writes no longer numbers
@@ -54,7 +53,7 @@ def shown(value: object, length: int = SHOWN_LENGTH) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-    """Names, `shown`, the first few of many and the number of the others."""
+    """Names as `shown`: the first SHOWN_NAMES, and the number of the rest."""
     few = ", ".join(map(shown, itertools.islice(names, SHOWN_NAMES)))
     more = len(names) - SHOWN_NAMES
     return few + (f" and {more} more" if more > 0 else "")

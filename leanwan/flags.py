@@ -47,15 +47,15 @@ def option(
     Args:
         default: its value unless given.
         help: one sentence for the command line.
-        choices: the values that it may have, asked when a value is checked.
+        choices: the values that it may have, read anew at every check.
         at_least, above, at_most: the range of a number.
-        bare: the value of a flag that is given without one.
+        bare: the value of a flag that is given without a value.
         metavar: what stands for the value in the help text.
-        parse: makes the value of the flag's text; the default is the annotated type.
+        parse: converts the flag's text to the value; the default is the annotated type.
         repeat: whether the flag may be given several times, each adding to a tuple.
-        also: other names of the flag, kept for those who know them.
+        also: further names of the flag.
         group: title of the flag's group in the help text.
-        shown_default: the flag's default where the field's is None, "depends on others".
+        shown_default: the flag's default, if the field's default is None because other options decide the value.
         empty: whether text may be empty.
     """
     known = locals().copy()
@@ -69,11 +69,11 @@ def is_option(field: dataclasses.Field) -> bool:
 
 
 def check_options(options: Any, paths: Collection[str] = ()) -> None:
-    """Checks what is in a dataclass of options, whoever put it there, and makes text of PathLike values.
+    """Checks the values in a dataclass of options, and turns PathLike values into text.
 
     Args:
         options: the dataclass.
-        paths: options that are the name of one file, which may be any bytes; all other text is UTF-8.
+        paths: options that name a file, which may be any bytes; all other text must be UTF-8.
 
     Raises:
         InputError: a value that is not of the annotated type, is outside its range or none of the choices.
@@ -100,7 +100,7 @@ def check_options(options: Any, paths: Collection[str] = ()) -> None:
 
 
 def _check_text(text: str, field: dataclasses.Field, any_bytes: bool) -> None:
-    """Raises InputError for text that says nothing, or cannot be given to a program or be the name of a file."""
+    """Raises InputError for empty text, and for text that cannot be a program's argument or a file's name."""
     if not text and not field.metadata["empty"]:
         raise InputError("is empty, give a value or leave it out", field.name)
     if "\0" in text:
@@ -136,7 +136,7 @@ def boolean(text: str) -> bool:
 
 
 def _flag(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """What argparse is told of an option."""
+    """The arguments of argparse's `add_argument` for an option."""
     facts = field.metadata
     text = facts["help"].replace("%", "%%")
     if hint is bool and facts["parse"] is None:
@@ -173,7 +173,7 @@ _WORDS = {
 
 
 def _words(kinds: Sequence[Any], default: Any) -> str:
-    """What may be given; where numbers have a word beside them, that is the default."""
+    """What may be given, in words; where a word is allowed beside numbers, it is the default."""
     words = {**_WORDS, str: default} if isinstance(default, str) and len(kinds) > 1 else _WORDS
     return " or ".join(words[kind] for kind in kinds if kind in words)
 
@@ -184,7 +184,7 @@ def _hints(options: type) -> dict[str, Any]:
 
 
 def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type, in what range ever; numbers are finite."""
+    """Whether a value is of an annotated type, whatever its range; numbers must be finite."""
     if kind is float:
         return _is_number(value)
     if kind is int:

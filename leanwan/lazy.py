@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are used."""
+"""Imports the names of a package when they are first used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose names are found in the modules below it that `homes` has for them.
+    """Returns the `__getattr__` of a package; `homes` maps each name to the module below the package that defines it.
 
-    A name that is a module has "" for its home.
+    A name that is itself a module is mapped to "".
     """
 
     def load(name: str) -> Any:

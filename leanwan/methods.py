@@ -7,7 +7,7 @@ Undo = Callable[[], None]
 
 
 class _Layered:
-    """What stands in for a method: its own function inside layers that were put around it."""
+    """Replaces a method of one object: calls the method's own function inside the layers put around it."""
 
     def __init__(self, function: Callable[..., Any], replaced: tuple[Any, ...]):
         self.function = function
@@ -33,16 +33,16 @@ def layer_methods(
     Args:
         owner: the object.
         option: name of the option that does it, for messages.
-        innermost: inside the layers that are there; else around them.
-        around: for a method's name the function that makes the new method of the old one.
+        innermost: whether to put the layers inside those that are there, instead of around them.
+        around: for a method's name the function that makes the new method from the old one.
 
     Returns:
         Function that takes the layers off; with the last one the object is as it was before. Calling it again
         does nothing.
 
     Raises:
-        RuntimeError: the option is applied already, or, for an innermost layer, something else than a layer of
-            this kind has replaced a method, which would be lost inside.
+        RuntimeError: the option is applied already, or, for an innermost layer, a method is replaced by something
+            else than such layers, which the new layer would bypass.
     """
     for name in around:
         held = vars(owner).get(name)

@@ -1,4 +1,4 @@
-"""The memory options: what each is, what it may be, and the switch that sets them all."""
+"""The memory options, their allowed values, and --low_vram, which sets them all."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ LOW_VRAM = {
 
 
 def add_low_vram(parser: argparse.ArgumentParser) -> None:
-    """Adds --low_vram to a parser that has the flags of the options; `set_low_vram` makes it work."""
+    """Adds --low_vram to a parser that has the flags of the options; `set_low_vram` applies it."""
     offload = " --activation_offload" if parser.get_default("activation_offload") is not None else ""
     parser.add_argument(
         "--low_vram",

@@ -1,7 +1,7 @@
 """Streaming and chunking for pipelines that move their models by hand: the original code, through the patches.
 
-Such a pipeline says `model.to(device)` wherever a model is needed next and `model.cpu()` where it has to make room.
-A streamed model comes by itself, when it is called, so that `to` has nothing to do; `cpu`, or `to` the CPU, sends it
+Such a pipeline calls `model.to(device)` wherever it needs a model next and `model.cpu()` where it has to make room.
+A streamed model comes to the device when it is called, so `to(device)` does nothing; `cpu()` or `to("cpu")` sends it
 home.
 """
 
@@ -39,7 +39,7 @@ DITS = (
     "high_noise_model",
 )  # one, or two experts of which each takes some of the steps
 
-STACKS = ("blocks", "transformer")  # modules in a row
+STACKS = ("blocks", "transformer")  # children that must be iterable
 _TAKERS: dict[str, Sequence[str]] = {
     "vae_tile": ("vae",),
     "vae_cpu": ("vae",),
@@ -53,11 +53,11 @@ _TAKERS: dict[str, Sequence[str]] = {
 def place_dit(
     model: nn.Module, device: torch.device | str, options: MemoryOptions, dtype: torch.dtype = torch.float32
 ) -> Undo:
-    """Puts on a built DiT, in this order: chunks of tokens, activations in RAM. How its weights come is another matter.
+    """Applies chunking and then activation offload to a built DiT, as the options say; nothing else.
 
     dtype: the compute type of a model of another tree.
 
-    Returns what undoes it. Raises as apply_chunking and apply_activation_offload.
+    Returns the undo. Raises as apply_chunking and apply_activation_offload.
     """
     with ExitStack() as undo:
         undo.callback(apply_chunking(model, _chunk(options), dtype))
@@ -67,7 +67,7 @@ def place_dit(
 
 
 def _chunk(options: MemoryOptions) -> int:
-    """Tokens of a chunk: only the forward pass that works in chunks takes a place for tokens; of all it makes one."""
+    """Tokens of a chunk. Activation offload needs the chunked forward pass; without dit_chunk all are one chunk."""
     return options.dit_chunk or (sys.maxsize if options.activation_offload else 0)
 
 
@@ -77,9 +77,9 @@ def place_text_encoder(
     options: MemoryOptions,
     share: Callable[[Sequence[nn.Module]], Attachable] | None = None,
 ) -> Component:
-    """A text encoder as it visits the device: whole, or its layers in turn and its table of tokens not at all.
+    """A text encoder as it visits the device: whole, or its layers in turn, while its table of tokens stays home.
 
-    share: makes of the layers what brings them, instead of a Streamer, where ranks share the weights out.
+    share: makes what brings the layer groups, instead of a Streamer, where ranks shard the weights.
     """
     if not options.t5_stream and share is None:
         return Component([model], "cpu" if options.t5_cpu else device)
@@ -91,7 +91,7 @@ def place_text_encoder(
 def place_image_encoder(model: nn.Module, device: torch.device | str, options: MemoryOptions) -> Component:
     """An image encoder as it visits the device: whole, or its layers in turn.
 
-    Streamed with the text encoder: on cards that need the one, the other is too much as well.
+    `t5_stream` streams it too: a card that is too small for the text encoder is too small for this one.
     """
     tower = image_tower(model)
     if not options.t5_stream:
@@ -109,13 +109,13 @@ def place_vae(
     on_frame: OnFrame | None = None,
     share: Share | None = None,
 ) -> Undo:
-    """Puts on a built VAE, in this order: tiles, and visits of the half that a call needs.
+    """Applies tiling to a built VAE, and then visits of the half that a call needs.
 
     Args:
-        tile, on_frame, share: as apply_tiling's; None for no tiles.
-        halves: whether the half that a call needs comes for it, and leaves.
+        tile, on_frame, share: as apply_tiling's; no tiling if tile is None.
+        halves: whether encoder or decoder comes to the device for each call that needs it, and leaves again.
 
-    Returns what undoes it. Raises as apply_tiling and visit_by_halves.
+    Returns the undo. Raises as apply_tiling and visit_by_halves.
     """
     with ExitStack() as undo:
         if tile is not None:
@@ -137,28 +137,27 @@ def attach(
     dit_chunk: int = 0,
     activation_offload: bool = False,
 ) -> Undo:
-    """Makes what is built already need less memory; its own code goes on as before.
+    """Makes a built pipeline need less memory; its own code runs as before.
 
     Args:
-        pipeline: an object with some of these attributes, or a mapping of their names: `vae` (what codes: with the
-            modules as its `model`, and `scale`; or the bare tree of modules), `text_encoder` and `clip` (with `model`),
-            and `model`, or `low_noise_model` and `high_noise_model`. Modules are named as the checkpoints name them.
-            Or a VAE alone.
+        pipeline: an object with some of these attributes, or a mapping of their names: `vae` (with the module tree as
+            its `model`, and `scale`; or the bare tree), `text_encoder` and `clip` (with `model`), and `model`, or
+            `low_noise_model` and `high_noise_model`. Modules are named as the checkpoints name them. Or a VAE alone.
         device: where to compute; default: the pipeline's. Tiles alone need none.
         dtype: the type that the DiT's autocast computes in; default: the pipeline's `param_dtype`, or fp32.
-        vae_tile: decode and encode by tiles: see MemoryOptions; None leaves the VAE's own way.
-        vae_cpu: keep the VAE on the CPU; the half that a call needs comes for it.
+        vae_tile: decode and encode by tiles: see MemoryOptions; None for the VAE's own encode and decode.
+        vae_cpu: keep the VAE on the CPU; encoder or decoder comes to the device for each call that needs it.
         t5_stream, dit_stream, dit_chunk, activation_offload: see MemoryOptions. CLIP is streamed with T5. A DiT is
             streamed if it has `blocks`, whatever they are; chunks and activation offload are refused for one that is
             not Wan2.1's, see leanwan.dit.known.
 
     Returns:
-        What undoes all of it; modules return to where they were. A streamed or chunked DiT of Wan2.1's stays in the
-        types that it computes in.
+        A function that undoes all of it; modules return to where they were. A streamed or chunked DiT of Wan2.1's
+        stays in the types that it computes in.
 
     Raises:
-        InputError: options that cannot work, or that nothing in the pipeline takes; a part that is made otherwise.
-            Nothing is changed then.
+        InputError: options that cannot work, or that apply to no part of the pipeline; a part with other modules than
+            Wan2.1's. Nothing is changed then.
         RuntimeError: an option that is applied already. Nothing is changed then.
     """
     options = MemoryOptions(
@@ -198,10 +197,10 @@ def attach(
 
 
 def _parts_of(pipeline: Any, options: Sequence[str]) -> SimpleNamespace:
-    """What a pipeline has for each of the options, under the names that `attach` gives.
+    """The parts of a pipeline that the options apply to, under the names that `attach` lists.
 
-    Raises InputError, naming what is missing or unknown, for a pipeline that has nothing for one of them, or a part
-    that is not made as it wants it.
+    Raises InputError, naming what is missing or unknown, if an option applies to no part, or a part lacks modules that
+    its option needs.
     """
     if pipeline is None or isinstance(pipeline, str | bytes | int | float | Sequence):
         kind = type(pipeline).__name__
@@ -225,7 +224,7 @@ def _parts_of(pipeline: Any, options: Sequence[str]) -> SimpleNamespace:
 
 
 def _held(pipeline: Any, name: str) -> Any:
-    """What a pipeline, or a mapping in its place, has under that name; None for nothing."""
+    """The attribute of a pipeline, or the value of a mapping in its place, with that name; None if there is none."""
     return pipeline.get(name) if isinstance(pipeline, Mapping) else getattr(pipeline, name, None)
 
 
@@ -257,7 +256,7 @@ def _check(name: str, part: Any, option: str) -> None:
 
 
 def _need(module: Any, name: str, parts: Sequence[str], option: str) -> None:
-    """Raises InputError unless `module`, of that name, is one that has these parts."""
+    """Raises InputError unless `module` is a module with parameters that has these parts; name: for the error."""
     if not isinstance(module, nn.Module) or next(module.parameters(), None) is None:
         raise InputError(f"{name} is {type(module).__name__}, not a module with parameters", option)
     for part in parts:
@@ -272,7 +271,7 @@ ONE_GPU = ("t5_stream", "dit_stream", "dit_chunk", "activation_offload")
 def check_memory_options(**options: Any) -> MemoryOptions:
     """Returns t5_cpu, t5_stream, dit_stream, dit_chunk, activation_offload as MemoryOptions.
 
-    Raises InputError for those that cannot work.
+    Raises InputError for options that cannot work.
     """
     checked, unused = MemoryOptions(**options), MemoryOptions()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(
@@ -292,7 +291,7 @@ def save_memory(pipeline: Any, **options: Any) -> Undo:
         options: t5_stream, dit_stream, dit_chunk, activation_offload, see MemoryOptions. CLIP is streamed with T5.
 
     Returns:
-        What undoes it. The DiT's weights stay in the types that they compute in: their fp32 values are not kept.
+        A function that undoes it. The DiT's weights stay in their compute types: their fp32 values are not kept.
 
     Raises:
         InputError: options that cannot work.
@@ -325,7 +324,7 @@ def _stream_and_chunk(
 
 
 def _send_to_cpu(model: nn.Module, device: torch.device) -> Undo:
-    """Moves a model to the CPU; undone, it is where it was."""
+    """Moves a model to the CPU; the undo moves it back."""
     before = next(model.parameters()).device
     model.cpu()
     release_memory(device)
@@ -333,7 +332,7 @@ def _send_to_cpu(model: nn.Module, device: torch.device) -> Undo:
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether it is known of every parameter what it computes in."""
+    """Whether a DiT is Wan2.1's, so that the compute type of every parameter is known."""
     try:
         check_known(model, "dit_stream")
     except InputError:
@@ -342,7 +341,7 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _looked_up_at_home(table: nn.Module) -> Undo:
-    """Looks tokens up where their table is, so that only the rows found go to where the ids are."""
+    """Makes the table of tokens look ids up on its own device, so that only the rows found go to that of the ids."""
 
     def at_home(look_up: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda ids: look_up(ids.to(table.weight.device)).to(ids.device)
@@ -351,7 +350,7 @@ def _looked_up_at_home(table: nn.Module) -> Undo:
 
 
 def _stream_dit(model: nn.Module, device: torch.device, options: MemoryOptions, dtype: torch.dtype) -> Undo:
-    """The layers of a DiT in turn: behind our own forward pass those that are not constant, else all."""
+    """Streams the layers of a DiT: with leanwan's forward pass without those of the conditioning, else all of them."""
     make_streamer = partial(
         Streamer, buffers=options.stream_buffers, resident_bytes=int(options.dit_stream * 2**30)
     )
@@ -371,9 +370,9 @@ def _stream_dit(model: nn.Module, device: torch.device, options: MemoryOptions, 
 
 
 def _stack_by_stack(model: nn.Module) -> list[nn.Module]:
-    """The groups of a DiT in the order of the original forward pass: all VACE blocks come before the others.
+    """The layer groups of a DiT in the order of the original forward pass: all VACE blocks come before the others.
 
-    Blocks of other trees have more parts, which are not streamed, or other ones, and are streamed whole.
+    Further parts of another tree's block do not stream; a block that has none of these parts streams whole.
     """
     names = ("before_proj", "self_attn", "cross_attn", "ffn", "after_proj")
     groups = []
@@ -383,7 +382,7 @@ def _stack_by_stack(model: nn.Module) -> list[nn.Module]:
 
 
 def _keep_in_lossless_types(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Casts once what autocast would cast at each use; what is narrow already stays."""
+    """Casts once the fp32 parameters that autocast would cast at each use; narrower ones stay as they are."""
     for name, parameter in model.named_parameters():
         if parameter.dtype is torch.float32:
             parameter.data = parameter.data.to(storage_dtype(name, compute_dtype))
@@ -392,7 +391,7 @@ def _keep_in_lossless_types(model: nn.Module, compute_dtype: torch.dtype) -> Non
 def _come_when_called(
     option: str, model: nn.Module, called: nn.Module, make_visit: Callable[[], Component | OnCall]
 ) -> Undo:
-    """`called`, a part of the model, brings the weights; `model.cpu()` or `.to("cpu")` sends them home."""
+    """Makes `called`, a part of the model, bring the weights when called; `cpu()` or `to("cpu")` sends them home."""
 
     def with_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -412,6 +411,6 @@ def _come_when_called(
     with ExitStack() as undo:
         undo.callback(layer_methods(called, option, forward=with_weights))
         undo.callback(layer_methods(model, option, to=lambda _: move, cpu=lambda _: go_home))
-        visit = make_visit()  # refused above if it is there already
+        visit = make_visit()  # an option that is applied already was refused above
         undo.callback(visit.leave)
         return undo.pop_all().close

@@ -1,4 +1,4 @@
-"""Pages of mapped weights, asked for before they are read: the disk works while the device computes."""
+"""Prefetches pages of mapped weights from disk while the device computes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ WILL_NEED = 3  # MADV_WILLNEED on Linux, macOS and the BSDs
 
 
 def read_ahead(tensor: torch.Tensor) -> bool:
-    """Has the pages of a tensor in CPU memory read, if they are not in RAM.
+    """Prefetches the pages of a tensor in CPU memory that are not in RAM.
 
-    The system does so by and by where it can be asked to; elsewhere this returns when they are there.
+    With madvise the system reads them in the background; without it this reads them, and returns when they are in RAM.
 
     Returns False if the system refused.
     """

@@ -1,7 +1,7 @@
-"""Which component is on the device, and when: a component is at home, and visits the device to compute.
+"""Brings components to the device to compute, and sends them home.
 
-Weights never change, so a visit is a copy to the device, and going home is dropping that copy: the parameters that
-were at home all along take their places again.
+Weights never change, so a visit copies them to the device, and going home drops that copy and puts the parameters that
+stayed at home back into the modules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .vae.tiles import vae_modules
 
 
 class Attachable(Protocol):
-    """Brings parameters while it is attached."""
+    """Brings parameters to the device while it is attached."""
 
     def attach(self) -> None: ...
 
@@ -36,8 +36,7 @@ class Component:
         modules: the modules to move.
         device: where they compute.
         apart: modules inside them whose parameters stay home.
-        streamer: a Streamer, or what attaches and detaches like one, that brings the parameters of some of `apart` in
-            turn while the rest is there.
+        streamer: a Streamer, or another Attachable, that brings parameters of `apart` in turn during the visit.
         release: give the allocator's unused memory back to the device after a visit, so that other users of it
             find it. That takes time: leave it where visits are short and frequent.
     """
@@ -55,12 +54,12 @@ class Component:
         self._apart = {id(inner) for module in apart for inner in module.modules()}
         self._streamer = streamer
         self._release = release
-        # (a module's parameters or buffers, name in them, what is at home)
+        # (a module's dict of parameters or buffers, a name in it, the tensor at home)
         self._home: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self._here = False
 
     def arrive(self) -> None:
-        """Brings everything to the device. All or nothing, also if the device has no room."""
+        """Brings everything to the device; if that fails, as for lack of memory, everything goes home again."""
         if self._here:
             return
         self._here = True
@@ -108,7 +107,7 @@ class Component:
 
     @contextlib.contextmanager
     def visiting(self, *_: Any, **__: Any) -> Iterator[dict[str, Any]]:
-        """Inside, what is on the device can be called, with whatever arguments; it stays. Yields no more of these."""
+        """Inside, the component is on the device, and it stays there. Yields no arguments to add to the call."""
         with self.on_device(stay=True):
             yield {}
 
@@ -136,9 +135,9 @@ class Component:
 def visit_by_halves(vae: Any, device: torch.device | str) -> Undo:
     """Makes a VAE bring to the device only the half that a call needs: the encoder to encode, the decoder to decode.
 
-    vae: codes with the modules that are its `model`, or is the bare tree of them.
+    vae: has the module tree as its `model`, or is the bare tree.
 
-    Returns what undoes it. Raises InputError for another VAE than Wan2.1's, RuntimeError if it is applied already.
+    Returns the undo. Raises InputError for another VAE than Wan2.1's, RuntimeError if it is applied already.
     """
     model = vae_modules(vae, "vae_cpu")
     encoder = Component([model.encoder, model.conv1], device)
@@ -147,9 +146,9 @@ def visit_by_halves(vae: Any, device: torch.device | str) -> Undo:
 
 
 def visit_when_called(module: nn.Module, device: torch.device | str) -> Undo:
-    """Makes a module bring its parameters to the device for each call, and have them there for no longer.
+    """Makes a module bring its parameters to the device for each call, and send them home after it.
 
-    Returns what undoes it. Raises RuntimeError if it is applied already.
+    Returns the undo. Raises RuntimeError if it is applied already.
     """
     visit = Component([module], device, release=False)
     return layer_methods(module, "visit_when_called", forward=visit.around)

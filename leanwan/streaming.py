@@ -177,7 +177,7 @@ class Streamer:
         if slot.group is not None:
             slot.group.slot = None
         slot.group, group.slot = group, slot
-        # Of those that share the buffer, too: what they held last may reach into this one's bytes.
+        # Also the events of slots that share the buffer: the groups that they held last may reach into this slot.
         released = [other.released for other in (*self._ring, slot) if other.buffer is slot.buffer]
         group.arrival = self._worker.submit(self._copy, group, slot, released)
 
@@ -260,7 +260,7 @@ class _Group:
     Attributes:
         size: bytes of the layout.
         ahead: the streamed groups that the ring should hold during the visit, in visiting order.
-        then: the one after them, if there is one: its weights, if they are mapped, are to be in RAM.
+        then: the streamed group after them, if there is one: its weights, if they are mapped, are prefetched to RAM.
         slot: where the weights are or will be, None while they are only at home.
         arrival: result of the copy to the slot, the event behind it.
     """
@@ -323,7 +323,7 @@ class _Slot:
 
     @torch.inference_mode(False)
     def room(self, size: int) -> torch.Tensor:
-        """Its bytes for a group of that size."""
+        """The slot's bytes for a group of `size` bytes."""
         return self.buffer[-size:] if self.at_end else self.buffer[:size]
 
 

@@ -1,8 +1,8 @@
-"""What a DiT makes of time, prompt and image, computed once, before its layers stream.
+"""The conditioning of a DiT, computed once, before its layers stream.
 
-It stays in RAM. A block's keys and values of the context visit the device with its layer group, as weights do, and the
-layers that made them are not copied again: 4.2 GB per pass of a 14B model, against 0.84 GB of keys and values.
-Beside the ring of that model the time projection alone, 0.59 GiB of fp32, would be the largest thing there.
+It stays in RAM. A cross attention's keys and values of the context visit the device with its layer group, as weights
+do, in place of the layers that compute them: in a 14B model 0.84 GB per pass instead of 4.2 GB. Nor does the time
+projection stay on the device, 0.59 GiB of fp32 in that model: more than anything else there but the streamer's ring.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .conditioning import (
 )
 from .forward import cross_attentions, embedding_layers, layer_groups
 
-PROMPTS = 4  # whose keys and values are kept for calls that nobody announces
+PROMPTS = 4  # whose keys and values OnCall keeps
 
 MakeStreamer = Callable[[Sequence[nn.Module], torch.device], Streamer]
 
@@ -47,21 +47,20 @@ def streamed_ahead(
     dtype: torch.dtype,
     make_streamer: MakeStreamer = Streamer,
 ) -> Iterator[Ahead]:
-    """Computes the conditions of all passes; inside, the model is called with them, and its layer groups stream.
+    """Computes the conditioning of all passes; inside, the model's layer groups stream and it can be called.
 
-    Meanwhile one embedding layer is on the device, or what the cross attentions of two blocks call on the context.
+    While it computes, one embedding layer is on the device, or the context layers of two blocks' cross attentions.
 
     Args:
-        model: a DiT, not on the device. Its embedding layers, and those layers of its cross attentions, are not called
-            inside.
-        times: every t of its calls, [1] each.
-        prompts: every prompt of its calls, [L, text_dim] each.
-        clip_fea: image features that all of them go with, or None.
-        dtype: its compute type.
-        make_streamer: makes what brings the groups to the device.
+        model: a DiT, not on the device. Inside, its embedding layers and its context layers are not called.
+        times: the timesteps of all calls, [1] each.
+        prompts: the embedded prompts of all calls, [L, text_dim] each.
+        clip_fea: the image features of all calls, or None.
+        dtype: the model's compute type.
+        make_streamer: makes the streamer of the layer groups.
 
     Yields:
-        The conditions of each call, to be given to the model as its `conditions`.
+        The Ahead that gives the model's argument `conditions` for each call.
     """
     ahead = Ahead(model, device, dtype, clip_fea)
     ahead.add_times(times)
@@ -71,21 +70,21 @@ def streamed_ahead(
 
 
 class Ahead:
-    """Conditions of passes, computed before them.
+    """Computes the conditioning of passes before they run, and keeps it in RAM.
 
-    While some are computed, the model's layer groups are not on the device.
+    The model's layer groups must not be on the device while it computes.
 
     Args:
         model: a DiT, not on the device.
         device: where it computes.
         dtype: its compute type.
-        clip_fea: image features that all prompts go with, or None.
+        clip_fea: the image features of all passes, or None.
 
     Attributes:
-        groups: what streams in place of the model's `layer_groups`.
+        groups: the modules to stream in place of the model's `layer_groups`.
     """
 
-    @torch.inference_mode(False)  # the weights that stream are not the caller's
+    @torch.inference_mode(False)  # what streams are normal tensors, whatever mode the caller is in
     @torch.no_grad()
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, clip_fea: torch.Tensor | None
@@ -105,7 +104,7 @@ class Ahead:
     @torch.inference_mode(False)
     @torch.no_grad()
     def add_times(self, times: Sequence[torch.Tensor]) -> None:
-        """More times, [1] each; their numbers follow those of the times before."""
+        """Computes more timesteps, [1] each; their indices follow those of the timesteps before."""
         model, device = self._model, self._device
         with Component([model.time_embedding], device).on_device():
             embedded = [embed_time(model, t.to(device)).cpu() for t in times]
@@ -121,7 +120,7 @@ class Ahead:
     @torch.inference_mode(False)
     @torch.no_grad()
     def add_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
-        """More prompts, [L, text_dim] each; their numbers follow those of the prompts before."""
+        """Computes more prompts, [L, text_dim] each; their indices follow those of the prompts before."""
         model, device, dtype = self._model, self._device, self._dtype
         with Component([model.text_embedding], device).on_device():
             texts = [embed_text(model, prompt, device, dtype) for prompt in prompts]
@@ -131,13 +130,13 @@ class Ahead:
         )
 
     def streamed(self, make_streamer: MakeStreamer) -> Component:
-        """What visits the device for passes with the conditions that are here: groups in turn, else what is small."""
+        """The model as it visits the device for passes with this conditioning: `groups` stream, the rest is small."""
         not_moved = [*layer_groups(self._model), *embedding_layers(self._model)]
         streamer = make_streamer(self.groups, self._device)
         return Component([self._model], self._device, not_moved, streamer)
 
     def __call__(self, time: int, prompt: int) -> Conditions:
-        """Those of a call, by the numbers of its time and its prompt among all."""
+        """The Conditions of a call, by the indices of its timestep and its prompt."""
         embedded, modulation = (
             kept[time].to(self._device, non_blocking=True) for kept in (self._embedded, self._modulations)
         )
@@ -148,14 +147,14 @@ class Ahead:
         make: Callable[[nn.Module], list[KeysAndValues]],
         keep: Callable[[_Kept, list[KeysAndValues]], None],
     ) -> None:
-        """What `make` makes with each cross attention, whose layers for that visit the device in turn."""
+        """Keeps the keys and values that `make` computes with each cross attention, whose context layers stream."""
         groups = [nn.ModuleList(context_layers(attention)) for attention in self._kept]
         with Streamer(groups, self._device):
             for attention, kept in self._kept.items():
                 keep(kept, make(attention))
 
     def _group(self, group: nn.Module) -> nn.Module:
-        """A layer group, a cross attention's with what is kept in place of the layers that made it."""
+        """A layer group as it streams: a cross attention's has the kept keys and values in place of context layers."""
         if group not in self._kept:
             return group
         not_called = context_layers(group)
@@ -164,10 +163,11 @@ class Ahead:
 
 
 class OnCall:
-    """Conditions for a model whose caller does not say what comes next: computed at the first call that has a time, a
-    prompt or image features, and kept for the next ones.
+    """Conditioning for a model whose calls are not known beforehand: computed at the first call with a new timestep,
+    prompt or image, and kept for the next calls.
 
-    Times are kept for one call, prompts up to PROMPTS. What computes them visits the device before the layer groups do.
+    It keeps the timesteps of one call, and PROMPTS prompts, or all of one call's if they are more. The layers that
+    compute them visit the device before the layer groups do.
 
     Args:
         model: a DiT, not on the device, called with t, context and maybe clip_fea as Wan2.1's is.
@@ -194,9 +194,9 @@ class OnCall:
 
     @contextlib.contextmanager
     def visiting(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Inside, the model can be called with these arguments and with those that are yielded; then its weights stay.
+        """Inside, the model can be called with these arguments and the yielded ones.
 
-        An exception sends them home.
+        Its weights stay on the device afterwards; an exception sends them home.
         """
         model, *_ = self._given
         call = self._signature.bind(model, *args, **kwargs).arguments
@@ -225,7 +225,7 @@ class OnCall:
             self._features = None if clip_fea is None else _Seen(clip_fea)
         if new:
             self.leave()
-            self._visit = None  # its streamer has buffers of another size
+            self._visit = None  # with more prompts the streamer's buffers have other sizes
             for prompt in new:
                 if _number(self._prompts, prompt) is None:
                     self._ahead.add_prompts([prompt])
@@ -239,14 +239,14 @@ class OnCall:
 
 
 class _Seen:
-    """A tensor as it was given, which may be gone by now."""
+    """Recognises a tensor that a caller gave before, by a copy of its contents; the tensor itself may be gone."""
 
     def __init__(self, tensor: torch.Tensor):
         self._tensor, self._version = weakref.ref(tensor), _version(tensor)
         self._contents = tensor.detach().to("cpu", copy=True)
 
     def is_(self, given: torch.Tensor) -> bool:
-        """Whether that has the same contents; the host waits for the device only if it may have others."""
+        """Whether `given` has the same contents. The host waits for the device only if they may differ."""
         if given is self._tensor() and self._version is not None and self._version == _version(given):
             return True
         known = self._contents
@@ -254,7 +254,7 @@ class _Seen:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """How often it was written to; nobody counts that in inference mode."""
+    """How often a tensor was written to; None for inference tensors, whose writes PyTorch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -267,18 +267,18 @@ def _number(seen: Sequence[_Seen], given: torch.Tensor) -> int | None:
 
 
 class _Kept(nn.Module):
-    """Keys and values of a block's context, of several prompts and an image, as parameters: a Streamer brings them."""
+    """A cross attention's keys and values of several prompts and an image, as parameters, so that they stream."""
 
     def __init__(self) -> None:
         super().__init__()
         self._texts = 0
 
     def set_image(self, pairs: list[KeysAndValues]) -> None:
-        """Those of the image: one pair."""
+        """Keeps the image's keys and values, the only pair."""
         self._add("image", pairs[0])
 
     def add_texts(self, pairs: list[KeysAndValues]) -> None:
-        """Those of more prompts, a pair each."""
+        """Keeps the keys and values of more prompts, a pair each."""
         for pair in pairs:
             self._add(self._texts, pair)
             self._texts += 1
@@ -288,13 +288,13 @@ class _Kept(nn.Module):
             self.register_parameter(f"{name}_{number}", nn.Parameter(tensor.cpu(), requires_grad=False))
 
     def forward(self, prompt: int) -> list[KeysAndValues]:
-        """Those of a prompt, and of the image."""
+        """The keys and values of the prompt with this index, then those of the image if there is one."""
         numbers = [prompt, "image"] if hasattr(self, "key_image") else [prompt]
         return [(getattr(self, f"key_{number}"), getattr(self, f"value_{number}")) for number in numbers]
 
 
 class _KeptContext(Context):
-    """One that was computed before."""
+    """A Context whose keys and values were computed before."""
 
     def __init__(self, kept: dict[nn.Module, _Kept], prompt: int):
         self._kept, self._prompt = kept, prompt

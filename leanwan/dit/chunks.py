@@ -1,7 +1,4 @@
-"""Tokens through the DiT's layers in chunks.
-
-The forward pass itself, whole or in chunks, is leanwan/dit/forward.py; this makes a built model use it.
-"""
+"""Makes a built DiT pass its tokens through its layers in chunks, by the forward pass in leanwan/dit/forward.py."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from .forward import dit_forward
 from .known import check_known
 from .tokens import ON_DEVICE, Place
 
-SMALLEST_CHUNK = 64  # tokens; chunks are cut in blocks of 32, and each leaves at least one
+SMALLEST_CHUNK = 64  # tokens: two of the blocks of 32 that chunks consist of, see `spans`
 
 
 def check_chunk(tokens: int) -> None:
@@ -32,20 +29,20 @@ def check_chunk(tokens: int) -> None:
 
 
 def apply_chunking(model: nn.Module, tokens: int, dtype: torch.dtype = torch.float32) -> Undo:
-    """Makes a DiT work through its layers `tokens` tokens at a time.
+    """Makes a DiT pass `tokens` tokens at a time through its layers.
 
-    A model of another tree, which names its modules as checkpoints do, gets the forward pass of leanwan/dit/forward.py
-    with its own attention and call signature.
+    A model of another code tree whose modules have the checkpoints' names gets the forward pass of
+    leanwan/dit/forward.py, with its own attention and call signature.
 
     Args:
         tokens: 0 for all, which leaves the model as it is.
-        dtype: the compute type of a model of another tree, those of this one know theirs.
+        dtype: the compute type of a model of another tree; this project's models know theirs.
 
     Returns:
-        What undoes it.
+        A function that undoes it.
 
     Raises:
-        InputError: a number of tokens that cannot work, or a model that is not made of what forward.py runs.
+        InputError: a number of tokens that cannot work, or a model with layers that forward.py does not run.
         RuntimeError: applied already.
     """
     check_chunk(tokens)

@@ -1,7 +1,7 @@
-"""What the blocks of a DiT read beside the tokens. It depends on the step's time, the prompt and the image alone.
+"""The conditioning of a DiT's blocks: made from the timestep, the prompt and the image, never from the tokens.
 
-Of the time: what modulates every block, and the head. Of prompt and image, the context: keys and values of the cross
-attention of every block.
+The timestep gives the modulation of every block and of the head. Prompt and image give the context: the keys and values
+of every block's cross attention.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]  # [1, n, heads, head_dim] eac
 
 @dataclass(frozen=True)
 class Conditions:
-    """Those of one sample.
+    """The conditioning of one sample.
 
     Attributes:
-        time: [1, dim] fp32, the embedded time.
-        modulation: [1, 6, dim] fp32, what the blocks read of it.
-        context: what they attend to.
+        time: [1, dim] fp32, the embedded timestep, which the head reads.
+        modulation: [1, 6, dim] fp32, the projected timestep, which the blocks read.
+        context: gives the keys and values of the cross attentions.
     """
 
     time: torch.Tensor
@@ -33,7 +33,7 @@ class Conditions:
 
 
 class Context:
-    """What blocks attend to beside the tokens, as the context's own layers of each block see it.
+    """The embedded text and image of one sample, of which each cross attention computes keys and values.
 
     Args:
         text: [1, text_len, dim].
@@ -45,7 +45,7 @@ class Context:
         self.text, self.image, self.dtype = text, image, dtype
 
     def keys_and_values(self, attention: nn.Module) -> list[KeysAndValues]:
-        """Those of a block's cross attention: of the text, then of the image if there is one."""
+        """The keys and values of one block's cross attention: the text's, then the image's if there is an image."""
         found = [text_keys_and_values(attention, self.text, self.dtype)]
         if self.image is not None:
             found.append(image_keys_and_values(attention, self.image, self.dtype))
@@ -59,13 +59,13 @@ def embed(
     image: Callable[[], torch.Tensor] | None,
     dtype: torch.dtype,
 ) -> Conditions:
-    """The Conditions of one sample.
+    """Computes the Conditions of one sample.
 
     Args:
-        model: a DiT, what embeds being where t is.
+        model: a DiT whose embedding layers are on the device of t.
         t: [1], the timestep.
         prompt: [L, text_dim], L at most the model's text_len, on any device.
-        image: gives the embedded image; None without one.
+        image: returns the embedded image; None if the sample has no image.
         dtype: the compute type.
 
     Raises ValueError for a longer prompt.
@@ -77,13 +77,13 @@ def embed(
 
 
 def embed_time(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
-    """A timestep [1] to [1, dim] fp32."""
+    """Embeds a timestep [1] as [1, dim] fp32."""
     with full_precision(t.device):
         return model.time_embedding(sinusoidal_embedding(model.freq_dim, t))
 
 
 def project_time(model: nn.Module, time: torch.Tensor) -> torch.Tensor:
-    """An embedded time [1, dim] to [1, 6, dim] fp32."""
+    """Projects an embedded timestep [1, dim] to the modulation [1, 6, dim] fp32."""
     with full_precision(time.device):
         return model.time_projection(time).unflatten(1, (6, -1))
 
@@ -91,7 +91,7 @@ def project_time(model: nn.Module, time: torch.Tensor) -> torch.Tensor:
 def embed_text(
     model: nn.Module, prompt: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A prompt's embedding [L, text_dim], zero-padded to text_len and projected: [1, text_len, dim]."""
+    """Pads a prompt's embedding [L, text_dim] with zeros to text_len tokens and projects it to [1, text_len, dim]."""
     length, width = prompt.shape
     if length > model.text_len:
         raise ValueError(f"a prompt of {length} tokens is longer than {model.text_len}")
@@ -104,17 +104,17 @@ _CONTEXT_LAYERS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
 
 
 def context_layers(attention: nn.Module) -> list[nn.Module]:
-    """What a cross attention calls on its context."""
+    """The layers that a cross attention calls on the context, not on the tokens."""
     return [getattr(attention, name) for name in _CONTEXT_LAYERS if hasattr(attention, name)]
 
 
 def text_keys_and_values(attention: nn.Module, text: torch.Tensor, dtype: torch.dtype) -> KeysAndValues:
-    """What a cross attention makes of embedded text."""
+    """A cross attention's keys and values of embedded text."""
     return _keys_and_values(attention, attention.k, attention.norm_k, attention.v, text.to(dtype))
 
 
 def image_keys_and_values(attention: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> KeysAndValues:
-    """What a cross attention makes of an embedded image."""
+    """A cross attention's keys and values of an embedded image."""
     return _keys_and_values(
         attention, attention.k_img, attention.norm_k_img, attention.v_img, image.to(dtype)
     )
@@ -141,7 +141,7 @@ def sinusoidal_embedding(dim: int, position: torch.Tensor) -> torch.Tensor:
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Outside any autocast that is on, as the parts that compute in fp32 must be."""
+    """A context without autocast, for the layers that must compute in fp32."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -1,16 +1,16 @@
 """The DiT's forward pass, for every model type, by chunks of tokens; the whole sequence is one chunk.
 
-Written over the attribute names that the checkpoints fix, so that it runs any module tree that carries them. A pass is
-a list of visits, one for each layer group: what a sample's layers do while the group's weights are on the device. A
-visit serves one sample, or several in turn.
+It uses the attribute names that the checkpoints fix, so it runs any module tree that has them. A pass is a list of
+visits, one for each layer group: a visit runs the group's layers for one sample, or for several in turn, while the
+group's weights are on the device.
 
-What a layer needs of the whole sequence is the residual stream (fp32) and its own keys and values; where these
-live is handed in, see tokens.py. Everything else is computed for one chunk of tokens at a time and added in place.
-A chunk attends to all keys at once, so each row's arithmetic is the one of the whole pass.
+Only the residual stream (fp32) and a layer's own keys and values span the whole sequence; the caller decides where they
+live, see tokens.py. Everything else is computed for one chunk of tokens at a time and added in place. A chunk attends
+to all keys at once, so each row is computed as in a pass over the whole sequence.
 
-Precision is that of the published model: norms, modulation, time embedding, head and the residual stream in
-fp32, rotary embedding in fp64, linear and convolution layers and attention in the compute type, which is handed
-in, as the attention is.
+Precision is that of the published model: norms, modulation, time embedding, head and the residual stream are in fp32,
+the rotary embedding in fp64, linear and convolution layers and attention in the compute type. The caller gives the
+compute type and the attention.
 """
 
 from __future__ import annotations
@@ -46,23 +46,22 @@ def storage_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_groups(model: nn.Module) -> list[nn.Module]:
-    """The layers of a DiT in the order in which a pass visits them, grouped: of every block's self attention what makes
-    keys and values, then the rest; cross attention; FFN.
+    """The layer groups of a DiT in the order in which a pass visits them. Of each block: the layers of self attention
+    that make keys and values, its other layers, cross attention, FFN.
 
-    What is not listed is small (norms, modulation, patch embeddings, head), or is called once a pass: see
-    `embedding_layers`.
+    A layer in no group is small (norms, modulation, patch embeddings, head), or called once a pass: `embedding_layers`.
     """
     return [visit.group for visit in visits(model)]
 
 
 def embedding_layers(model: nn.Module) -> list[nn.Module]:
-    """What a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
+    """The layers that a DiT calls once a pass, before the blocks: some hundred MB of the 14B model."""
     names = ("time_embedding", "time_projection", "text_embedding", "img_emb")
     return [getattr(model, name) for name in names if hasattr(model, name)]
 
 
 def cross_attentions(model: nn.Module) -> list[nn.Module]:
-    """Those of all blocks; what they call on the context alone is in conditions.py, `context_layers`."""
+    """The cross attentions of all blocks; `context_layers` in conditioning.py lists what they call on the context."""
     return [block.cross_attn for block in (*model.blocks, *getattr(model, "vace_blocks", ()))]
 
 
@@ -90,13 +89,13 @@ def dit_forward(
     Args:
         attention: softmax(q k^T) v for every head, of q, k and v [1, L, heads, head_dim].
         dtype: the compute type; linear and convolution layers are kept in it, or an autocast to it is on.
-        image: gives for a sample's number [1, 257 or 514, dim], what the model's `img_emb` makes of its images.
+        image: maps a sample's index to its images as embedded by the model's `img_emb`, [1, 257 or 514, dim].
         chunk: tokens per chunk, 0 for all.
         place: where tensors over all tokens live.
         together: whether each layer group serves all samples, one after the other, before the next is visited. Each
             sample's arithmetic is its own either way.
-        conditions: each sample's, on the device of x, computed before: nothing is made of t, context and images then.
-        run_block: what runs a block, in one visit, instead of its layer groups in theirs.
+        conditions: each sample's conditioning, computed before, on the device of x; t, context and image are not read.
+        run_block: runs a whole block in one visit, in place of a visit for each of its layer groups.
 
     Returns:
         list of [out_dim, F, H, W] fp32.
@@ -146,8 +145,8 @@ class Sample:
         time: [1, dim] fp32, the embedded time.
         grid: (frames, rows, columns) of its tokens.
         tokens: its residual stream.
-        hints: that of a VACE model's second stack.
-        strength: of the hints.
+        hints: the residual stream of a VACE model's second stack; None for other models.
+        strength: the factor that the hints are added with.
     """
 
     layers: Layers
@@ -171,7 +170,7 @@ class Visit:
 
 
 def visits(model: nn.Module, run_block: RunBlock | None = None) -> list[Visit]:
-    """A pass of a DiT from the embedded patches to the head.
+    """The visits of a DiT's pass, from the embedded patches to the head.
 
     In a VACE model, a block that takes a hint comes between the VACE block that makes the hint and that VACE block's
     `after_proj`.
@@ -190,7 +189,7 @@ def visits(model: nn.Module, run_block: RunBlock | None = None) -> list[Visit]:
 
 
 def _block_visits(block: nn.Module, stream: str, first: bool, run_block: RunBlock | None) -> list[Visit]:
-    """Those of one block, on a sample's `tokens` or `hints`; first: whether it is the first of its stack."""
+    """The visits of one block; stream: the sample's "tokens" or "hints"; first: whether it is first in its stack."""
 
     def visit(group: nn.Module, run: Callable[..., None], *args: bool) -> Visit:
         return Visit(group, lambda sample: run(sample.layers, block, getattr(sample, stream), *args))
@@ -226,11 +225,11 @@ def _add_hints(after: nn.Module) -> Visit:
 
 @dataclass
 class _Between:
-    """What a block's visits hand on.
+    """What the visits of one block pass on to the next.
 
     Attributes:
         modulation: shift, scale and gate of self attention, then of the FFN, [1, 1, dim] fp32 each.
-        norm_dtype: the type that the norm before self attention gives.
+        norm_dtype: the type of the result of the norm before self attention.
         keys, values: of self attention, over all tokens.
     """
 
@@ -261,7 +260,7 @@ class Layers:
         self.dtype = dtype
         self.spans = spans
         self.place = place
-        self.name = name  # of what it keeps in its place between visits
+        self.name = name  # prefix of the names under which `place` keeps its keys and values
         self._between: _Between | None = None
 
     def run(self, block: nn.Module, x: Tokens, first: bool) -> None:
@@ -272,10 +271,10 @@ class Layers:
         self.ffn(block, x)
 
     def keys_and_values(self, block: nn.Module, x: Tokens, first: bool) -> None:
-        """Begins a block: keys and values of its self attention.
+        """Begins a block: computes keys and values of its self attention.
 
-        The stream is fp32 from the start, but what embeds the patches computes in the compute type, and the first
-        block's norm gives its result in that type.
+        The residual stream is fp32, but patches are embedded in the compute type, and so the first block's norm gives
+        its result in that type.
         """
         attention = block.self_attn
         modulation = (block.modulation + self.modulation).chunk(6, dim=1)
@@ -323,7 +322,7 @@ class Layers:
             del query, out
 
     def ffn(self, block: nn.Module, x: Tokens) -> None:
-        """Ends a block."""
+        """Computes the FFN, which ends a block."""
         *_, shift, scale, gate = self._between.modulation
         for span, part in x.read(self.spans):
             hidden = block.norm2(part).mul_(1 + scale).add_(shift)
@@ -332,11 +331,11 @@ class Layers:
         self._between = None
 
     def linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The layer in the compute type."""
+        """Calls the layer in the compute type."""
         return layer(x.to(self.dtype))
 
     def _modulated(self, block: nn.Module, part: torch.Tensor) -> torch.Tensor:
-        """Tokens as self attention reads them."""
+        """Tokens as self attention reads them: normed, scaled and shifted."""
         shift, scale, *_ = self._between.modulation
         norm_dtype = self._between.norm_dtype
         hidden = block.norm1(part.to(norm_dtype).float()).to(norm_dtype).float()
@@ -354,9 +353,9 @@ def embed_patches(
     place: Place,
     name: str,
 ) -> tuple[Tokens, tuple[int, int, int]]:
-    """Latents [C, F, H, W] on any device, joined along the channels, to a residual stream of F' H' W' tokens.
+    """Joins latents [C, F, H, W], on any device, along the channels and embeds them as F' H' W' tokens.
 
-    Returns it and its grid (F', H', W').
+    Returns the residual stream and its grid (F', H', W').
     """
     step = embedding.kernel_size[0]
     stream = None
@@ -374,18 +373,18 @@ def embed_patches(
 
 
 def predict(model: nn.Module, sample: Sample) -> torch.Tensor:
-    """The head and the way back from the residual stream to a latent video [out_dim, F, H, W] fp32."""
+    """Runs the head over a sample's residual stream; returns a latent video [out_dim, F, H, W] fp32."""
     layers, x = sample.layers, sample.tokens
     pieces = head_patches(model.head, x, sample.time, layers.spans)
     patches = layers.place.joined(pieces, x.length, model.head.head.out_features)
     video = patches_to_video(patches[0], sample.grid, model.patch_size)
     del pieces, patches
-    # Rounded as autocast rounds what the published model makes of the head's output.
+    # In the published model autocast rounds the latent video in this way.
     return video.to(layers.dtype).float()
 
 
 def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[slice]) -> list[torch.Tensor]:
-    """The head alone: spans of the residual stream, and the embedded time [1, dim], to patches [1, n, values] fp32."""
+    """The head's output [1, n, values] fp32 for each span of the residual stream; time: [1, dim], embedded."""
     with full_precision(time.device):
         shift, scale = (head.modulation + time.unsqueeze(1)).chunk(2, dim=1)
         return [head.head(head.norm(part) * (1 + scale) + shift) for _, part in x.read(spans)]
@@ -394,7 +393,7 @@ def head_patches(head: nn.Module, x: Tokens, time: torch.Tensor, spans: list[sli
 def patches_to_video(
     patches: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Patches [L, values], L being what the grid has or more, to a latent video [out_dim, F, H, W]."""
+    """Arranges patches [L, values] as a latent video [out_dim, F, H, W]; patches after the grid's are left out."""
     (f, h, w), (p, q, r) = grid, patch_size
     return rearrange(
         patches[: f * h * w], "(f h w) (p q r c) -> c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r

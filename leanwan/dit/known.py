@@ -1,4 +1,4 @@
-"""Which DiTs dit/forward.py knows whole: it runs their layers itself, and would leave out any that it knows not."""
+"""Checks that leanwan/dit/forward.py knows every layer of a DiT: it calls the layers itself and would skip others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODEL = {
 }  # fmt: skip
 _BLOCK = {"norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn", "before_proj", "after_proj"}
 
-# What cannot be missing: modules, and what else is read; of norms an identity does.
+# By kind of module: the children and the other attributes that it must have. A norm may be an nn.Identity.
 _NEEDED = {
     "model": (
         {"patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head"},
@@ -28,7 +28,7 @@ _NEEDED = {
     "head": ({"head", "norm"}, {"modulation"}),
 }
 
-# Arguments of forward by kind of module; those of the model are more where it is this project's own.
+# By kind of module: the arguments that its forward may take. Only this project's model takes those from chunk on.
 _CALLED_WITH = {
     "model": {
         "x", "t", "context", "seq_len", "clip_fea", "y", "vace_context", "vace_context_scale",
@@ -36,7 +36,7 @@ _CALLED_WITH = {
     },
     "block": {
         "x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens",
-        "c", "hints", "context_scale", "kwargs",  # in the two stacks of VACE
+        "c", "hints", "context_scale", "kwargs",  # of blocks in the two stacks of VACE
     },
     "self attention": {"x", "seq_lens", "grid_sizes", "freqs"},
     "cross attention": {"x", "context", "context_lens"},
@@ -45,9 +45,9 @@ _CALLED_WITH = {
 
 
 def check_known(model: nn.Module, field: str) -> None:
-    """Raises InputError, naming the module, unless a DiT is made of what leanwan/dit/forward.py runs and no more.
+    """Raises InputError, naming the module, unless leanwan/dit/forward.py runs every layer of a DiT.
 
-    field: the option that asks.
+    field: the option that needs it, for the error.
     """
     _check(model, "the model", "model", _MODEL, set(), field)
     if not len(model.blocks):
@@ -82,7 +82,7 @@ def _check(
     if "forward" in vars(module) and not is_layered(module, "forward"):
         _refuse(f"forward of {name} is replaced", field)
     if type(module).forward is nn.Module.forward:
-        return  # it is never called: its block runs its layers
+        return  # the module is never called, only its layers are
     if kind != "model" and (module._forward_hooks or module._forward_pre_hooks):
         _refuse(f"{name} has hooks", field)
     _, *call = inspect.signature(type(module).forward).parameters

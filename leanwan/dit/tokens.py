@@ -1,6 +1,6 @@
-"""Tensors over all tokens of a sample, as the forward pass sees them: read, written and added to by spans of tokens.
+"""Tensors over all tokens of a sample (residual streams, keys, values), read and written by spans of tokens.
 
-These live on the device; subclasses may keep them elsewhere.
+The classes here keep them on the device; subclasses keep them elsewhere.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import torch
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Piece = tuple[slice, torch.Tensor]
 
-_ROWS = 32  # rows that kernels take at a time, or a multiple of it
+_ROWS = 32  # rows in a block of the CPU kernels, or a multiple of that
 
 
 def spans(length: int, chunk: int, part: slice | None = None) -> list[slice]:
-    """Slices that cut `length` tokens into pieces of at most `chunk`, which is 64 or more; 0 means one piece.
+    """Cuts `length` tokens into slices of at most `chunk` tokens, which is 64 or more; 0 means one slice.
 
-    CPU kernels take rows in blocks, and one to three rows that are left over by another kernel, which rounds
-    otherwise. So a piece leaves none where the whole leaves none, and the last piece as many as the whole does.
+    CPU kernels compute rows in blocks, and one to three rows left over with another kernel, which rounds differently.
+    So the last slice has as many rows left over as the uncut sequence has, and the other slices have none.
 
-    part: cuts these of the tokens only; it starts and stops where the pieces of a cut do, one of 64 or more.
+    part: the tokens to cut, if not all; it starts and stops where slices of some chunk of 64 or more do.
     """
     start, stop = (part.start, part.stop) if part else (0, length)
     if stop - start == length and (not chunk or chunk >= length):
         return [slice(0, length)]
     left, last = length % _ROWS, 0
     if 0 < left < 4:
-        # PyTorch's attention takes 32 queries at a time, from 192 on 64 and from 768 on 256.
+        # PyTorch's attention takes blocks of 32 queries; of 64 from 192 queries on, of 256 from 768 on.
         block = 256 if length >= 768 else 64 if length >= 192 else 32
         last = left + (_ROWS if length % block < 4 else _ROWS // 2)
     step = chunk // _ROWS * _ROWS or length
@@ -38,12 +38,12 @@ def spans(length: int, chunk: int, part: slice | None = None) -> list[slice]:
 
 
 class Tokens:
-    """A tensor [1, L, ...], on the device of what is first written to it; from then on it is there.
+    """A tensor [1, L, ...], allocated at the first write, on the device of the written value.
 
     Args:
         length: L.
         shape: of one token.
-        dtype: what is written is cast to it.
+        dtype: of the tensor; written values are cast to it.
     """
 
     def __init__(self, length: int, shape: tuple[int, ...], dtype: torch.dtype):
@@ -51,7 +51,7 @@ class Tokens:
         self.whole: torch.Tensor | None = None
 
     def read(self, spans: Iterable[slice]) -> Iterator[Piece]:
-        """Each span with its tokens [1, n, ...], which may change until the next span is asked for by `add` only."""
+        """Yields each span and its tokens [1, n, ...]. Until the next span is asked for, only `add` may change them."""
         for span in spans:
             yield span, self.whole[:, span]
 
@@ -65,24 +65,24 @@ class Tokens:
 
 
 class Place:
-    """Where they live: cuts them, makes them, and attends over them."""
+    """Decides where the tensors over all tokens live: makes them, cuts them into spans and attends over them."""
 
     def spans(self, length: int, chunk: int) -> list[slice]:
-        """The pieces, of at most `chunk` tokens, in which a sample's tokens are computed here; see `spans`."""
+        """The spans, of at most `chunk` tokens, in which this process computes a sample's tokens; see `spans`."""
         return spans(length, chunk)
 
     def stream(self, name: str, length: int, width: int) -> Tokens:
-        """A residual stream, fp32. One of the same name that was made before is not used any more."""
+        """Makes a residual stream, fp32. The stream made before under the same name must not be used any more."""
         return Tokens(length, (width,), torch.float32)
 
     def heads(self, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tokens:
-        """Keys or values of one layer; shape: (heads, head_dim). Names as of streams."""
+        """Makes keys or values of one layer; shape: (heads, head_dim). A name is used again as a stream's is."""
         return Tokens(length, shape, dtype)
 
     def attended(
         self, attention: Attention, queries: Iterable[Piece], keys: Tokens, values: Tokens
     ) -> Iterator[Piece]:
-        """Each span of the queries with softmax(q k^T) v over all keys: [1, n, heads, head_dim]."""
+        """Yields each span of the queries with softmax(q k^T) v over all keys, [1, n, heads, head_dim]."""
         for span, query in queries:
             out = attention(query, keys.whole, values.whole)
             del query
@@ -90,7 +90,7 @@ class Place:
             del out
 
     def joined(self, pieces: Sequence[torch.Tensor], length: int, width: int) -> torch.Tensor:
-        """What was computed here of all spans, [1, n, width] fp32 each, as [1, length, width]."""
+        """Joins the pieces that this process computed, [1, n, width] fp32 for each span, to [1, length, width]."""
         return torch.cat(list(pieces), 1)
 
 

@@ -1,1 +1,1 @@
-"""What code asks of a device's memory, request by request, and what the allocator takes from the device for it."""
+"""Records the tensors that code makes and drops on a device, and predicts what the allocator reserves for them."""

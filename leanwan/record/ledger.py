@@ -1,9 +1,9 @@
-"""What a stage asks of a device's allocator, request by request, and what that takes of the device.
+"""Predicts the device memory that PyTorch's caching allocator reserves for a sequence of allocations and frees.
 
-Predictors write down the tensors that the code makes and drops, in its order. Live bytes follow from sizes alone. What
-the allocator reserves for them depends on the order, too, for it hands out pieces of what it has: the ledger plays the
-requests to a model of PyTorch's caching allocator on a device without end, which never has to give anything back. A
-device with so much room serves them all.
+A predictor records in a Ledger the tensors that the code makes and drops, in the code's order. Live bytes follow from
+sizes alone. Reserved bytes also depend on the order, because the allocator reuses what was freed: a Device replays the
+requests on a model of the allocator with endless memory, which never has to return any to the driver. A real device
+with as much room as that model reserves serves all the requests.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from collections.abc import Iterable
 
 ROUNDING = 512  # bytes, the allocator's unit
 MIB = 2**20
-SMALL = MIB  # the largest request that the pool for small ones serves
-SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB  # what a pool takes from the driver at a time
-OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size where segments cannot grow
+SMALL = MIB  # the largest request that the small pool serves
+SMALL_PAGE, LARGE_PAGE = 2 * MIB, 20 * MIB  # what the small and the large pool take from the driver at a time
+OWN_SEGMENT = 10 * MIB  # where segments cannot grow, larger requests get a segment of their own size
 
 
 def rounded(nbytes: float, unit: int = ROUNDING) -> int:
-    """Bytes in whole units."""
+    """Bytes, rounded up to whole units."""
     return math.ceil(nbytes / unit) * unit
 
 
 Request = tuple[int, int]  # (number of a tensor, its bytes; 0 when it is dropped)
-RELEASE = -1  # in place of a number: what is not in use is given back
-PLAYED = -2  # or: requests of another ledger, whose place in `_played` follows
-REPEATED = -3  # or: the same requests some times more, whose place in `_repeated` follows
+RELEASE = -1  # in place of a tensor's number: the allocator returns unused memory to the driver
+PLAYED = -2  # or: play another ledger; its index in `_played` follows
+REPEATED = -3  # or: repeat requests; their index in `_repeated` follows
 Pairs = tuple[tuple[int, int], ...]
-State = tuple[int, int, Pairs, Pairs, Pairs]  # of a _Pool
-# By part and the pools' states before: bytes taken at most, their states behind, and of each tensor that is left its
-# number, whether it is a small one, its address and size.
+State = tuple[int, int, Pairs, Pairs, Pairs]  # see _Pool.state
+# Effects of playing a ledger, by that ledger and the states of the small and the large pool before: peak of the bytes
+# taken, the pools' states after, and of each tensor left its number, whether it is in the small pool, address and size.
 Known = dict[tuple["Ledger", State, State], tuple[int, State, State, list[tuple[int, bool, int, int]]]]
 
 
 class Ledger:
-    """The requests of one stage, or of a part of one that others play.
+    """The allocations and frees of one stage, or of a part of a stage, which other ledgers play.
 
     Attributes:
-        live, peak: bytes in tensors now, and at most so far, in the allocator's units.
+        live, peak: bytes of the live tensors, now and at most so far; each tensor counts in whole units of ROUNDING.
     """
 
     def __init__(self) -> None:
         self.live = self.peak = 0
         self._requests: list[Request] = []
         self._numbers = 0
-        self._held: dict[int, int] = {}  # bytes of the tensors that are there
-        self._played: list[tuple[Ledger, int]] = []  # and the number of its first tensor
-        self._repeated: list[tuple[list[Request], range]] = []  # and what numbers grow by, each time
+        self._held: dict[int, int] = {}  # bytes of the live tensors, by number
+        self._played: list[tuple[Ledger, int]] = []  # a ledger, and the number of its first tensor
+        self._repeated: list[tuple[list[Request], range]] = []  # requests, and what each time adds to numbers
 
     def take(self, nbytes: float) -> int:
-        """A new tensor; returns the number by which it is dropped."""
+        """Makes a tensor; returns the number by which it is dropped."""
         size = int(-(-nbytes // ROUNDING)) * ROUNDING
         number = self._numbers
         self._numbers = number + 1
@@ -63,28 +63,28 @@ class Ledger:
         return number
 
     def arrive(self, sizes: Iterable[int]) -> list[int]:
-        """Tensors that come one by one; returns what drops them."""
+        """Makes tensors one by one; returns their numbers."""
         return [self.take(size) for size in sizes]
 
     def drop(self, *numbers: int | None) -> None:
-        """Tensors that are needed no more, in this order; None is none."""
+        """Frees tensors, in this order; None is skipped."""
         for number in numbers:
             if number is not None:
                 self._requests.append((number, 0))
                 self.live -= self._held.pop(number)
 
     def become(self, nbytes: float, *before: int | None) -> int:
-        """A new tensor, and then others dropped, of which it was made."""
+        """Makes a tensor, then frees the tensors that it was made of; returns its number."""
         number = self.take(nbytes)
         self.drop(*before)
         return number
 
     def release(self) -> None:
-        """The allocator gives back to the driver what is not in use."""
+        """Has the allocator return unused memory to the driver."""
         self._requests.append((RELEASE, 0))
 
     def play(self, part: Ledger) -> list[int]:
-        """The requests of a part, as if they were made here; returns what drops the tensors that it left."""
+        """Makes the requests of a part here; returns the numbers of the tensors that the part left."""
         first = self._numbers
         self._requests.append((PLAYED, len(self._played)))
         self._played.append((part, first))
@@ -97,12 +97,12 @@ class Ledger:
 
     @property
     def held(self) -> list[int]:
-        """What is there."""
+        """The numbers of the live tensors."""
         return list(self._held)
 
     @property
     def made(self) -> int:
-        """Bytes of all tensors that ever were."""
+        """Bytes of all tensors that were ever made."""
         made = 0
         for number, size in self._requests:
             if number >= 0:
@@ -115,18 +115,18 @@ class Ledger:
         return made
 
     def restart(self) -> None:
-        """From here on `peak` counts."""
+        """Sets `peak` back to the live bytes."""
         self.peak = self.live
 
     def mark(self) -> tuple[int, int]:
-        """Where `again` is to begin."""
+        """The present place, from which `again` repeats."""
         return len(self._requests), self._numbers
 
     def again(self, mark: tuple[int, int], times: int) -> int:
-        """What was asked for since a mark, so many times more; returns what the numbers of tensors grow by.
+        """Repeats the requests since a mark `times` more times; returns what that adds to the live tensors' numbers.
 
-        It takes as much as it drops, and plays nothing. All that is there was made in it, or as it repeats what was
-        before.
+        These requests must make as much as they free, and play no ledger. Each time must replace all live tensors by
+        new ones.
         """
         since, grown = self._requests[mark[0] :], self._numbers - mark[1]
         self._requests.append((REPEATED, len(self._repeated)))
@@ -136,21 +136,21 @@ class Ledger:
         return times * grown
 
     def reserved(self, expandable: bool = True, known: Known | None = None) -> int:
-        """Bytes that the allocator takes from the driver at most; the arguments are Device's."""
+        """Peak of the bytes that the allocator takes from the driver; the arguments are Device's."""
         device = Device(expandable, known)
         device.serve(self)
         return device.most
 
 
 class Device:
-    """An allocator, on a device without end, that serves the requests of a ledger.
+    """A model of the allocator on a device with endless memory, which serves the requests of one ledger.
 
     Args:
-        expandable: whether its segments can grow.
-        known: what parts did to such devices, to be looked up and added to; None for nothing yet.
+        expandable: whether the allocator's segments can grow.
+        known: effects of playing ledgers on such devices, looked up and added to; None for none yet.
 
     Attributes:
-        most: bytes taken from the driver, at most since `restart`.
+        most: peak of the bytes taken from the driver since `restart`.
     """
 
     def __init__(self, expandable: bool, known: Known | None = None):
@@ -161,16 +161,16 @@ class Device:
         self._served = 0
 
     def restart(self) -> None:
-        """From here on `most` counts."""
+        """Sets `most` back to the bytes taken now."""
         self.most = self._small.taken + self._large.taken
 
     def serve(self, ledger: Ledger) -> None:
-        """Serves what has not been served yet of the one ledger that it serves."""
+        """Serves the requests that were made since the last call; `ledger` must always be the same one."""
         self._serve(ledger, ledger._requests[self._served :], 0)
         self._served = len(ledger._requests)
 
     def _serve(self, part: Ledger, requests: Iterable[Request], first: int) -> None:
-        """Serves requests of a part whose tensors' numbers grow by `first`."""
+        """Serves requests of a part; `first` is added to its tensors' numbers."""
         small, large, blocks = self._small, self._large, self._blocks
         for number, size in requests:
             if size and number >= 0:
@@ -195,7 +195,7 @@ class Device:
                     self._serve(part, repeated, first + more)
 
     def _play(self, part: Ledger, first: int) -> None:
-        """Serves a whole part, which drops nothing but its own tensors: what it does depends on what is free alone."""
+        """Serves a whole part. It frees only its own tensors, so its effect depends on the pools' states alone."""
         small, large = self._small, self._large
         key = part, small.state(), large.state()
         most = self.most
@@ -215,10 +215,10 @@ class Device:
 
 
 class _Pool:
-    """Blocks for small or for large requests.
+    """The allocator's pool of blocks for small or for large requests.
 
     Attributes:
-        taken: bytes from the driver now.
+        taken: bytes taken from the driver now.
     """
 
     def __init__(self, small: bool, expandable: bool):
@@ -227,15 +227,15 @@ class _Pool:
         self._page = SMALL_PAGE if small else LARGE_PAGE
         self._free: list[tuple[int, int]] = []  # (size, address), sorted
         self._sizes: dict[int, int] = {}  # of free blocks, by address
-        self._starts: dict[int, int] = {}  # the same, by the address behind them
-        # Of a segment that can grow, what has no memory behind it: bytes by address; the last is without end.
+        self._starts: dict[int, int] = {}  # addresses of free blocks, by the address behind each
+        # Parts of the one expandable segment without memory: bytes by address; the last part is endless.
         self._gaps: dict[int, int] = {0: 1 << 60}
-        # Of segments that cannot, bytes by address; and the end of the last.
+        # Segments that cannot grow: bytes by address; and the end of the last one.
         self._segments: dict[int, int] = {}
         self._end = 0
 
     def state(self) -> State:
-        """All that later requests depend on."""
+        """Everything that the effect of later requests depends on."""
         return (
             self.taken,
             self._end,
@@ -251,11 +251,11 @@ class _Pool:
         self._starts = {start + size: start for size, start in free}
 
     def take(self, size: int) -> tuple[int, int]:
-        """(address, size) of a block of at least so many bytes: the smallest that is free, else a new one."""
+        """Takes the smallest free block of at least `size` bytes, else a new one; returns its address and size."""
         free, sizes, starts = self._free, self._sizes, self._starts
         found = bisect.bisect_left(free, (size, -1))
         if found < len(free):
-            if sum(free[found]) in self._gaps:  # behind it
+            if sum(free[found]) in self._gaps:  # a gap follows the block
                 found = self._least_room(found)
         else:
             place = self._expand(size) if self._expandable else self._segment(size)
@@ -269,7 +269,7 @@ class _Pool:
         return start, length
 
     def give(self, start: int, size: int) -> None:
-        """Takes a block back; it joins free neighbours."""
+        """Frees a block and joins it with its free neighbours."""
         sizes, starts = self._sizes, self._starts
         if start in starts:
             before = starts[start]
@@ -283,7 +283,7 @@ class _Pool:
         self._insert(start, size)
 
     def release(self) -> None:
-        """Gives back whole pages, or segments, of which nothing is in use."""
+        """Returns to the driver whole pages, or whole segments, of which nothing is in use."""
         for size, start in list(self._free):
             if not self._expandable:
                 if self._segments.get(start) == size:
@@ -300,7 +300,7 @@ class _Pool:
                 self._add_gap(low, high - low)
 
     def _least_room(self, found: int) -> int:
-        """Of free blocks, from this one on, the first whose room with the gap behind it is no more than the next's."""
+        """Index of the first free block, from `found` on, whose size and gap behind it are no more than the next's."""
         rooms = (room + self._gaps.get(start + room, 0) for room, start in self._free[found:])
         least = next(rooms)
         for room in rooms:
@@ -310,7 +310,7 @@ class _Pool:
         return found
 
     def _expand(self, size: int) -> int:
-        """Puts memory behind the first gap where that, with what is free beside it, makes so large a block."""
+        """Fills the first gap that gives, with the free blocks beside it, `size` bytes; returns the block's address."""
         places = (self._room_at(gap, size) for gap in sorted(self._gaps))
         start = next(place for place in places if place >= 0)
         while self._sizes.get(start, 0) < size:
@@ -324,7 +324,7 @@ class _Pool:
         return start
 
     def _room_at(self, gap: int, size: int) -> int:
-        """Where a block of so many bytes could start at this gap; -1 if it could not."""
+        """Address at which a block of `size` bytes could start around this gap; -1 if there is no room for it."""
         first = end = self._starts.get(gap, gap)
         while end - first < size:
             step = self._sizes.get(end) or self._gaps.get(end)

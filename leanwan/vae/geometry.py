@@ -1,8 +1,8 @@
 """Which part of every frame a tile needs: grids, margins, crops.
 
-The margin is not one number but follows from the operations: walking back from a tile of the output, each one's input
-is cropped to what is still needed. Where a tile ends at the border of the frame, so does the crop, and the operation
-pads with zeros as it does for the whole frame.
+The margin is not one number but follows from the operations: walking back from a tile of the output, each operation's
+input is cropped to what its output needs. Where a tile ends at the border of the frame, so does the crop, and the
+operation pads with zeros as it does for the whole frame.
 """
 
 import math
@@ -18,12 +18,12 @@ STRIDE = 8  # pixels that one latent cell covers
 
 
 class Tile(NamedTuple):
-    """One tile of a pass: what is read, what is written, and what is cropped on the way.
+    """One tile of a pass: what it reads, what it writes, and the crops between operations.
 
-    source: index of what is taken of the input video [C, F, H, W].
-    target: index of its place in the output video.
+    source: index of the part that it reads of the input video [C, F, H, W].
+    target: index of the part that it writes of the output video.
     crops: the (rows, columns) slices of each operation's input and of the last one's output, counted from the
-        start of what arrives there.
+        start of the frame that arrives there.
     """
 
     source: tuple
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
     @property
     def shape(self) -> TileShape:
-        """(rows, columns) of each operation's input and of the last one's output, which say what memory it takes."""
+        """(rows, columns) of each operation's input and of the last one's output; they decide the tile's memory."""
         return tuple((rows.stop - rows.start, columns.stop - columns.start) for rows, columns in self.crops)
 
 
@@ -61,7 +61,7 @@ def tiles(
 
 
 def pixel_size(input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, ...]:
-    """(height, width) in pixels of the video that a pass takes or makes; of whole latent cells alone."""
+    """(height, width) in pixels of the video that a pass takes or makes, cut to whole latent cells."""
     return tuple(STRIDE * min(lengths) for lengths in zip(input_size, output_size))
 
 
@@ -79,15 +79,15 @@ def split(length: int, tile: int) -> list[Interval]:
 
 
 def needed_intervals(operations: Sequence[Operation], low: int, high: int, length: int) -> list[Interval]:
-    """What [low, high) of the output needs along one axis: an interval for the input of each operation.
+    """The interval of each operation's input that [low, high) of the last one's output needs, along one axis.
 
     Args:
         operations: list of Operation.
         low, high: interval of the last operation's output.
-        length: of this axis of the first operation's input.
+        length: of the first operation's input along this axis.
 
     Returns:
-        List of (low, high), one for each operation and last that of the output.
+        List of (low, high), one for each operation's input and last the one of the output.
     """
     lengths = [length]
     for operation in operations:
@@ -101,18 +101,18 @@ def needed_intervals(operations: Sequence[Operation], low: int, high: int, lengt
 
 
 def input_interval(operation: Operation, low: int, high: int) -> Interval:
-    """What an operation reads for [low, high) of its output, borders apart."""
+    """The interval of its input that an operation reads for [low, high) of its output; it may reach past the border."""
     before, after = operation.halo
     return math.floor((low - before) / operation.scale), math.ceil((high + after) / operation.scale)
 
 
 def output_length(operation: Operation, length: int) -> int:
-    """How many pixels an operation makes of `length`."""
+    """Length of an operation's output for an input of `length`, in pixels."""
     return int(length * operation.scale)
 
 
 def _relative(operations: Sequence[Operation], needed: Sequence[Interval]) -> list[slice]:
-    """The needed intervals as slices of what arrives at each operation and leaves the last one."""
+    """The needed intervals as slices of the frame that arrives at each operation, and of the last one's output."""
     start, slices = needed[0][0], []
     for operation, (low, high) in zip([*operations, None], needed):
         slices.append(slice(low - start, high - start))

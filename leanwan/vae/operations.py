@@ -1,4 +1,4 @@
-"""The causal VAE's layers as operations on single frames, with the facts that passes, tiles and memory go by.
+"""The causal VAE's layers as operations on single frames, with the facts that passes, tiles and predictions use.
 
 Layers are recognised here and nowhere else, by the attribute names that the checkpoint fixes: any module tree that
 carries them can be run, the published one too. An operation keeps its modules, not their parameters, which may come
@@ -23,16 +23,16 @@ ATTENTION_SCORES = 2**24  # entries of the score matrix that attention may mater
 
 
 class TemporalCache:
-    """What operations remember of the frames before the current one, for one pass over one video.
+    """The frames before the current one that operations remember, for one pass over one video.
 
-    `past[operation]` is a list of frames [B, C, H, W], oldest first. One that has not run has no entry.
+    `past[operation]` is a list of frames [B, C, H, W], oldest first. An operation that has not run has no entry.
     """
 
     def __init__(self) -> None:
         self.past: dict[Operation, list[torch.Tensor]] = {}
 
     def window(self, operation: Operation, frame: torch.Tensor) -> torch.Tensor:
-        """What the operation remembers, then `frame`, which joins it: see `stacked`."""
+        """Stacks the operation's remembered frames and `frame`, which is remembered from now on; see `stacked`."""
         frames = [*self.past.get(operation, ()), frame]
         if operation.memory:
             self.past[operation] = frames[-operation.memory :]
@@ -43,7 +43,7 @@ class TemporalCache:
 
 
 def stacked(frames: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """`count` frames [B, C, count, H, W], zeros before those given; of a single frame a view without zeros."""
+    """Stacks frames to [B, C, count, H, W], zeros before those given; a single frame to a view [B, C, 1, H, W]."""
     if len(frames) == 1:
         return frames[0].unsqueeze(2)
     zeros = [frames[0].new_zeros(()).expand_as(frames[0])] * (count - len(frames))
@@ -56,12 +56,12 @@ class Operation:
     Returns the list of the frames that come out, 0 to 2 of them.
 
     Facts:
-        in_channels, out_channels: None if it takes any number and leaves it.
+        in_channels, out_channels: None if it takes any number of channels and keeps it.
         scale: pixels out for one pixel in, along height and width: 2, 1 or 0.5.
         halo: how far a pixel of the output sees beyond its own area, (towards the start, towards the end) of each
             axis, in pixels of the output; infinite if it sees the whole frame.
-        rate: frames out for one frame in, but for the first, which makes one: 2, 1 or 0.5.
-        memory: frames that it remembers.
+        rate: frames out for one frame in: 2, 1 or 0.5; the first frame always gives one.
+        memory: past frames that it remembers.
     """
 
     in_channels: int | None = None
@@ -86,7 +86,7 @@ class InPlace(Operation):
 
 
 class Norm(Operation):
-    """L2 norm over the channels, scaled by sqrt(channels) and `gamma`: each position for itself."""
+    """L2 norm over the channels of each position, scaled by sqrt(channels) and `gamma`."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -98,7 +98,7 @@ class Norm(Operation):
 
 
 class Convolution(Operation):
-    """A causal convolution with stride 1. Of the zeros before a video, the first frame's are left out of the sum."""
+    """A causal convolution with stride 1. At the first frame, the zeros before the video are left out of the sum."""
 
     def __init__(self, conv: nn.Conv3d):
         self.conv = conv
@@ -116,7 +116,7 @@ class Convolution(Operation):
 
 
 class Double(Convolution):
-    """Two frames for one, but for the first one, which stays single and which the convolution never sees."""
+    """Makes two frames of one; the first frame passes as it is, and the convolution never sees it."""
 
     rate = 2
 
@@ -132,7 +132,7 @@ class Double(Convolution):
 
 
 class Halve(Convolution):
-    """One frame for two, of them and the one before, but for the first one, which stays."""
+    """Makes one frame of two and the one before them; the first frame passes as it is."""
 
     rate = 0.5
 
@@ -149,8 +149,8 @@ class Halve(Convolution):
 
 
 class Resize(Operation):
-    """Twice the height and width: each pixel four times, then a 3x3 convolution. Or half of them: a 3x3 convolution
-    at every other pixel, of that one and the two after it."""
+    """Doubles height and width: each pixel four times, then a 3x3 convolution. Or halves them: a 3x3 convolution at
+    every other pixel, over that pixel and the two after it."""
 
     def __init__(self, resample: nn.Sequential):
         self.resample = resample
@@ -163,7 +163,7 @@ class Resize(Operation):
 
 
 class Residual(Operation):
-    """Operations whose result is added to what they were given, or to what `shortcut` makes of it."""
+    """Operations in a row, whose result is added to their input, or to the shortcut's result for that input."""
 
     def __init__(self, parts: Sequence[Operation], shortcut: Operation | None = None):
         self.parts = parts
@@ -180,7 +180,7 @@ class Residual(Operation):
 
 
 class Attention(Operation):
-    """Single-head self attention over the positions of one frame, its rows in pieces of bounded scores."""
+    """Single-head self attention over the positions of one frame, in pieces of rows that bound the score matrix."""
 
     halo = (float("inf"), float("inf"))
 
@@ -202,7 +202,7 @@ class Attention(Operation):
 
 
 def attention_rows(positions: int) -> int:
-    """Rows of the score matrix that attention over so many positions takes at a time."""
+    """Rows of the score matrix that attention over `positions` positions computes at a time."""
     return min(positions, max(1, ATTENTION_SCORES // positions))
 
 
@@ -212,9 +212,9 @@ class Passes(NamedTuple):
     A decoder runs them in this order, an encoder in the reverse.
     """
 
-    whole: list  # see the whole frame, at the size of the latents
-    small: list  # convolutions at the size of the latents
-    large: list  # those at larger sizes, and what changes the size
+    whole: list  # at the size of the latents: attention over the whole frame, and the layers around it
+    small: list  # at the size of the latents: convolutions
+    large: list  # convolutions at larger sizes, and the layers that change the size
 
 
 def decoder_passes(model: nn.Module) -> Passes:

@@ -1,11 +1,10 @@
 """The causal VAE's passes over a video, one frame at a time.
 
-What a frame becomes at a temporal upsampling goes all the way down before the next frame starts, so that no layer
-ever holds more than a frame's activations and its memory of the past.
+The frames that a temporal upsampling makes of one go through all later layers before the next frame starts, so that no
+layer ever holds more than one frame's activations and the frames that it remembers.
 
-The layers that see the whole frame and the others at the size of the latents run on whole frames, where these are
-small, with their features on the CPU between the passes. How those at larger sizes run is handed in: on whole frames,
-or by tiles.
+All layers at the size of the latents run on whole frames, which are small there, with their features on the CPU between
+the passes. The caller decides how the layers at larger sizes run: on whole frames, or by tiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ LargePass = Callable[[Sequence[Operation], torch.Tensor, torch.Tensor, torch.Ten
 
 
 class Stored(Protocol):
-    """Makes of a piece of a frame in [-1, 1], [1, 3, h, w], which it may overwrite, what is stored of it."""
+    """Converts a piece of a frame, [1, 3, h, w] in [-1, 1], to what is stored of it; it may overwrite the piece."""
 
     dtype: torch.dtype
     finite: bool  # whether all values were numbers
@@ -81,7 +80,7 @@ def on_whole_frames(
     Args:
         operations: list of Operation.
         source: [C, F, H, W], on any device.
-        target: [C', F', H', W'], is written.
+        target: [C', F', H', W'], to be written.
         weight: tensor of the type and on the device in which to compute.
     """
     run_pass(operations, frames_of(source, weight), FrameWriter(target))
@@ -105,13 +104,13 @@ def decode(
         stored: see Stored; default: frames are stored as they are.
 
     Returns:
-        [3, 4 F - 3, 8 h, 8 w] fp32 in [-1, 1], or of the type that is stored, on the CPU.
+        [3, 4 F - 3, 8 h, 8 w] on the CPU: fp32 in [-1, 1], or what `stored` makes of that.
     """
     passes, weight = decoder_passes(model), model.conv2.weight
     _, frames, height, width = z.shape
     features = frame_major(passes.whole[-1].out_channels, frames, height, width)
     run_pass(passes.whole, denormalized(z, scale, weight), FrameWriter(features))
-    # Written over while it is read: what these layers remember is never their input itself.
+    # The features are overwritten while they are read: these layers never remember the input tensor itself.
     run_pass(passes.small, frames_of(features, weight), FrameWriter(features))
     dtype, last = (stored.dtype, [InPlace(stored)]) if stored else (torch.float32, [])
     video = torch.empty(3, decoded_frames(frames), 8 * height, 8 * width, dtype=dtype)
@@ -130,7 +129,7 @@ def encode(
 
     Args:
         model: the VAE's modules; its encoder and `conv1` are used.
-        video: [3, F, H, W] in [-1, 1], on any device; what is needed of a frame is taken when it is needed.
+        video: [3, F, H, W] in [-1, 1], on any device; the needed part of a frame is read when its turn comes.
         scale: [mean, 1 / std] of the latent channels.
         large_pass: runs the operations above the size of the latents, see `on_whole_frames`.
 
@@ -178,7 +177,7 @@ class FrameWriter:
 
 
 def frames_of(video: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The frames [1, C, H, W] of a video [C, F, H, W], each brought to where `weight` is when asked for."""
+    """Yields the frames [1, C, H, W] of a video [C, F, H, W], each with `weight`'s device and type."""
     for frame in video.unsqueeze(0).unbind(dim=2):
         yield frame.to(weight)
 
@@ -186,17 +185,17 @@ def frames_of(video: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tenso
 def denormalized(
     z: torch.Tensor, scale: Sequence[torch.Tensor], weight: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """The latent frames [1, z_dim, h, w] of z, where and as `weight` is, in the decoder's own units."""
+    """Yields the latent frames [1, z_dim, h, w] of z in the decoder's own units, with `weight`'s device and type."""
     mean, inverse_std = per_channel(scale, weight)
     for frame in frames_of(z, weight):
         yield frame / inverse_std + mean
 
 
 def frame_major(channels: int, frames: int, height: int, width: int) -> torch.Tensor:
-    """Room on the CPU for features [C, F, h, w], each frame's contiguous."""
+    """Allocates features [C, F, h, w] on the CPU, each frame's contiguous."""
     return torch.empty(frames, channels, height, width).transpose(0, 1)
 
 
 def per_channel(scale: Sequence[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
-    """The mean and 1 / std of the latent channels as [1, z_dim, 1, 1], as `weight` is."""
+    """The mean and 1 / std of the latent channels, [1, z_dim, 1, 1] each, with `weight`'s device and type."""
     return [statistic.to(weight).view(1, -1, 1, 1) for statistic in scale]

@@ -1,8 +1,8 @@
-"""The device memory that the VAE takes: leanwan/vae/passes.py's passes, request by request.
+"""Predicts the device memory that the VAE takes, by recording the passes of leanwan/vae/passes.py in a Ledger.
 
-Each operation writes down what its class in leanwan/vae/operations.py makes and drops. Of a video the first frames are
-walked, after which every causal operation remembers as much as it ever will; of the tiles, one of each of the largest
-shapes.
+For each class of leanwan/vae/operations.py a function records the tensors that its call makes and drops. Only the first
+frames of a video are walked, until every causal operation remembers as much as it ever will, and only one tile of each
+of the largest shapes.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from .passes import decoded_frames, encoded_frames
 
 BYTES = 4  # of an fp32 number
 FILLED = 5  # latent frames after which every operation remembers as much as it ever will
-PERIOD = 4  # frames of a video for each latent one
-NEAR = 0.75  # of the largest tile's area, from which on a tile may take as much memory
-# What the allocator takes for live tensors, but of videos of hundreds of frames: a share of them, and segments in part.
+PERIOD = 4  # frames of a video for each latent frame
+NEAR = 0.75  # share of the largest tile's area from which on a tile may take as much memory
+# Except for videos of hundreds of frames the allocator reserves at most RESERVED times the live bytes, plus SEGMENTS.
 RESERVED, SEGMENTS = 1.25, int(0.2 * 2**30)
 
 
 def surely_reserved(live: float) -> float:
-    """Bytes of the device that the allocator takes for so many in the VAE's tensors, with room to spare."""
+    """Upper bound of the bytes that the allocator reserves when the VAE's live tensors take `live` bytes."""
     return SEGMENTS + RESERVED * live
 
 
 def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
-    """Device memory that decoding takes at most, with the decoder's weights, without the latents it is given.
+    """Peak bytes of decoding on the device, with the decoder's weights, without the latents that it is given.
 
     Args:
         model: the VAE's modules, on any device.
-        frames, height, width: of the video that comes out.
+        frames, height, width: of the decoded video.
         tile: side of a tile in pixels, 0 for whole frames.
     """
     ledger = Ledger()
@@ -59,9 +59,9 @@ def decode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, ti
 
 
 def encode_peak_bytes(model: nn.Module, frames: int, height: int, width: int, tile: int = 0) -> int:
-    """Device memory that encoding takes at most, with the encoder's weights and the latents that it returns.
+    """Peak bytes of encoding on the device, with the encoder's weights and the latents that it returns.
 
-    The arguments are those of `decode_peak_bytes`; frames, height and width are of the video that goes in.
+    The arguments are those of `decode_peak_bytes`; frames, height and width are of the video to encode.
     """
     ledger = Ledger()
     encode_stage(ledger, model, frames, height, width, tile, arrives=True)
@@ -92,12 +92,12 @@ def decode_stage(
     arrives: bool,
     most_tiles: int | None = None,
 ) -> None:
-    """Decodes a latent video; nothing stays.
+    """Records the decoding of a latent video, which leaves no tensor.
 
     Args:
         model, frames, height, width, tile: as `decode_peak_bytes`'.
-        arrives: whether the decoder comes for it, and leaves; else it is there.
-        most_tiles: of the largest shapes of tiles, at most so many; None for all.
+        arrives: whether the decoder is brought to the device for it and leaves again; else it is there already.
+        most_tiles: how many of the largest shapes of tiles to record at most; None for all.
     """
     weights = ledger.arrive(_decoder(model)) if arrives else []
     shapes = _tile_shapes(decoder_passes, model, height, width, tile)
@@ -114,7 +114,7 @@ def decode_stage(
 
 @functools.lru_cache(maxsize=256)
 def _decoding(model: nn.Module, which: str, frames: int, shape: TileShape) -> Ledger:
-    """A pass over so many latent frames, for others to play."""
+    """One of the decoder's passes, "whole", "small" or "large", over `frames` latent frames, to be played."""
     operations = getattr(decoder_passes(model), which)
     walk = _Walk(Ledger(), operations, shape)
 
@@ -138,9 +138,9 @@ def encode_stage(
     arrives: bool,
     most_tiles: int | None = None,
 ) -> None:
-    """Encodes a video; its latents stay.
+    """Records the encoding of a video; its latents stay.
 
-    The arguments are those of `decode_stage`; frames, height and width are of the video that goes in.
+    The arguments are those of `decode_stage`; frames, height and width are of the video to encode.
     """
     weights = ledger.arrive(_encoder(model)) if arrives else []
     shapes = _tile_shapes(encoder_passes, model, height, width, tile)
@@ -156,7 +156,7 @@ def encode_stage(
 
 @functools.lru_cache(maxsize=256)
 def _encoding(model: nn.Module, which: str, frames: int, shape: TileShape) -> Ledger:
-    """As `_decoding`, to so many latent frames."""
+    """As `_decoding`, for one of the encoder's passes; frames: latent frames of the result."""
     operations = getattr(encoder_passes(model), which)
     walk = _Walk(Ledger(), operations, shape)
     if which == "large":
@@ -175,7 +175,7 @@ def _encoding(model: nn.Module, which: str, frames: int, shape: TileShape) -> Le
 def _tile_shapes(
     passes: Callable[[nn.Module], Passes], model: nn.Module, height: int, width: int, tile: int
 ) -> list[TileShape]:
-    """Of the tiles of a large pass, the shapes of those that are nearly as large as the largest, which is the first."""
+    """Shapes of the tiles of a large pass with at least NEAR of the largest one's area, the largest first."""
     latent, pixels = (height // STRIDE, width // STRIDE), (height, width)
     before, after = (latent, pixels) if passes is decoder_passes else (pixels, latent)
     areas = {
@@ -187,7 +187,7 @@ def _tile_shapes(
 
 
 def _play_tiles(ledger: Ledger, tiles: Sequence[Ledger]) -> None:
-    """As vae_tiling.by_tiles: each tile, and what comes next, finds given back what others left."""
+    """Plays tiles as leanwan.vae.tiles.by_tiles runs them: unused memory is released before each and at the end."""
     for one in tiles:
         ledger.release()
         ledger.play(one)
@@ -195,7 +195,7 @@ def _play_tiles(ledger: Ledger, tiles: Sequence[Ledger]) -> None:
 
 
 def weight_sizes(model: nn.Module) -> tuple[list[int], list[int]]:
-    """Bytes of the encoder's parameters, and of the decoder's."""
+    """Bytes of each of the encoder's parameters, and of each of the decoder's."""
     return _encoder(model), _decoder(model)
 
 
@@ -210,11 +210,11 @@ def _decoder(model: nn.Module) -> list[int]:
 
 
 class _Walk:
-    """A pass over a video, as `run_pass`. Frames are numbers of tensors, each with a count of who holds it.
+    """Records a pass over a video, as `run_pass` runs it. A frame is its tensor's number; references are counted.
 
     Args:
         operations: list of Operation.
-        shape: (rows, columns) of each operation's input; of the first alone where all are of one size.
+        shape: (rows, columns) of each operation's input, or of the first one's where all inputs have one size.
     """
 
     def __init__(self, ledger: Ledger, operations: Sequence[Operation], shape: TileShape):
@@ -231,16 +231,16 @@ class _Walk:
         arriving: Callable[[int], int] | None = None,
         sink: Callable[[int], None] | None = None,
     ) -> None:
-        """Walks.
+        """Records the pass.
 
         Args:
-            frames, channels: how many arrive at the first operation, and what they have.
-            period: frames after which a later one finds what this one found.
-            arriving: makes such a frame; default: it is copied to the device.
-            sink: what becomes of each one at the end, beside its way to the CPU.
+            frames, channels: number of the first operation's input frames, and of their channels.
+            period: frames after which the requests repeat.
+            arriving: records how an input frame of so many numbers is made; default: it is copied to the device.
+            sink: records what happens to each frame that comes out, besides its copy to the CPU.
         """
         numel = channels * math.prod(self.shape[0])
-        walked = 1 + (FILLED - 1) * period  # from then on all is remembered that ever will be
+        walked = 1 + (FILLED - 1) * period  # by then operations remember as much as they ever will
         before, mark = None, None
         for n in range(min(frames, walked)):
             if n == walked - period:
@@ -254,7 +254,7 @@ class _Walk:
         self.drop(*[frame for held in self.past.values() for frame in held], before)
 
     def _again(self, mark: tuple[int, int], times: int) -> int:
-        """The frames since a mark, so many times more; returns what the numbers of frames grow by."""
+        """Repeats the frames since a mark `times` more times; returns what that adds to the numbers of frames."""
         grown = self.ledger.again(mark, times)
         self._holders = {frame + grown: count for frame, count in self._holders.items()}
         self.past = {
@@ -303,7 +303,7 @@ class _Walk:
                 self.ledger.drop(tensor)
 
     def window(self, operation: Operation, frame: int, numel: int) -> int | None:
-        """The stacked window, None where it is a view of a single frame; the frame joins what is remembered."""
+        """Records the stacked window, None where it is a view of one frame; the frame is remembered from now on."""
         frames = [*self.past.get(operation, ()), self.hold(frame)]
         kept = frames[-operation.memory :] if operation.memory else []
         if operation.memory:
@@ -316,7 +316,7 @@ class _Walk:
         if frames == 1:
             return None
         zero = self.new(1)
-        if frames < count:  # it stands for those that are missing
+        if frames < count:  # the zero, expanded, stands for the missing frames
             return self.become(count * numel, zero)
         self.drop(zero)
         return self.new(count * numel)
@@ -326,12 +326,12 @@ class _Walk:
 def _called(
     operation: Operation, walk: _Walk, frame: int, channels: int, height: int, width: int
 ) -> list[int]:
-    """The frames that come out of an operation, each held once more.
+    """Records the call of an operation; returns the frames that come out, each with a reference for the caller.
 
     Args:
         operation: one of any kind.
-        frame: what arrives.
-        channels, height, width: of it, as it is cropped.
+        frame: the input frame.
+        channels, height, width: of the input frame after cropping.
     """
     raise NotImplementedError(type(operation).__name__)
 

@@ -38,23 +38,23 @@ from .requests import decode_bytes, encode_bytes, surely_reserved
 
 SMALLEST_TILE, TILE_STEP = 64, 16  # pixels
 
-OnFrame = Callable[[int, int], None]  # is told after each frame of a tile: so many of so many done
+OnFrame = Callable[[int, int], None]  # called after each frame of a tile with: frames done, frames in all
 Index = tuple[Any, ...]
 
 log = logging.getLogger(__name__)
 
 
 class Share(Protocol):
-    """What one of several computes, who all are given the same calls. What one lacks memory for ends them all."""
+    """One process's share of the tiles, where several get the same calls. If one runs out of memory, all end."""
 
     def agreed(self, tile: int) -> int:
-        """The tile size that all take."""
+        """The tile size that all processes take, given this one's."""
 
     def mine(self, number: int) -> bool:
-        """Whether this one computes that tile of a pass."""
+        """Whether this process computes the tile of a pass with that number."""
 
     def complete(self, target: torch.Tensor, places: Sequence[Index]) -> None:
-        """Fills in what others computed: the tiles of a pass, in order, at these places of its target."""
+        """Fills in the tiles of a pass that others computed; places: index of each tile in the target, in order."""
 
 
 def check_tile(value: int | str) -> int | str:
@@ -76,9 +76,9 @@ def check_tile(value: int | str) -> int | str:
 def vae_modules(vae: Any, field: str) -> nn.Module:
     """The module tree of a VAE: what it has as `model`, or the VAE itself if it is a bare tree.
 
-    field: the option that asks.
+    field: the option that needs them, for the error.
 
-    Raises InputError, naming what is missing, unless it has the parts of Wan2.1's.
+    Raises InputError, naming what is missing, unless the VAE has the parts of Wan2.1's.
     """
     model = getattr(vae, "model", vae)
     parts = ("encoder", "conv1", "conv2", "decoder")
@@ -127,8 +127,8 @@ def apply_tiling(
         tile: see `check_tile`. With "auto" each call takes the fewest tiles that fit, see `fitting_tile`.
         capacity: bytes of the device that this process may take, CUDA's own among them, for "auto"; None for the
             whole device.
-        on_frame: is told how far an encoding or decoding is; smaller tiles start anew.
-        share: of several that work on it; default: all.
+        on_frame: called as an encoding or decoding goes on; when memory runs out, smaller tiles begin at 0 again.
+        share: this process's share, where several work on it; default: all tiles.
 
     Returns:
         Function that puts the VAE's own `encode` and `decode` back.
@@ -256,7 +256,7 @@ def by_tiles(
             shared = share if len(parts) > 1 else None
             mine = [part for n, part in enumerate(parts) if shared is None or shared.mine(n)]
             for number, part in enumerate(mine):
-                # What other tiles left, in other sizes, is in the way of this one.
+                # The allocator's free blocks have the sizes of other tiles and would be in the way of this one.
                 release_memory(weight.device)
                 frames = frames_of(source[part.source], weight)
                 if on_frame:
@@ -271,7 +271,7 @@ def by_tiles(
         log.warning("VAE: out of memory with tiles of %d pixels, going on with %d", tile, smaller)
         tile = smaller
         release_memory(weight.device)
-    release_memory(weight.device)  # what comes next finds it so as well, whichever tile was the last
+    release_memory(weight.device)  # whichever tile was the last, later stages find no blocks of its sizes
     if shared:
         shared.complete(target, [part.target for part in parts])
 

@@ -1,8 +1,8 @@
 """Several processes, a GPU each, that make one video: the same bits as one process makes.
 
-Started by torchrun, the first rank leads: it runs the request as a single process does, and the others follow its
-calls. What is shared: the two passes of guidance, the tokens of a pass, the tiles of the VAE, and with FSDP the
-weights. Everything is cut where chunks, heads and tiles are cut, so that each number is computed as in one process.
+torchrun starts them. The first rank leads: it runs the request as a single process does, and the others follow its
+calls. Ranks share the two passes of guidance (CFG), the tokens of a pass, the tiles of the VAE, and with FSDP the
+weights. Work is cut where chunks, heads and tiles are cut, so that each number is computed as in one process.
 
 Nothing of torch.distributed is imported before ranks are joined.
 """

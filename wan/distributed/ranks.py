@@ -18,17 +18,17 @@ import torch.distributed as dist
 from leanwan.accelerator import choose_device, is_out_of_memory
 from leanwan.errors import InputError
 
-MEETING = timedelta(minutes=10)  # until all ranks are there, and all give their part of a layer group
-PATIENCE = timedelta(minutes=60)  # for what one rank does alone; a rank that ends is noticed at once
+MEETING = timedelta(minutes=10)  # longest wait for all ranks to connect, or to give their shards of a group
+PATIENCE = timedelta(minutes=60)  # longest wait for one rank's own work; the end of a rank is noticed at once
 _DONE = "done"
-_ENDED = "wan/ended"  # in the store: why the first of the ranks ended that failed
+_ENDED = "wan/ended"  # key in the store: why the first rank that failed ended
 
 
 class RankLost(ConnectionError):
     """Another rank has failed or is gone; this one cannot go on.
 
     Attributes:
-        out_of_memory: whether it was for lack of memory on its device.
+        out_of_memory: whether that rank lacked memory on its device.
     """
 
     def __init__(self, message: str, out_of_memory: bool = False):
@@ -40,10 +40,10 @@ class Team:
     """Ranks that share a pass; see sequence.py for what they need of each other.
 
     Attributes:
-        number: of the team; the first computes what is asked for first.
+        number: index of the team, and of the prompt that it computes where teams share prompts.
         rank, size: of this process among its ranks.
         device: where it computes.
-        sent: bytes that it has sent to the others.
+        sent: bytes that this process has sent to the others.
     """
 
     def __init__(self, ranks: Ranks, members: Sequence[int], number: int = 0, group: Any = None):
@@ -55,7 +55,7 @@ class Team:
     def exchange(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
     ) -> list[torch.Tensor]:
-        """Gives each rank a part, and returns what each has for this one, of these shapes; all are of one type."""
+        """Sends one part to each rank; returns the parts that the ranks sent here, of these shapes and of one type."""
         if self.size == 1:
             return list(parts)
         sends = [part.numel() * part.itemsize for part in parts]
@@ -70,20 +70,20 @@ class Team:
 
 
 class Ranks:
-    """All of them, seen from one; a context manager, which meets the others and in the end lets them go.
+    """All ranks of a run, seen from one of them; a context manager that connects them, and disconnects them at the end.
 
-    The first leads: it tells the others what all do next.
+    The first rank leads: it tells the others what to do next.
 
     Attributes:
         rank, size: of this process among all.
         local_rank, local_size: of this process among those of its machine.
-        device: where it computes; settled by `use`.
-        sent: bytes that this rank has sent, beside those of its teams.
+        device: where this process computes; set by `use`.
+        sent: bytes that this process has sent, beside those that its teams count.
 
     Args:
-        place: rank, size and address of those of one machine; default: what torchrun's variables say.
+        place: rank, size and address, for ranks of one machine; default: from torchrun's environment variables.
 
-    Raises InputError for variables of torchrun's that are missing, RankLost if not all ranks come.
+    Raises InputError if torchrun's variables are missing, RankLost if not all ranks connect.
     """
 
     def __init__(self, place: tuple[int, int, str] | None = None) -> None:
@@ -100,7 +100,7 @@ class Ranks:
             self._address = "env://"
         self.device = torch.device("cpu")
         self.sent = 0
-        self._broken = False  # whether the ranks have lost step with each other
+        self._broken = False  # whether the ranks are out of step with each other
         self._left = False
 
     @property
@@ -115,7 +115,7 @@ class Ranks:
             half = self.size // 2
             groups = [list(range(half)), list(range(half, self.size))] if self.size % 2 == 0 else []
             made = [dist.new_group(group, timeout=PATIENCE) for group in groups]
-            # Waits for the lead are as long as what it does alone.
+            # The others wait for the lead as long as it works alone.
             everyone = dist.new_group(list(range(self.size)), timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise RankLost(f"the ranks did not meet ({_sentence(error)})") from error
@@ -129,7 +129,7 @@ class Ranks:
         self.leave(error)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Lets the others go, told why if there is an error; closes the connections, which ends their waiting."""
+        """Tells the others that the run is over, or the error; closes the connections, which ends their waiting."""
         if self._left:
             return
         self._left = True
@@ -142,12 +142,12 @@ class Ranks:
             dist.destroy_process_group()
 
     def use(self, name: str | None) -> torch.device:
-        """Computes from now on on the GPU that has this rank's number on its machine, which is returned; or the CPU.
+        """Sets the device, and returns it: the GPU whose index is this rank's number on its machine, or the CPU.
 
         Args:
-            name: of the kind, as choose_device takes it; None for the accelerator that is there.
+            name: kind of device, as choose_device takes it; None for the accelerator that is there.
 
-        Raises InputError for a name that stands for one GPU, and for more ranks than GPUs.
+        Raises InputError for a name with an index, and for more ranks on a machine than GPUs.
         """
         device = choose_device(name)
         if device.type != "cpu":
@@ -165,7 +165,7 @@ class Ranks:
         return device
 
     def connect(self) -> None:
-        """Opens all connections between devices, so that what they take there is taken."""
+        """Opens all connections between devices, so that the device memory that they take is taken from now on."""
         one = self.wired(torch.zeros(1, device=self.device))
         with self.answering():
             dist.broadcast(one, src=0)
@@ -174,7 +174,7 @@ class Ranks:
             team.exchange([one] * team.size, [(1,)] * team.size)
 
     def team(self, branches: int) -> Team:
-        """The ranks that this one shares a pass with, where there are so many passes to be shared: 1 or 2."""
+        """This rank's team; branches: number of passes that teams compute at the same time, if they can, 1 or 2."""
         teams = self._groups.get(branches, self._groups[1])
         (found,) = (
             Team(self, members, number, group)
@@ -184,22 +184,22 @@ class Ranks:
         return found
 
     def teams(self, branches: int) -> list[int]:
-        """The first rank of each team."""
+        """The first rank of each team; branches: as `team`'s."""
         return [members[0] for members, _ in self._groups.get(branches, self._groups[1])]
 
     # What is sent
 
     def tell(self, name: str, *args: Any) -> None:
-        """Has the others do what they have under that name, with these arguments; tensors arrive on the CPU."""
+        """Makes the others call their handler of that name with these arguments; tensors arrive on the CPU."""
         self.share((name, args))
 
     def listen(self) -> tuple[str, tuple[Any, ...]]:
-        """What the lead tells next: a name and arguments."""
+        """Waits for what the lead tells next; returns a handler's name and arguments."""
         return self.share(None)
 
     @contextlib.contextmanager
     def step(self, name: str, *args: Any) -> Iterator[None]:
-        """On the lead: `tell`, and inside its own share of it. An error there ends all: the others would wait."""
+        """On the lead: tells the others, and runs its own share inside. An error inside ends all: the others wait."""
         try:
             self.tell(name, *args)
             yield
@@ -209,12 +209,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def session(self, name: str, *args: Any) -> Iterator[None]:
-        """On the lead: `tell` what the others answer with `serve`, which ends when the body does, however."""
+        """On the lead: tells the others, whose handler calls `serve`; that ends when the body ends or fails."""
         self.tell(name, *args)
         try:
             yield
         except BaseException:
-            with contextlib.suppress(RankLost, InputError):  # of those that end as well
+            with contextlib.suppress(RankLost, InputError):  # errors of ranks that have ended too
                 self.tell(_DONE)
             raise
         if not self._broken:
@@ -229,7 +229,7 @@ class Ranks:
             handlers[name](*args)
 
     def share(self, value: Any) -> Any:
-        """The lead's value, on every rank: whatever can be pickled. Tensors are sent as they are, from CPU to CPU."""
+        """Returns the lead's value on every rank; it must be picklable. Tensors in it are sent raw, from CPU to CPU."""
         file = io.BytesIO()
         tensors: list[torch.Tensor] = []
         if self.leads:
@@ -246,7 +246,7 @@ class Ranks:
         return value if self.leads else _Unpacker(io.BytesIO(header[0]), tensors).load()
 
     def spread(self, tensor: torch.Tensor, source: int) -> None:
-        """Fills a contiguous tensor, on all ranks, with that of the rank `source`."""
+        """Copies a contiguous tensor of the rank `source` into this one, on all ranks."""
         wired = self.wired(tensor)
         with self.answering():
             dist.broadcast(wired.view(-1).view(torch.uint8), src=source, group=self._everyone)
@@ -255,7 +255,7 @@ class Ranks:
         self.sent += tensor.nbytes if self.rank == source else 0
 
     def bring(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """On the lead the tensor of the rank `source`, of the shape of its own; on the others their own."""
+        """Returns the tensor of the rank `source` on the lead, whose own has the same shape; on others their own."""
         with self.answering():
             if self.rank == source and not self.leads:
                 self.sent += tensor.nbytes
@@ -267,11 +267,11 @@ class Ranks:
         return tensor
 
     def wired(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor where the processes can send it from."""
+        """The tensor, contiguous, on a device that processes can send from."""
         return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).contiguous()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each rank, on every rank."""
+        """Returns the values of all ranks, on every rank."""
         found = [None] * self.size
         with self.answering():
             dist.all_gather_object(found, value, group=self._everyone)
@@ -281,12 +281,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Inside, what goes wrong with the others is RankLost, or the InputError that one of them met."""
+        """Inside, an error of communication becomes RankLost, or the InputError that another rank met."""
         if self._broken:
             raise RankLost("the other ranks have ended")
         try:
             yield
-        except BaseException as error:  # a signal, too: the others are in the midst of it
+        except BaseException as error:  # signals too: they interrupt what the others take part in
             self._broken = True
             if not isinstance(error, RuntimeError):
                 raise
@@ -298,7 +298,7 @@ class Ranks:
             raise RankLost(reason["message"], reason["out_of_memory"]) from error
 
     def reason(self) -> dict[str, Any] | None:
-        """Why another rank ended, if it could say so."""
+        """Why another rank ended, if that rank left word."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_ENDED]):
                 found = json.loads(self._store.get(_ENDED))
@@ -306,7 +306,7 @@ class Ranks:
         return None
 
     def _note(self, error: BaseException) -> None:
-        """Leaves word of why this rank ends, unless another was first."""
+        """Leaves word of why this rank ends, unless another rank has done so."""
         told = " ".join(str(error).split()) or type(error).__name__
         bad_input = isinstance(error, InputError)
         message = {"rank": self.rank, "bad_input": bad_input, "message": f"rank {self.rank}: {told}"}
@@ -317,7 +317,7 @@ class Ranks:
 
 
 class _Packer(pickle.Pickler):
-    """Leaves tensors out, and lists them, contiguous and on the CPU."""
+    """Leaves tensors out of the pickle, and lists them, contiguous and on the CPU."""
 
     def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]):
         super().__init__(file)
@@ -340,5 +340,5 @@ class _Unpacker(pickle.Unpickler):
 
 
 def _sentence(error: BaseException) -> str:
-    """An error of torch in few words, which run over lines and name places in its sources."""
+    """An error of torch in one short line; torch's messages have several lines and name places in its sources."""
     return " ".join(str(error).split()).rpartition("] ")[2][:160]

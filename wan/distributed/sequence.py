@@ -1,14 +1,14 @@
-"""A sample's tokens over ranks: each computes a part of them, and attends with a part of the heads over all of them.
+"""Sequence parallelism: each rank computes a part of a sample's tokens, and attends with a part of the heads over all.
 
-Before attention every rank sends each other one the queries, keys and values of its own tokens and that one's heads,
-and gets back what has been attended to (Jacobs et al., DeepSpeed Ulysses, 2023). Parts need not be equal. Tokens are
-cut where chunks are, and heads are apart in any case, so each number is computed as by one process; merging partial
-sums of the softmax, as ring attention does, would round otherwise.
+Before attention every rank sends to each other rank the queries, keys and values of its own tokens and the other's
+heads; afterwards it gets back the attention output of its own tokens (Jacobs et al., DeepSpeed Ulysses, 2023). Parts
+need not be equal. Tokens are cut where chunks are, and heads are independent, so each number is computed as in one
+process; merging partial sums of the softmax, as ring attention does, would round differently.
 
-A rank without tokens computes none of them, layer by layer, for it may have a part of the layers' weights.
+A rank without tokens still calls every layer, with empty tensors, for it may hold a part of the layers' weights.
 
-By rounds: in each, a rank sends one piece of its tokens, or nothing when it has sent all of them, so that no more than
-a piece is held twice. Where the tensors live otherwise, on the device or in RAM, is another place's matter.
+The exchange has rounds. In each a rank sends one piece of its tokens, or nothing when it has sent all, so that no more
+than one piece is held twice. Another Place, the inner one, keeps the tensors of a rank on the device or in RAM.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import nn
 from leanwan.dit.tokens import ON_DEVICE, Attention, Piece, Place, Tokens, spans
 from leanwan.methods import Undo, layer_methods
 
-BLOCK = 64  # tokens, of which parts are made
+BLOCK = 64  # tokens; a rank's part consists of whole blocks
 
 
 class Exchanging(Protocol):
-    """Ranks, seen from one: `rank` of `size`, that computes on `device`."""
+    """A team of `size` ranks, seen from its member `rank`, which computes on `device`."""
 
     rank: int
     size: int
@@ -35,13 +35,13 @@ class Exchanging(Protocol):
     def exchange(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
     ) -> list[torch.Tensor]:
-        """Gives each rank a part, and returns what each has for this one, of these shapes."""
+        """Sends one part to each rank; returns the parts that the ranks sent here, of these shapes."""
 
 
 def apply_ranks(model: nn.Module, team: Exchanging) -> Undo:
-    """Makes a DiT compute a share of each pass, when all ranks of a team call it alike; each gets the whole result.
+    """Makes a DiT compute this rank's share of each pass; all ranks of the team must make the same calls.
 
-    Works inside of chunking and activation offload. Returns what undoes it.
+    Each rank gets the whole result. Works inside of chunking and activation offload. Returns the undo.
 
     Raises RuntimeError if it is applied already.
     """
@@ -58,7 +58,7 @@ def apply_ranks(model: nn.Module, team: Exchanging) -> Undo:
 
 
 def parts_of(length: int, ranks: int) -> list[slice]:
-    """The tokens of each rank: near equal, of whole blocks; the last ones may get none."""
+    """The tokens of each rank: whole blocks, near equally many; the last ranks may get none."""
     blocks = spans(length, BLOCK)
     starts = [block.start for block in blocks] + [length]
     cuts = [starts[-(-len(blocks) * rank // ranks)] for rank in range(ranks + 1)]
@@ -66,17 +66,17 @@ def parts_of(length: int, ranks: int) -> list[slice]:
 
 
 def heads_of_ranks(heads: int, ranks: int) -> list[slice]:
-    """The heads of each rank: near equal, consecutive; with more ranks than heads some have none."""
+    """The heads of each rank: consecutive, near equally many; with more ranks than heads some ranks have none."""
     cuts = [heads * rank // ranks for rank in range(ranks + 1)]
     return [slice(start, stop) for start, stop in zip(cuts, cuts[1:])]
 
 
 class OverRanks(Place):
-    """Tokens over the ranks of a team, on each of them in another place."""
+    """A Place whose tokens are shared out over a team; each rank keeps its part in the place `inner`."""
 
     def __init__(self, team: Exchanging, inner: Place = ON_DEVICE):
         self._team, self._inner = team, inner
-        self._cuts: dict[int, list[list[slice]]] = {}  # by the number of tokens, of each rank
+        self._cuts: dict[int, list[list[slice]]] = {}  # by number of tokens: the spans of each rank
 
     def spans(self, length: int, chunk: int) -> list[slice]:
         parts = parts_of(length, self._team.size)
@@ -121,12 +121,12 @@ class OverRanks(Place):
 
 
 class _Heads:
-    """Sends pieces [1, n, heads, head_dim] between the ranks of their tokens and the ranks of their heads.
+    """Exchanges pieces [1, n, heads, head_dim] between the ranks of their tokens and the ranks of their heads.
 
-    A rank without heads computes one with another rank, and nobody asks it for the result: so all do alike.
+    A rank without heads computes the first head too, and no rank asks it for the result: so all make the same calls.
 
     Attributes:
-        count: heads that are attended to here.
+        count: number of heads that this rank computes.
     """
 
     def __init__(self, team: Exchanging, shape: tuple[int, ...], dtype: torch.dtype):
@@ -137,7 +137,7 @@ class _Heads:
         self.count = self._count(self._seen[team.rank])
 
     def to_heads(self, pieces: Iterable[Piece], cuts: Sequence[Sequence[slice]]) -> Iterator[list[Piece]]:
-        """Own spans with all heads, round by round to each rank's next span with the heads of this one."""
+        """Takes this rank's spans with all heads; yields, each round, every rank's next span with this rank's heads."""
         mine = iter(pieces)
         for spans_ in _rounds(cuts):
             piece = next(mine)[1] if spans_[self._team.rank] else self._nothing(self._count(self._shares))
@@ -145,11 +145,11 @@ class _Heads:
             arrived = self._team.exchange([piece[:, :, share] for share in self._seen], shapes)
             del piece
             yield [(span, part) for span, part in zip(spans_, arrived) if span and _length(span)]
-        for _ in mine:  # what reads them releases the last one when it is asked for another
+        for _ in mine:  # the reader releases its last piece when it is asked for another
             pass
 
     def to_tokens(self, pieces: Iterator[Piece], cuts: Sequence[Sequence[slice]]) -> Iterator[Piece]:
-        """The way back: each rank's spans with the heads of this one to own spans with all heads."""
+        """The way back: takes every rank's spans with this rank's heads; yields this rank's spans with all heads."""
         counts = [self._count(share) for share in self._shares]
         for spans_ in _rounds(cuts):
             own = spans_[self._team.rank]
@@ -171,7 +171,7 @@ class _Heads:
 
 
 class _Part(Tokens):
-    """The tokens of this rank under their numbers among all; what is written of others is left out."""
+    """This rank's tokens, addressed by their positions among all tokens; writes to other ranks' tokens are ignored."""
 
     def __init__(self, inner: Tokens, part: slice, length: int, device: torch.device):
         super().__init__(length, inner.shape, inner.dtype)
@@ -199,7 +199,7 @@ class _Part(Tokens):
 
 
 def _rounds(cuts: Sequence[Sequence[slice]]) -> Iterator[list[slice | None]]:
-    """The next span of each rank, None of those that have no more."""
+    """Yields for each round the next span of every rank, None for a rank that has no more."""
     for turn in range(max(map(len, cuts))):
         yield [cut[turn] if turn < len(cut) else None for cut in cuts]
 

@@ -1,8 +1,9 @@
-"""Weights shared out over ranks: each keeps a part of every layer group, and all give theirs when the group computes.
+"""Sharded weights: each rank keeps a part of every layer group, and all ranks' parts are gathered when it computes.
 
-FSDP2 (Zhao et al., PyTorch FSDP, 2023) cuts and gathers; when, is decided here, in the order of the groups' visits: the
-next group is gathered while one computes, which is freed before that takes its place. So a rank holds its part and
-two whole groups, however often a group's modules are called during its visit; wan/planning/predict/shards.py counts it.
+FSDP2 (Zhao et al., PyTorch FSDP, 2023) cuts and gathers; this module decides when, in the order of the groups' visits:
+while one group computes the next is gathered, and the former is freed before the latter takes its place. So a rank
+holds its part and two whole groups, however often a group's modules are called during its visit;
+wan/planning/predict/shards.py counts that memory.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch.distributed.fsdp import fully_shard
 
 
 class ShardedGroups:
-    """Layer groups whose weights are shared out from now on; attached, modules find theirs when they are called.
+    """Shards the weights of layer groups; while attached, modules find their whole weights when they are called.
 
-    Ranks must call the groups in the same order. Used where a Streamer is.
+    All ranks must call the groups in the same order. Takes the place of a Streamer.
 
     Args:
         groups: disjoint modules in the order of their visits, which is taken to repeat without end; their weights
-            anywhere. One after the other is brought to the device and cut.
+            anywhere. Each group in turn is brought to the device and cut.
         device: of this rank.
-        size: of all ranks.
+        size: number of ranks.
     """
 
     def __init__(self, groups: Sequence[nn.Module], device: torch.device, size: int):
@@ -39,7 +40,7 @@ class ShardedGroups:
                 self._groups.append(fully_shard(_Group(group), mesh=mesh))
         self._undo = ExitStack()
         self._current: nn.Module | None = None
-        self._coming: Any = None  # the gathering of the group after it
+        self._coming: Any = None  # the gathering of the next group, under way
 
     def attach(self) -> None:
         """Makes calls of the groups' modules find whole weights."""
@@ -50,9 +51,9 @@ class ShardedGroups:
                     self._undo.callback(owner.register_forward_pre_hook(visit).remove)
 
     def detach(self) -> None:
-        """Undoes it: each rank holds its part alone."""
+        """Undoes attach(): each rank holds only its part."""
         self._undo.close()
-        for waiting in (None, self._coming):  # the one that computed makes room before another is whole
+        for waiting in (None, self._coming):  # frees the current group before the next one becomes whole
             if waiting:
                 waiting.wait()
             for group in self._groups:
@@ -73,7 +74,7 @@ class ShardedGroups:
 
 
 class _Group(nn.Module):
-    """What FSDP takes for a module; it is never called itself."""
+    """The module that FSDP shards; it is never called itself."""
 
     def __init__(self, group: nn.Module):
         super().__init__()

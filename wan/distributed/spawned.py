@@ -12,13 +12,13 @@ from .ranks import Ranks
 
 
 def start(size: int, follow: Callable[[Ranks], None], device: str | None = None) -> Ranks:
-    """Starts the other processes and makes this one the first of so many ranks; the others end with it.
+    """Starts the other processes and makes this one the first of `size` ranks; the others end with it.
 
     Args:
-        follow: called in each of the others, which import the module that it is in.
+        follow: called in each of the other processes, which import its module.
         device: as --device takes it.
 
-    Raises RankLost if they do not come.
+    Raises RankLost if not all processes connect.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

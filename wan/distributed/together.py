@@ -1,4 +1,4 @@
-"""What the ranks do together of a pipeline's work: passes of the DiT, and the VAE's tiles. The first one asks."""
+"""The work that ranks share: passes of the DiT, and the VAE's tiles. The first rank tells the others what to do."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Opened = Callable[..., contextlib.AbstractContextManager[Flows]]
 class SharedPasses:
     """Passes of the DiT: prompt and negative prompt on half of the ranks each, tokens over the ranks of a half.
 
-    With an odd number of ranks all share the tokens of the one, then of the other.
+    With an odd number of ranks all ranks share the tokens of the prompt's pass, then those of the negative prompt's.
 
     Args:
-        ranks: see there.
-        model: gives the DiT, which every rank has.
-        opened: makes a context, inside which the DiT gives flows, of a list of prompts and whatever else.
+        ranks: all ranks of the run.
+        model: returns the DiT, which every rank has.
+        opened: makes, from a list of prompts and further arguments, a context that yields a function for the flows.
     """
 
     def __init__(self, ranks: Ranks, model: Callable[[], Any], opened: Opened):
@@ -33,7 +33,7 @@ class SharedPasses:
 
     @contextlib.contextmanager
     def opened(self, prompts: Sequence[int], *args: Any) -> Iterator[Flows]:
-        """On the lead: as what was handed in, for all ranks. Their answers are those of one process."""
+        """On the lead: as the `opened` that was given, computed by all ranks; the flows are those of one process."""
 
         def flows(latent: torch.Tensor, step: int) -> list[torch.Tensor]:
             with self._ranks.step("flows", latent, step):
@@ -43,7 +43,7 @@ class SharedPasses:
             yield flows
 
     def follow(self, prompts: Sequence[int], *args: Any) -> None:
-        """On the others, while the lead has it open."""
+        """On the others: computes this rank's share while the lead has the context open."""
         with self._share(prompts, *args) as share:
             self._ranks.serve({"flows": share})
 
@@ -66,7 +66,7 @@ class SharedPasses:
 
 
 class SharedTiles:
-    """Tiles of the VAE over the ranks, in turn; see leanwan.vae.tiles.Share. Each rank gets all of them."""
+    """Deals the VAE's tiles to the ranks in turn; see leanwan.vae.tiles.Share. Every rank gets all results."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
@@ -86,7 +86,7 @@ class SharedTiles:
 
 
 def lead_vae(ranks: Ranks) -> Mapping[str, Callable[[Callable], Callable]]:
-    """Layers around the `encode` and `decode` of the lead's VAE: the others do the same, see `vae_handlers`."""
+    """Layers around `encode` and `decode` of the lead's VAE that make the others do the same, by `vae_handlers`."""
 
     def encode(inner: Callable) -> Callable:
         def encoded(videos: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -109,7 +109,7 @@ def lead_vae(ranks: Ranks) -> Mapping[str, Callable[[Callable], Callable]]:
 
 
 def vae_handlers(ranks: Ranks, vae: Callable[[], Any]) -> dict[str, Callable[..., None]]:
-    """What the others do when the lead encodes and decodes."""
+    """The handlers of the others for the lead's encoding and decoding."""
 
     def encode(videos: list[torch.Tensor]) -> None:
         vae().encode(videos)

@@ -1,7 +1,7 @@
 """Attention over whole sequences: flash-attn where it is installed and works, PyTorch's own otherwise, or as chosen.
 
-Which kernel computes depends on the device, the type and the width of the heads, never on the number of queries, as
-far as it is chosen here. A row's result is made of its own query and all keys in each of them.
+The choice of a kernel here depends on the device, the type and the width of the heads, never on the number of queries.
+In every kernel a row's result depends on its own query and all keys.
 """
 
 import functools
@@ -17,7 +17,7 @@ from leanwan.errors import InputError
 log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-SCORE_BYTES = 2**27  # of the scores that exist at a time where no fused kernel avoids them
+SCORE_BYTES = 2**27  # of scores that exist at a time where no fused kernel avoids them
 FUSED, IN_PIECES, SAGE = "PyTorch's", "PyTorch's, by pieces of rows", "SageAttention's"
 CHOICES = ("auto", "sdpa", "flash", "sage")
 _FLASH_ATTN = {3: "flash_attn_interface", 2: "flash_attn"}
@@ -25,7 +25,7 @@ _INSTALL = {
     "flash": "flash-attn, `pip install flash-attn --no-build-isolation`",
     "sage": "SageAttention, `pip install sageattention`",
 }
-_SAGE_WIDTH = 128  # of the widest heads that it takes
+_SAGE_WIDTH = 128  # of the widest heads that SageAttention takes
 
 
 def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -34,10 +34,11 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
     Args:
         choice: "auto" is flash-attn where it is installed and runs, else PyTorch's; "sdpa" PyTorch's; "flash"
             flash-attn; "sage" SageAttention (Zhang et al., 2024), which quantises queries and keys to 8 bits.
-        device, dtype: that will compute, and the type of queries, keys and values.
+        device: where attention will compute.
+        dtype: of queries, keys and values.
     """
     if choice == "auto" and device.type == "cuda":
-        load_flash_attn()  # a broken one is told now
+        load_flash_attn()  # a broken package is logged now
     if choice in _INSTALL and (problem := _why_not(choice, device, dtype)):
         raise InputError(f"{problem}; give auto or sdpa", "attention", choice)
 
@@ -69,7 +70,7 @@ def flash_attention(
         k_lens: [B] integers or None: how many keys of each sample count.
         dropout_p: 0.
         softmax_scale: default D ** -0.5.
-        q_scale: the queries are multiplied by it.
+        q_scale: factor of the queries.
         causal: mask keys after the query; as many keys as queries.
         window_size: (-1, -1).
         deterministic: no effect; the forward pass always is.
@@ -112,7 +113,7 @@ def flash_attention(
 def load_flash_attn() -> dict[int, Callable]:
     """The attention function of each version of flash-attn that is installed and can be imported.
 
-    Imported at the first call. A version that is there but broken is told, once.
+    Imported at the first call. A version that is installed but broken is logged once.
     """
     functions = {}
     for version, name in _FLASH_ATTN.items():
@@ -123,7 +124,7 @@ def load_flash_attn() -> dict[int, Callable]:
 
 @functools.cache
 def load_sage() -> Callable | None:
-    """SageAttention's function, likewise; None where it is not installed or cannot be imported."""
+    """SageAttention's function, imported at the first call; None if it is not installed or cannot be imported."""
     return _imported("sageattention", "sageattn", "SageAttention")
 
 
@@ -132,7 +133,7 @@ def kernel_of(
 ) -> str:
     """The kernel that flash_attention takes for tensors of one type, as choose_kernel names it.
 
-    Raises InputError if those of the choice do not take them.
+    Raises InputError if the chosen kernels do not take such tensors.
     """
     if choice == "sage":
         if q.dtype not in HALF or q.size(-1) > _SAGE_WIDTH:
@@ -141,7 +142,7 @@ def kernel_of(
     if q.device.type != "cuda":
         if choice == "flash":
             raise _unfit(choice, q)
-        return FUSED  # a CPU's is; where others' are not, they have no pieces to save
+        return FUSED  # a CPU's kernel is; for other devices whose kernel is not, there is no way by pieces
     call = torch.backends.cuda.SDPAParams(*(x.transpose(1, 2) for x in (q, k, v)), None, 0.0, causal, False)
     fused = torch.backends.cuda.can_use_flash_attention(call)
     fused = fused or torch.backends.cuda.can_use_efficient_attention(call)
@@ -177,8 +178,8 @@ def choose_kernel(
 
 
 def fused_on(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a kernel that holds no scores on such a card, for heads of usual widths. kernel_of asks it
-    about a card that is there."""
+    """Whether PyTorch has a kernel that holds no scores on such a card, for heads of usual widths. For a card that is
+    present kernel_of asks PyTorch itself."""
     return dtype != torch.bfloat16 or capability >= (8, 0)
 
 
@@ -194,7 +195,7 @@ def attend_in_pieces(
 ) -> torch.Tensor:
     """Attention that holds at most SCORE_BYTES of scores, or one row, at a time; each row's softmax is whole.
 
-    Half precision is computed in fp32, a few heads' at a time.
+    16-bit tensors are computed in fp32, a few heads at a time.
 
     Args, returns:
         [B, L, N, D].
@@ -230,8 +231,8 @@ def _attend(
     if kernel == FUSED:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
-    # The function for sequences of unlike lengths: the other splits the keys where there are few queries, so that
-    # chunks of them would be rounded otherwise.
+    # The function for sequences of unlike lengths: the other one splits the keys if there are few queries, so chunks of
+    # queries would round differently.
     function = load_flash_attn()[int(kernel[-1])]
     batch, rows, keys = q.size(0), q.size(1), k.size(1)
     ends = [torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (rows, keys)]
@@ -242,7 +243,7 @@ def _attend(
 
 
 def _imported(module: str, name: str, package: str) -> Callable | None:
-    """A function of an optional package, None without it. One that is there but broken is told."""
+    """A function of an optional package; None if the package is absent, or broken, which is logged."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a binary that does not fit raises

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT): its modules, named as the checkpoints name them.
 
-The forward pass is in forward.py, written over these names.
+The forward pass is in leanwan/dit/forward.py, which uses these names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .parts import block_forward, head_forward, unpatchify
 
 CLIP_WIDTH = 1280
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
-# Of what config.json may ask for.
+# Upper bounds of the sizes in config.json.
 LARGEST = {"num_layers": 1000} | dict.fromkeys(
     ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "text_dim", "text_len", "vace_in_dim"),
     2**17,
@@ -190,7 +190,7 @@ class MLPProj(nn.Module):
 
 
 def keeps_config(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, with all its arguments kept as `config`."""
+    """Makes a constructor keep all its arguments as the model's `config`."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -303,10 +303,10 @@ class WanModel(nn.Module):
             y: list of [C', F, H, W] that join x along the channels, or None.
             chunk: tokens that go through a layer at a time, 0 for all.
             place: where tensors over all tokens live.
-            attention: instead of flash_attention.
-            run_block: what runs a block, see dit_forward.
+            attention: computes attention in place of flash_attention.
+            run_block: runs a whole block, see dit_forward.
             together: whether each layer group serves all samples before the next is visited.
-            conditions: each sample's, computed before from t, context and clip_fea; see dit_forward.
+            conditions: each sample's conditioning, computed before from t, context and clip_fea; see dit_forward.
 
         Returns:
             list of [out_dim, F, H, W] fp32.
@@ -352,8 +352,8 @@ class WanModel(nn.Module):
             checkpoint_dir: directory.
             dtype: the type to compute linear and convolution layers in; norms, modulation, time embedding and
                 head are kept in fp32 whatever it is.
-            offload_folder: an OffloadFolder that the weights, so converted, are to be mapped from.
-            loras: Loras to merge into the weights, before they are converted.
+            offload_folder: an OffloadFolder to map the converted weights from.
+            loras: Loras to merge into the weights before they are converted.
 
         Raises:
             InputError: missing or damaged files, or tensors that do not fit config.json.

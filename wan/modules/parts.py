@@ -1,6 +1,6 @@
-"""Parts of the DiT's forward pass, called alone, with the signatures of programs that write the pass out themselves.
+"""Parts of the DiT's forward pass to be called alone, by programs that write the pass out themselves.
 
-They run what forward.py runs, on tokens [B, L, dim], in the type that the part's linear layers are kept in.
+They run the code of leanwan/dit/forward.py on tokens [B, L, dim], in the type of the part's linear layers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def block_forward(
     context: torch.Tensor,
     context_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One block.
+    """Runs one block.
 
     Args:
         x: [B, L, dim]; fp32, or in the compute type as patches are embedded.
-        e: [B, 6, dim] fp32, the time's share of the modulation.
+        e: [B, 6, dim] fp32, the projected timestep.
         seq_lens: [B] tokens of each sample; those after them stay as they are.
         grid_sizes: [B, 3] frames, rows and columns of each sample.
         freqs: the model's `freqs`.
-        context: [B, tokens, dim], embedded text; image tokens, if the block takes them, before 512 of text.
-        context_lens: None.
+        context: [B, tokens, dim], embedded text; if the block takes image tokens, they come before the 512 of text.
+        context_lens: must be None.
 
     Returns:
         [B, L, dim] fp32.
@@ -63,7 +63,7 @@ def block_forward(
 
 
 def head_forward(head: nn.Module, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """The head, x: [B, L, dim], e: [B, dim], the embedded time: [B, L, values of a patch] fp32."""
+    """Runs the head on x, [B, L, dim]; e: [B, dim], the embedded timestep. Returns [B, L, values of a patch] fp32."""
     span = slice(0, x.size(1))
     return torch.cat(
         [head_patches(head, _tokens(part[None]), time[None], [span])[0] for part, time in zip(x, e)]
@@ -71,7 +71,7 @@ def head_forward(head: nn.Module, x: torch.Tensor, e: torch.Tensor) -> torch.Ten
 
 
 def unpatchify(model: nn.Module, x: Sequence[torch.Tensor], grid_sizes: torch.Tensor) -> list[torch.Tensor]:
-    """The head's output for each sample, [L, values of a patch], to a latent video [out_dim, F, H, W].
+    """Arranges the head's output for each sample, [L, values of a patch], as a latent video [out_dim, F, H, W].
 
     grid_sizes: [B, 3] frames, rows and columns in patches; tokens after them are left out.
     """
@@ -80,7 +80,7 @@ def unpatchify(model: nn.Module, x: Sequence[torch.Tensor], grid_sizes: torch.Te
 
 
 def _tokens(whole: torch.Tensor) -> Tokens:
-    """[1, L, dim] fp32, as the forward pass takes it; it is changed in place."""
+    """Wraps a tensor [1, L, dim] fp32 as Tokens; the forward pass changes it in place."""
     tokens = Tokens(whole.size(1), tuple(whole.shape[2:]), torch.float32)
     tokens.whole = whole
     return tokens

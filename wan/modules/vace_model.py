@@ -89,7 +89,7 @@ class VaceWanModel(WanModel):
         together: bool = False,
         conditions: Sequence[Conditions] | None = None,
     ) -> list[torch.Tensor]:
-        """As WanModel's, with `vace_context`: list of [C, F, H, W] source latents and masks, and its strength.
+        """As WanModel's, with `vace_context`, a list of [C, F, H, W] source latents and masks, and its strength.
 
         clip_fea and y are accepted for call compatibility and not used.
         """

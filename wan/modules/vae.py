@@ -1,6 +1,6 @@
 """The causal 3D VAE: its modules, named as the checkpoint names them, and the coder built on them.
 
-What they compute is in vae_operations.py and vae_forward.py, written over these names.
+What they compute is in leanwan/vae/operations.py and leanwan/vae/passes.py, which use these names.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ TEMPORAL = (False, True, True)  # which of the encoder's downsamplings halve the
 
 
 class RMSNorm(nn.Module):
-    """L2 norm over the channels, scaled by sqrt(channels): each position for itself."""
+    """The weight of an L2 norm over the channels of each position, scaled by sqrt(channels)."""
 
     def __init__(self, dim: int, extra_dims: int):
         super().__init__()
@@ -175,6 +175,6 @@ class WanVAE:
     def decode(self, zs: Sequence[torch.Tensor], *, stored: Stored | None = None) -> list[torch.Tensor]:
         """Decodes each latent, [z_dim, F, H, W], to a video, [3, 4 F - 3, 8 H, 8 W] fp32 in [-1, 1].
 
-        stored: makes of frames what is returned of them, if that is something else; see vae_forward.py.
+        stored: converts decoded frames to what is returned of them; see Stored in leanwan/vae/passes.py.
         """
         return [decode(self.model, z, self.scale, stored=stored) for z in zs]

@@ -15,14 +15,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen.
+    """The memory options chosen for a run, and what the run takes with them.
 
     Attributes:
         options: the memory options.
-        stages: by name, in order.
+        stages: what each stage takes, by name, in order.
         room: bytes that the allocator may reserve.
-        ram_bytes, disk_bytes: RAM that the run takes beside what it maps from the disk, and that.
-        rates: what the seconds are modelled with.
+        ram_bytes: RAM that the run takes beside the files that it maps.
+        disk_bytes: bytes of the files that it maps.
+        rates: source of the rates that the seconds are modelled with.
     """
 
     options: MemoryOptions
@@ -34,7 +35,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Most that the allocator reserves."""
+        """Most bytes that the allocator reserves in any stage."""
         return max(stage.reserved for stage in self.stages.values())
 
     @property
@@ -46,7 +47,7 @@ class Plan:
         return sum(stage.seconds for stage in self.stages.values())
 
     def to_json(self) -> dict[str, Any]:
-        """JSON's values."""
+        """The plan as values that JSON has."""
         return {
             "options": asdict(self.options),
             "stages": {name: stage._asdict() for name, stage in self.stages.items()},
@@ -59,7 +60,7 @@ class Plan:
         }
 
     def line(self) -> str:
-        """What is told of it."""
+        """The plan in one line, for the user."""
         chosen = options_text(self.options) or "all on the device"
         return (
             f"{chosen}; {self.peak_bytes / GIB:.2f} GiB of {self.room / GIB:.2f}, {time_text(self.seconds)}"

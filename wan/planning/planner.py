@@ -1,8 +1,9 @@
-"""The search for the memory options that make a run fit, and finish soonest, by predicted bytes and modelled seconds.
+"""Searches for the memory options with which a run fits and finishes soonest, by predicted bytes and modelled seconds.
 
-What a stage takes does not depend on the others, but for what stays on the device between them: so where the VAE is
-at home, and whether T5 and the DiT stream, is gone through; then for each stage the fastest way that fits is looked
-for alone. The ways are a fixed list, whatever the room: more room leaves more of them, so never makes a slower plan.
+Stages affect each other only by what stays on the device between them. So the planner tries every setting of the
+options that several stages depend on (where the VAE is at home, whether T5 and the DiT stream), and under each setting
+chooses the fastest way that fits for each group of stages alone. The list of ways does not depend on the room: in more
+room more of them fit, so more room never gives a slower plan.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from .rates import Rates
 
 CHUNKS = (0, 32768, 16384, 8192, 4096, 2048, 1024, 512)
 TILES = (0, 640, 512, 416, 320, 272, 208, 160, 128, 96, 64)
-LESS = 0.9  # of what a plan took whose memory ran out, for the next one
-SHARES = 24  # parts of the DiT's weights in which the streamed ones may stay
+LESS = 0.9  # share of a plan's peak bytes that the next plan may take when memory ran out
+SHARES = 24  # equal parts of a streamed DiT's weights, of which 0 to 23 may stay on the device
 MODES = ("gpu_only", "hybrid", "cpu_only")
-Ways = list[tuple[float, dict[str, Any]]]  # seconds, and options to change, the fastest first
+Ways = list[tuple[float, dict[str, Any]]]  # (seconds, options to change), the fastest first
 
 
 @dataclass
 class Planner:
-    """Plans of one piece of work.
+    """Makes plans for one run.
 
     Args:
-        work: what is to be done.
+        work: the run.
         rates: of the machine.
-        kept: memory options that are given.
+        kept: memory options that the user gave, which plans keep.
         mode: "gpu_only": weights and activations stay on the device while a model works; "cpu_only": all that can be
             is in RAM; "hybrid": whatever is fastest.
         ram: bytes that activations in RAM may take; None for no limit.
         expandable: whether the allocator's segments can grow.
-        card: that computes.
+        card: the card that computes.
     """
 
     work: Work
@@ -63,10 +64,11 @@ class Planner:
         return Predictor(self.work, self.rates, self.expandable, self.card)
 
     def plan(self, room: float, steady: float | None = None) -> Plan:
-        """The fastest plan that fits so many bytes; if none does, the leanest there is.
+        """The fastest plan that fits `room` bytes; if none does, the leanest plan.
 
-        Tiles and chunks round, if little. They are those of the plan for `steady` bytes, if there are as many: what a
-        device has whatever other programs take, so that the picture does not depend on them.
+        Tiles and chunks change the rounding, if little. If `room` is more than `steady`, the bytes that the device has
+        whatever other programs take, they are those of the plan for `steady`, so that the picture does not depend on
+        other programs.
         """
         if steady is not None and steady < room:
             sure = self._within(steady)
@@ -78,23 +80,23 @@ class Planner:
         return self._within(room) or replace(self._leanest, room=room)
 
     def leaner(self, than: Plan) -> Plan | None:
-        """The next plan that takes less by a tenth, or the leanest; None if there is none that takes less."""
+        """The fastest plan that takes a tenth less than another, or the leanest plan; None if neither takes less."""
         plan = self.plan(LESS * than.peak_bytes)
         return plan if plan.peak_bytes < than.peak_bytes else None
 
     def least(self) -> int:
-        """Bytes below which nothing fits."""
+        """Bytes below which no plan fits."""
         return self._leanest.peak_bytes
 
     def of(self, options: MemoryOptions, room: float = math.inf) -> Plan:
-        """What given options need."""
+        """The plan with these options."""
         predictor = self.predictor
         stages = predictor.stages(options)
         ram, mapped = predictor.ram(options).peak, predictor.mapped(options)
         return Plan(options, stages, room, int(ram), mapped, self.rates.source)
 
     def leanest_options(self) -> MemoryOptions:
-        """Those of which each saves most."""
+        """The options of which each saves the most memory, given ones kept."""
         lean = LOW_VRAM | {"vae_tile": TILES[-1], "dit_chunk": CHUNKS[-1]}
         chosen = {name: self._choices(name, [value])[0] for name, value in lean.items()}
         chosen["t5_stream"] &= not self.kept.get("t5_cpu")
@@ -104,16 +106,16 @@ class Planner:
 
     @functools.cached_property
     def _leanest(self) -> Plan:
-        """The plan below which nothing fits."""
+        """The plan that takes the fewest bytes."""
         plan = self.of(self.leanest_options())
         while leaner := self._within(plan.peak_bytes - 1):
             plan = leaner
         return self._within(plan.peak_bytes) or plan
 
-    # Looking for it
+    # The search
 
     def _within(self, room: float) -> Plan | None:
-        """The fastest that fits."""
+        """The fastest plan that fits `room` bytes; None if none does."""
         best, fastest = None, math.inf
         for setting in self._settings():
             groups = [(stages, self._ways(stages, setting)) for stages in self._groups]
@@ -127,16 +129,16 @@ class Planner:
                     break
         return best
 
-    # What there is to choose from
+    # The choices
 
     @functools.cached_property
     def _groups(self) -> list[list[str]]:
-        """Stages for which ways are looked for together."""
+        """Groups of the stages for which a way is chosen together."""
         groups = [["text", "image"], ["denoise"], ["encode", "decode"]]
         return [[name for name in group if name in self.predictor.names] for group in groups]
 
     def _settings(self) -> list[MemoryOptions]:
-        """Options in which all is chosen that more than one of those groups depends on."""
+        """Every combination of the options that more than one of the groups depends on."""
         streams = [False] if self.kept.get("t5_cpu") else self._choices("t5_stream", (False, True))
         found = itertools.product(
             self._choices("vae_cpu", (False, True)), streams, self._choices("dit_stream", (None, 0.0))
@@ -147,7 +149,7 @@ class Planner:
         ]
 
     def _ways(self, stages: Sequence[str], setting: MemoryOptions) -> Ways:
-        """What a group can choose."""
+        """The ways that a group of stages can choose from."""
         if "denoise" in stages:
             return self._resident if setting.dit_stream is None else self._streamed
         tiles: list[Any] = [setting.vae_tile]
@@ -181,9 +183,9 @@ class Planner:
         ways = []
         for stream, chunk, offload, both in itertools.product(streams, chunks, offloads, together):
             if stream is None and both and not given:
-                continue  # nothing is copied that could be copied once
+                continue  # together saves copies of streamed weights, and none stream
             if offload and not chunk and length > CHUNKS[-1] and "dit_chunk" not in self.kept:
-                continue  # slots of all tokens save nothing
+                continue  # slots that hold all tokens save nothing
             if offload and not self._holds(both):
                 continue
             way = Way(stream, self.kept.get("stream_buffers", 2), chunk, offload, both)
@@ -194,14 +196,14 @@ class Planner:
         return sorted(ways, key=itemgetter(0))
 
     def _holds(self, together: bool) -> bool:
-        """Whether the RAM holds activations."""
+        """Whether the activations fit the RAM that they may take."""
         work = self.work
         tokens, prompts = tokens_of(work.dit, work.shape), work.shape.passes
         nbytes = activation_bytes(work.dit, tokens, work.dtype.itemsize, together, prompts)
         return self.ram is None or nbytes <= self.ram
 
     def _choices(self, name: str, values: Iterable[Any]) -> list[Any]:
-        """The values that an option may have: the one that is given, or what the mode leaves of these."""
+        """The values that an option may have: the given one, or those of `values` that the mode allows."""
         if name in self.kept:
             return [self.kept[name]]
         if self.mode == "gpu_only" and name in _GPU_ONLY:
@@ -212,7 +214,7 @@ class Planner:
 
 
 class _Fitting:
-    """The ways of some stages that fit on their own, in order, each looked at when it is asked for."""
+    """The ways under which each stage of a group fits alone, the fastest first; a way is tested when asked for."""
 
     def __init__(
         self, predictor: Predictor, stages: Sequence[str], ways: Ways, setting: MemoryOptions, room: float
@@ -222,7 +224,7 @@ class _Fitting:
         self._found: Ways = []
 
     def get(self, n: int) -> tuple[float, dict[str, Any]] | None:
-        """The nth, with its seconds; None if there are fewer."""
+        """The nth fitting way, with its seconds; None if there are fewer."""
         while len(self._found) <= n:
             way = next(self._left, None)
             if way is None:
@@ -239,7 +241,7 @@ class _Fitting:
         ):
             return False
         options = replace(self._setting, **way)
-        # Live bytes are found sooner than reserved ones.
+        # Live bytes take less time to predict than reserved ones.
         if any(predictor.live(name, options) > room for name in self._stages):
             return False
         return all(predictor.fits(name, options, room) for name in self._stages)
@@ -248,7 +250,7 @@ class _Fitting:
 def _cheapest_first(
     groups: Sequence[_Fitting], setting: MemoryOptions
 ) -> Iterator[tuple[float, MemoryOptions]]:
-    """A way of each group together, in the order of their seconds."""
+    """Yields (seconds, options) for every combination of one way of each group, the fastest first."""
     queue: list[tuple[float, tuple[int, ...], list[dict[str, Any]]]] = []
     seen: set[tuple[int, ...]] = set()
 

@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second.
+    """How much a machine does in a second.
 
     Attributes:
         products: operations of bf16 products of matrices.
         attention: of attention in bf16.
         convolutions: of convolutions in fp32, as PyTorch computes them by default.
-        memory: bytes that the device reads of its own memory.
-        pinned, pageable: bytes that are copied between host and device, page-locked or not.
+        memory: bytes that the device reads from its own memory.
+        pinned, pageable: bytes copied between the device and RAM, page-locked RAM or not.
         host: operations of bf16 products on the CPU.
         disk: bytes read from the disk.
-        source: "measured", or what the nominal values are of.
+        source: "measured", or the kind of card that the nominal values are for.
     """
 
     products: float
@@ -51,7 +51,8 @@ class Rates:
 
 
 def _nominal(products: float, convolutions: float, memory: float, pinned: float, source: str) -> Rates:
-    """Attention reaches some 0.7 of what products do; copies from pageable memory a third of the bus."""
+    """Rates from trillions of operations and GB per second; attention reaches 0.7 of products, pageable copies a third
+    of pinned ones."""
     convolutions *= TERA
     rates = (
         products * TERA,
@@ -64,7 +65,7 @@ def _nominal(products: float, convolutions: float, memory: float, pinned: float,
     return Rates(*rates, source=source)
 
 
-# By compute capability: what typical cards of it sustain, some 60 to 70% of their data sheets. Modelled, not measured.
+# By compute capability: what typical cards sustain, some 60 to 70% of their data sheets. Modelled, not measured.
 NOMINAL = {
     (7, 0): _nominal(10, 8, 600, 11, "a card of compute capability 7.0"),  # bf16 is emulated before 8.0
     (7, 5): _nominal(6, 5, 300, 11, "a card of compute capability 7.5"),
@@ -78,29 +79,29 @@ GIB = 2**30
 
 
 def nominal(capability: tuple[int, int]) -> Rates:
-    """Built-in rates of the newest capability that is no newer than this one, or of the oldest."""
+    """Built-in rates of the newest known capability that is no newer than this one, else of the oldest."""
     known = [one for one in NOMINAL if one <= tuple(capability)]
     return NOMINAL[max(known, default=min(NOMINAL))]
 
 
 def usual_capability(card_bytes: float) -> tuple[int, int]:
-    """Of a card that is usual at a size: up to 14 GiB one of 8.6, up to 40 of 8.9, then of 9.0."""
+    """Compute capability of a usual card with that much memory: 8.6 up to 14 GiB, 8.9 up to 40 GiB, then 9.0."""
     return (8, 6) if card_bytes <= 14 * GIB else (8, 9) if card_bytes <= 40 * GIB else (9, 0)
 
 
 def usual(card_bytes: float) -> Rates:
-    """Built-in rates of a card that is usual at a size."""
+    """Built-in rates of a usual card with that much memory."""
     return NOMINAL[usual_capability(card_bytes)]
 
 
 def rates_of(device: torch.device, cache: Path, card: Card, choice: str = "auto") -> Rates:
     """The rates of a CUDA device: measured in a few seconds the first time, then read from the file `cache`.
 
-    A device that cannot be measured gets its capability's.
+    A device that cannot be measured gets the built-in rates of its capability.
 
     Args:
-        card: the device; by what it computes is what is measured, so that runs otherwise measure anew.
-        choice: of attention's kernels, which led to the card's.
+        card: the device; its attention kernel and exactness are part of the file's keys, so others are measured anew.
+        choice: value of --attention that chose the card's kernel.
     """
     properties = torch.cuda.get_device_properties(device)
     key = (
@@ -131,9 +132,9 @@ def rates_of(device: torch.device, cache: Path, card: Card, choice: str = "auto"
 def measure(
     device: torch.device, others: Rates, choice: str = "auto", side: int = 4096, copied: int = 64 << 20
 ) -> Rates:
-    """Rates measured in some seconds, within half a GiB; what takes longer (CPU, disk) is taken from `others`.
+    """Measures rates in some seconds, within half a GiB; those that take longer (CPU, disk) are taken from `others`.
 
-    Attention is that of the models, by the kernel that runs there.
+    Attention is measured with the models' function, by the kernel that it takes on the device.
     """
     ran = torch.get_device_module(device)
 

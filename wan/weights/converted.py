@@ -33,9 +33,9 @@ _CONVERTED = re.compile(r"[^.].*-[0-9a-f]{16}\.safetensors")
 class OffloadFolder:
     """A folder of converted checkpoints, which runs may share.
 
-    Beside each conversion a record, `NAME.json`, says of which checkpoint it is, when its checksum was found right, and
-    by its own time when it was last used. Conversions of another FORMAT, those whose checkpoint has changed or is gone,
-    and those not used for UNUSED_DAYS, are removed, which is told.
+    Beside each conversion a record, `NAME.json`, tells its checkpoint and the version of the file whose checksum was
+    found right; the record's time is that of the last use. Conversions of another FORMAT, those whose checkpoint has
+    changed or is gone, and those not used for UNUSED_DAYS are removed, which is logged.
 
     Attributes:
         mapped: the files that `converted` returned.
@@ -60,7 +60,7 @@ class OffloadFolder:
     ) -> MappedFile:
         """The tensors of a checkpoint in the types that `dtype` names, mapped from the folder.
 
-        Converts them if no run has done so before; an interrupted conversion leaves nothing behind that counts.
+        Converts them if no run has done so before; an interrupted conversion leaves no file that a run would use.
 
         Args:
             source: a .safetensors, .pth or index .json file.
@@ -84,7 +84,7 @@ class OffloadFolder:
         checked = _version(target)
         file = MappedFile(target, fingerprint, checked=checked == _record(target).get("checked"))
         self.mapped.append(target)
-        with contextlib.suppress(OSError):  # without a record it is only checked again
+        with contextlib.suppress(OSError):  # without a record the next run takes the checksum again
             _write_record(target, {"format": FORMAT, "source": _versions(source), "checked": checked})
         return file
 
@@ -113,7 +113,7 @@ class OffloadFolder:
             write_mapped(partial, read_tensors(source), dtype, fingerprint, title, merge)
 
     def _tidy(self, current: Path) -> None:
-        """Removes what no run can use any more, or has not for long, but for the file `current`."""
+        """Removes files that no run can use any more, or none has used for long, except the file `current`."""
         sweep(self.path)
         with contextlib.suppress(OSError):
             for path in list(self.path.iterdir()):
@@ -139,7 +139,7 @@ class OffloadFolder:
 
 
 def _version(path: Path) -> list[int]:
-    """Tells a file from what stood there before."""
+    """Size and time of a file, which tell it from earlier files of that name."""
     state = path.stat()
     return [state.st_size, state.st_mtime_ns]
 
@@ -163,7 +163,7 @@ def _write_record(target: Path, record: dict[str, Any]) -> None:
 
 
 def _is_old(target: Path) -> bool:
-    """Whether another version made a conversion, its checkpoint has changed or is gone, or no run used it for long."""
+    """Whether a conversion has another FORMAT, its checkpoint has changed or is gone, or no run used it for long."""
     record, known = target.with_suffix(".json"), _record(target)
     if known and known.get("format") != FORMAT:
         return True
@@ -180,6 +180,6 @@ def _is_old(target: Path) -> bool:
 
 
 def _remove_free_lock(path: Path) -> None:
-    """Removes a lock that no process holds. One that waits for it just then converts once more than needed."""
+    """Removes a lock that no process holds. A process that waits for it just then converts once more than needed."""
     with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(path, timeout=0):
         path.unlink()

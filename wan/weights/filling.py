@@ -25,8 +25,8 @@ def load_weights(
 ) -> None:
     """Fills a module that was built on the meta device.
 
-    A tensor that keeps its type stays memory-mapped if the file aligns it; one that changes it is converted alone,
-    so that peak RAM is what is kept plus one tensor.
+    A tensor that keeps its type stays memory-mapped if the file aligns it. Other tensors are converted one at a time,
+    so that peak RAM is the kept tensors plus one.
 
     Args:
         module: every parameter and persistent buffer is replaced; their shapes are the expected ones.
@@ -34,7 +34,7 @@ def load_weights(
         names: maps a name in the file to the module's; None skips the tensor; a list splits it along
             dimension 0 into equal parts. Default: the same name.
         dtype: maps the module's name to the type to keep it in, or None for the type in the file.
-        merge: makes of the module's name and the tensor in the file the tensor to load, of the same shape.
+        merge: called with the module's name and the tensor in the file; returns the tensor to load, of the same shape.
 
     Raises:
         InputError: missing or damaged file; missing, unexpected or wrongly shaped tensors, which are listed.
@@ -79,5 +79,5 @@ def load_weights(
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where CPU kernels read it as any other: at an odd address they round otherwise."""
+    """The tensor at an aligned address, copied if need be: at others CPU kernels round differently."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor

@@ -16,14 +16,14 @@ PIECES, PIECE = 64, 2**16  # of a file that its own fingerprint covers, and the 
 
 
 def checkpoint_fingerprint(source: Path, dtype: Callable[[str], torch.dtype], version: str) -> str:
-    """Tells checkpoints, and what is kept of them, apart.
+    """A digest that tells apart checkpoints, and the conversions of one checkpoint.
 
     It covers the names, sizes, times and ends of the files, and each tensor's name and type.
 
     Args:
         source: a .safetensors, .pth or index .json file.
         dtype: maps a tensor's name to the type to keep it in.
-        version: of what is made of the tensors.
+        version: text that tells apart other differences between conversions.
 
     Raises InputError for a missing or damaged file.
     """
@@ -52,18 +52,18 @@ def file_fingerprint(path: Path) -> str:
 
 
 class FileSizes:
-    """The sizes of files that are mapped: reading what was cut off them ends the process by a signal."""
+    """Remembers the sizes of mapped files: reading what was cut off one would end the process by a signal."""
 
     def __init__(self) -> None:
         self._sizes: dict[Path, int] = {}
 
     def remember(self, paths: Iterable[Path]) -> None:
-        """Takes the files' sizes as those that they are to keep, but for files that are known already."""
+        """Remembers the present sizes of files, except of those that are known already."""
         for path in paths:
             self._sizes.setdefault(path, path.stat().st_size)
 
     def check(self) -> None:
-        """Raises InputError for a file that has become shorter. One that is gone is still there where it is mapped."""
+        """Raises InputError for a file that has become shorter. A deleted file is still there where it is mapped."""
         for path, size in self._sizes.items():
             with contextlib.suppress(OSError):
                 if path.stat().st_size < size:

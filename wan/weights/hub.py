@@ -22,8 +22,8 @@ def find_checkpoint(name: str, config: Any) -> Path:
     """The folder of a checkpoint.
 
     Args:
-        name: a folder, or what is no folder but may be a hub name, such as "Wan-AI/Wan2.1-T2V-1.3B". Of that
-            repository the files that the model needs are downloaded; an interrupted download goes on where it was.
+        name: a folder, or a repository on the hub, such as "Wan-AI/Wan2.1-T2V-1.3B", of which the files that the
+            model needs are downloaded; an interrupted download goes on where it was.
         config: an entry of WAN_CONFIGS.
 
     Raises:

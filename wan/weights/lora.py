@@ -41,7 +41,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def lora_identity(loras: Sequence[tuple[str | Path, float]]) -> str:
-    """Tells apart what LoRA files do to a model: their contents, strengths and order. Empty without files.
+    """A text that tells apart what LoRA files do to a model, by contents, strengths and order. Empty without files.
 
     Raises InputError for a missing or damaged file.
     """
@@ -103,7 +103,7 @@ class Loras:
 class _LoraFile:
     """A safetensors file of changes.
 
-    Raises InputError, here and later, for one that is missing, damaged, empty or no LoRA.
+    The constructor and the methods raise InputError for a file that is missing, damaged, empty or no LoRA.
     """
 
     def __init__(self, path: str | Path):
@@ -136,7 +136,7 @@ class _LoraFile:
 
     @property
     def digest(self) -> str:
-        """Of the contents, and of the settings beside them."""
+        """Digest of the file's contents and of PEFT's settings."""
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
         with open(self.path, "rb") as file:
             while piece := file.read(2**24):
@@ -162,7 +162,7 @@ class _LoraFile:
             )
 
     def changes(self, shapes: Mapping[str, Sequence[int]], skip_unknown: bool) -> list[Change]:
-        """What it changes of a model whose parameters have these shapes; see Loras."""
+        """The file's changes to a model whose parameters have these shapes; see Loras."""
         changes, unknown = match_changes(self.shapes, shapes)
         if unknown:
             problem = (

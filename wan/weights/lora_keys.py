@@ -16,9 +16,9 @@ from leanwan.errors import SHOWN_NAMES, listed
 
 Shapes = Mapping[str, Sequence[int]]
 
-# What comes before a layer's name, and what after it.
+# The parts of a key before the layer's name, and after it.
 _PREFIX = r"(?:(?:base_model|model|diffusion_model|transformer|pipe|dit)\.)*(?:lora_unet__?)?"
-_ADAPTER = r"(?:\.[^.]+)?"  # PEFT's name of it, such as "default"
+_ADAPTER = r"(?:\.[^.]+)?"  # PEFT's name of the adapter, such as "default"
 _KINDS = {
     "down": rf"lora[._](?:A|down)(?:{_ADAPTER}\.weight)?",
     "up": rf"lora[._](?:B|up)(?:{_ADAPTER}\.weight)?",
@@ -36,8 +36,8 @@ class Change:
     """What a file adds to a parameter: a product of matrices, or a difference.
 
     Attributes:
-        keys: of the matrices up and down, or of the difference.
-        rank: of the pair that it belongs to, None for one that belongs to none.
+        keys: keys in the file of the matrices up and down, or of the difference.
+        rank: rank of the pair that the change belongs to; None if it belongs to no pair.
         alpha: key of the pair's alpha, which is divided by the rank, or None.
     """
 
@@ -68,8 +68,8 @@ def match_changes(found: Shapes, shapes: Shapes) -> tuple[list[Change], dict[str
 
 
 def reasons(unknown: Mapping[str, str]) -> str:
-    """Why keys do not fit, and those of each reason; ones that differ in their block's number are told together. Of
-    many reasons, keys and numbers the first few."""
+    """The reasons why keys do not fit, each with its keys; keys that differ only in their block's number are listed as
+    one. Of many reasons, keys and numbers only the first few are listed."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for key, reason in unknown.items():
         block = re.search(r"blocks[._]([0-9]{1,4})(?![0-9])", key)
@@ -104,7 +104,7 @@ def _parsed(key: str) -> tuple[str, str] | None:
 
 
 def _spellings(shapes: Shapes) -> Iterator[dict[str, str]]:
-    """Each way to spell the layers of a model: a layer's name, or a parameter's, by its spelling."""
+    """Yields, for each way to spell a model's layers, the names of layers and parameters by their spellings."""
     yield _with_underscores({name: name for name in shapes})
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
@@ -121,7 +121,7 @@ def _with_underscores(names: Mapping[str, str]) -> dict[str, str]:
 def _match(
     found: Shapes, shapes: Shapes, spellings: Mapping[str, str]
 ) -> tuple[list[Change], dict[str, str]]:
-    """As match_changes, by one spelling of the layers."""
+    """As match_changes, with one way to spell the layers."""
     layers: dict[str, dict[str, str]] = defaultdict(dict)
     changes: list[Change] = []
     unknown: dict[str, str] = {}
@@ -146,7 +146,7 @@ def _match(
 def _match_layer(
     layer: str, keys: Mapping[str, str], found: Shapes, shapes: Shapes
 ) -> tuple[list[Change], dict[str, str]]:
-    """As match_changes, of one layer, whose keys are given by their kinds."""
+    """As match_changes, for one layer; keys: the layer's keys by kind."""
     changes: list[Change] = []
     unknown: dict[str, str] = {}
     weight = f"{layer}.weight"

@@ -1,6 +1,6 @@
-"""Files of tensors that are used where they lie: mapped, read-only, in pages that runs share.
+"""Files of tensors that are memory-mapped, read-only, in pages that runs share.
 
-The weights take no RAM that the system cannot take back. Files are in safetensors format
+The weights take no RAM that the system cannot reclaim. Files are in safetensors format
 (https://huggingface.co/docs/safetensors), with a checksum of all their bytes at a fixed place in the header.
 """
 
@@ -25,7 +25,7 @@ from .reading import DTYPES
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 2**26  # bytes that are written and checked at a time
 _BEFORE = b'{"__metadata__": {"checksum": "'  # how the header's text starts
-_BLANK = b"0" * 10  # in the checksum's place while it is taken
+_BLANK = b"0" * 10  # stands in the checksum's place while it is computed
 _AT = 8 + len(_BEFORE)
 
 
@@ -36,8 +36,8 @@ class MappedFile:
 
     Args:
         path: of the file.
-        fingerprint: that it was written with.
-        checked: whether its checksum is known to be right; else all of it is read.
+        fingerprint: the one that the file was written with.
+        checked: whether the file's checksum is known to be right; else the whole file is read to check it.
 
     Raises:
         InputError: a file that is damaged, or not what `fingerprint` says.
@@ -72,7 +72,7 @@ class MappedFile:
         return flat.view(shape)
 
     def _checksum(self) -> bytes:
-        """What has to stand in its place: the digits of the CRC-32 of all bytes, blanks in that place."""
+        """The digits of the CRC-32 of all bytes, with _BLANK in the checksum's place."""
         data = memoryview(self._map)[_AT + len(_BLANK) :]
         checksum, starts = zlib.crc32(self._map[:_AT] + _BLANK), range(0, len(data), _PIECE)
         for start in counted(starts, len(starts), f"Checking {self.path.name}"):
@@ -93,11 +93,11 @@ def write_mapped(
     Args:
         tensors: (name, function that reads it); each is read twice.
         dtype: maps a tensor's name to the type to keep it in.
-        fingerprint: to be asked for when it is opened.
-        title: of the steps that are told.
-        merge: makes of a name and a tensor the tensor to write, of the same shape.
+        fingerprint: to be given when the file is opened.
+        title: of the progress that is shown.
+        merge: called with a name and a tensor; returns the tensor to write, of the same shape.
 
-    Raises OSError: no room, which is seen before anything is written, or no right to write.
+    Raises OSError: no room, which is found before anything is written, or no right to write.
     """
     tensors, entries, offset = list(tensors), {}, 0
     for name, read in tensors:

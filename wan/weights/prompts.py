@@ -1,4 +1,4 @@
-"""Prompts as the text encoder left them, kept so that the next run with the same words does not load it."""
+"""Keeps encoded prompts, so that the next run with the same words does not load the text encoder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PromptCache:
         self._here: dict[str, torch.Tensor] = {}
 
     def get(self, key: Mapping[str, Any]) -> torch.Tensor | None:
-        """[L, width] on the CPU, the very bits that were put under this key; None if there is nothing to trust."""
+        """The embedding that was put under this key, [L, width] on the CPU, bit for bit; None if none is intact."""
         name = _name(key)
         if name not in self._here and self.folder is not None:
             path = self.folder / f"{name}.safetensors"
@@ -53,7 +53,7 @@ class PromptCache:
         return self._here.get(name)
 
     def put(self, key: Mapping[str, Any], embedding: torch.Tensor) -> None:
-        """Keeps an embedding [L, width]. A folder that takes no more is no reason to stop, it is told."""
+        """Keeps an embedding [L, width]. If the folder cannot be written to, that is logged and the run goes on."""
         name, tensor = _name(key), embedding.detach().to("cpu", copy=True).contiguous()
         self._remember(name, tensor)
         if self.folder is None:
@@ -91,13 +91,13 @@ class PromptCache:
 
 
 class EncodedPrompts:
-    """The prompts in a cache that one text encoder made, of these files on this device.
+    """The prompts in a cache that one text encoder made, from its files, on its device.
 
     Args:
-        cache: None keeps and finds nothing.
+        cache: where prompts are kept; None keeps and finds nothing.
         weights, tokenizer: the encoder's file, and the folder of its tokenizer.
-        device: where it computes.
-        settings: whatever else decides what it makes of a text.
+        device: where the encoder computes.
+        settings: all else that the embedding of a text depends on.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class EncodedPrompts:
         self._device, self._settings = device, settings
 
     def get(self, text: str) -> torch.Tensor | None:
-        """As PromptCache's."""
+        """The embedding of a text, as PromptCache.get returns it."""
         return self._cache.get(self._key(text)) if self._cache else None
 
     def put(self, text: str, embedding: torch.Tensor) -> None:
-        """As PromptCache's."""
+        """Keeps the embedding of a text, as PromptCache.put does."""
         if self._cache:
             self._cache.put(self._key(text), embedding)
 
@@ -128,7 +128,7 @@ class EncodedPrompts:
 
 
 def _computed_by(device: torch.device) -> dict[str, Any]:
-    """What of a device, its libraries and how they are set the last bits of its results can depend on."""
+    """The facts about a device, its libraries and their settings that can change the last bits of its results."""
     cpu = device.type == "cpu"
     named = None if cpu else getattr(torch.get_device_module(device), "get_device_name", None)
     return {

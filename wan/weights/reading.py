@@ -14,7 +14,7 @@ from leanwan.errors import InputError, shown
 from ..utils.outside import MISREAD, parse_json
 
 LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
-# Names in such files.
+# Names of types in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -28,7 +28,7 @@ class TensorFile(Protocol):
 
 
 class _SafetensorsFile:
-    """One safetensors file. Each read maps the file anew, so that pages go when their tensor goes."""
+    """One safetensors file. Each read maps the file anew, so that its pages are freed with the tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -75,8 +75,7 @@ class _PickleFile:
 def read_numbers(file: Any, name: str) -> torch.Tensor:
     """A tensor of an open safetensors file.
 
-    Raises InputError, which names the tensor, for one of a type that is none of real numbers, or that PyTorch cannot
-    convert.
+    Raises InputError, which names the tensor, if its type is not one of real numbers, or PyTorch cannot convert it.
     """
     try:
         tensor = file.get_tensor(name)
@@ -113,7 +112,7 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def stored_types(path: Path) -> dict[str, torch.dtype]:
-    """The types of the tensors in a .safetensors file, or in the shards of an index; without those that are damaged."""
+    """The types of the tensors in a .safetensors file, or in the shards of an index; damaged files are skipped."""
     types: dict[str, torch.dtype] = {}
     for file in checkpoint_files(path):
         try:
@@ -124,7 +123,7 @@ def stored_types(path: Path) -> dict[str, torch.dtype]:
                 name: DTYPES[entry["dtype"]] for name, entry in entries.items() if name != "__metadata__"
             }
         except (OSError, MemoryError, *MISREAD):
-            continue  # told when it is loaded
+            continue  # loading the file raises the error
     return types
 
 

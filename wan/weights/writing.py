@@ -8,7 +8,7 @@ import torch
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a new file, with the mode that new files have; the library gives its own.
+    """Writes a new file, with the system's mode for new files instead of the library's.
 
     Raises OSError: no room, or no right to write.
     """

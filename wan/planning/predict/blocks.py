@@ -1,7 +1,8 @@
-"""The device memory that a forward pass of the DiT takes: leanwan/dit/forward.py, request by request.
+"""Predicts the device memory of a DiT's forward pass, by recording leanwan/dit/forward.py in a Ledger.
 
-Each function writes down what its namesake there makes and drops. Blocks after the third, and chunks between the third
-and the last, ask for what was asked for before them; but what the head makes of every chunk stays until all are joined.
+Each function records what its namesake there makes and drops. Blocks after the third, and chunks between the third and
+the last, repeat earlier requests and are left out, but for the head: its output of every chunk stays until all are
+joined.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from .embeddings import IMAGE_TOKENS, ContextRequests
 from .image_encoder import layer_norm
 from .shards import Gathered, shards_of
 
-FEW = 3  # blocks, frames, groups of heads, rows
-SPANS = 4  # chunks, the last one among them
-EXCHANGED = 3  # pieces of tokens; ranks that have their tokens on the device save more
+FEW = 3  # blocks, frames, groups of heads and spans of rows to record at most
+SPANS = 4  # chunks to record at most, the last one among them
+# Pieces of tokens in an exchange between ranks. Not counted with tokens on the device: cutting these saves more there.
+EXCHANGED = 3
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Shape:
 
     Attributes:
         latent: (channels, frames, height, width).
-        joined: channels of what joins the latent, on the device.
+        joined: channels of the tensor on the device that is joined with the latent; 0 for none.
         source: channels of VACE's source, in RAM; 0 for none.
-        pictures: encoded by CLIP.
+        pictures: number of pictures that CLIP encodes.
         passes: 2 with guidance, else 1.
-        steps: of the solver, and which.
+        steps, solver: number of steps, and the solver's name.
     """
 
     latent: tuple[int, int, int, int]
@@ -52,20 +54,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """How the DiT works, and on what: memory options as MemoryOptions has them."""
+    """How the DiT runs: its memory options, as MemoryOptions has them, its ranks and its card."""
 
-    stream: float | None = None  # GiB that stay
+    stream: float | None = None  # GiB of the weights that stay; None for all
     buffers: int = 2
     chunk: int = 0
     offload: bool = False
     together: bool = False
-    ranks: int = 1  # that share the weights out
-    exchanges: bool = False  # whether ranks trade heads for tokens
+    ranks: int = 1  # number of ranks that shard the weights
+    exchanges: bool = False  # whether ranks exchange tokens for heads
     card: Card = NOT_CUDA
 
 
 def forward_pass(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: int) -> Ledger:
-    """What a pass over so many samples asks for, for others to play; of that the flows stay."""
+    """The requests of a pass over `samples` samples, to be played; the flows stay."""
     way = replace(way, stream=None if way.stream is None else 0.0, buffers=2)
     return _recorded(model, replace(shape, steps=0, solver=""), way, itemsize, samples)
 
@@ -79,7 +81,7 @@ def _recorded(model: nn.Module, shape: Shape, way: Way, itemsize: int, samples: 
 
 @functools.lru_cache(maxsize=64)
 def made_by_a_block(model: nn.Module, shape: Shape, itemsize: int) -> tuple[int, ...]:
-    """Bytes of the tensors that a block makes of a sample, by its layer groups: keys and values, the rest of self
+    """Bytes of the tensors that a block makes for a sample, by its layer groups: keys and values, the rest of self
     attention, cross attention, FFN."""
     walk = _Walk(model, shape, Way(stream=0.0), itemsize)
     so_far = [walk.ledger.made for _ in walk._run(first=False, visit=lambda: None)]
@@ -100,7 +102,7 @@ class _Walk(ContextRequests):
         self.place = _InRam(self) if way.offload else _OnDevice(self)
 
     def passed(self, samples: int) -> None:
-        """A pass over so many samples."""
+        """Records a pass over `samples` samples."""
         features = None
         if self.image:
             row = self.model.img_emb.proj[0].normalized_shape[0] * self.itemsize
@@ -108,7 +110,7 @@ class _Walk(ContextRequests):
         weights = Gathered(self.ledger, shards_of(self.model, self.way.ranks)) if self.way.ranks > 1 else None
         with self.place:
             flows = [self._flow(weights) for _ in range(samples)]
-            for _ in itertools.zip_longest(*flows):  # a visit of each, and then the next visit of each
+            for _ in itertools.zip_longest(*flows):  # each visit serves all samples before the next visit
                 pass
         if weights:
             weights.drop()
@@ -147,7 +149,7 @@ class _Walk(ContextRequests):
         ledger.drop(*conditions, tokens, freqs, hints)
 
     def _conditions(self) -> list[int]:
-        """What a pass holds of them from its start to its end."""
+        """Records the conditioning that a pass holds from its start to its end."""
         ledger, dim = self.ledger, self.dim
         if self.way.stream is not None:
             return [ledger.take(4 * dim), ledger.take(24 * dim)]
@@ -192,7 +194,7 @@ class _Walk(ContextRequests):
         return self._rounded(video, latent)
 
     def _rounded(self, tensor: int, numel: int) -> int:
-        """A tensor in fp32 to the compute type and back."""
+        """Rounds a tensor in fp32 to the compute type and back."""
         if not self.narrow:
             return tensor
         narrow = self.ledger.become(numel * self.itemsize, tensor)
@@ -201,7 +203,7 @@ class _Walk(ContextRequests):
     # A block
 
     def _run(self, first: bool, visit: Callable[[], None]) -> Iterator[None]:
-        """visit: the next layer group is called."""
+        """Records a block. visit: records that the next layer group is called."""
         ledger, dim = self.ledger, self.dim
         modulation = ledger.take(24 * dim)
         yield from self._self_attention(first, visit)
@@ -277,7 +279,7 @@ class _Walk(ContextRequests):
         ledger.drop(*[tensor for pair in contents for tensor in pair])
 
     def attention(self, rows: int, heads: int, keys: int) -> int:
-        """The result; what the kernel makes beside it is there for a moment."""
+        """Records attention; returns its result. What the kernel makes beside it is freed at once."""
         width = self.dim // self.heads
         out = self.ledger.take(rows * heads * width * self.itemsize)
         beside = beside_attention(self.way.card, heads, rows, keys, width, self.itemsize)
@@ -332,7 +334,7 @@ class _Walk(ContextRequests):
 
 
 class _OnDevice:
-    """leanwan/dit/tokens.py's Place."""
+    """Records what leanwan/dit/tokens.py's Place makes on the device."""
 
     def __init__(self, walk: _Walk):
         self.walk = walk
@@ -359,7 +361,7 @@ class _OnDevice:
 
 
 class _InRam(_OnDevice):
-    """leanwan/activations.py."""
+    """Records what leanwan/activations.py makes on the device."""
 
     exchanged: Sequence[int] = ()
 
@@ -372,7 +374,7 @@ class _InRam(_OnDevice):
         walk = self.walk
         if (
             walk.way.exchanges
-        ):  # beside a piece of tokens what goes to the others, and what comes; one more joined
+        ):  # beside a piece of tokens: the piece that is sent, the one received, and one joined
             piece = walk.spans[0] * walk.dim * walk.itemsize
             self.exchanged = [walk.ledger.take(piece) for _ in range(EXCHANGED)]
 
@@ -404,7 +406,7 @@ class _InRam(_OnDevice):
 
 
 def tokens_of(model: nn.Module, shape: Shape) -> int:
-    """How many a latent video has."""
+    """Number of tokens of a latent video."""
     return math.prod(grid_of(model, shape))
 
 

@@ -1,4 +1,4 @@
-"""Weights that pass through a streamer's buffers, and layers that are all alike."""
+"""Sizes of a streamer's buffers, and how many of an encoder's equal layers to record."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Sizes = Sequence[int]  # bytes of parameters
 
 
 def attach(ledger: Ledger, groups: Sequence[Sizes], buffers: int, resident_bytes: int = 0) -> list[int]:
-    """What a Streamer of such layer groups allocates; returns what drops it."""
+    """Records what a Streamer of such layer groups allocates; returns the tensors' numbers."""
     return ledger.arrive(streamer_buffers(groups, buffers, resident_bytes))
 
 
 def streamer_buffers(groups: Sequence[Sizes], buffers: int, resident_bytes: int = 0) -> list[int]:
-    """Bytes of each buffer: those of the ring, then one for each group that stays."""
+    """Bytes of each buffer of a Streamer: those of the ring, then one for each group that stays."""
     sizes = [sum(rounded(size, ALIGNMENT) for size in group) for group in groups]
     stays = spread(sizes, resident_bytes)
     streamed = [size for size, stay in zip(sizes, stays) if not stay]
@@ -24,5 +24,5 @@ def streamer_buffers(groups: Sequence[Sizes], buffers: int, resident_bytes: int 
 
 
 def few(layers: int) -> int:
-    """How many layers of an encoder to walk: the others ask for what the second one does, with in and out exchanged."""
+    """How many layers of an encoder to record: the rest repeat the second one's requests, input and output swapped."""
     return min(layers, 2 + layers % 2)

@@ -18,19 +18,19 @@ from .embeddings import IMAGE_TOKENS, ContextRequests
 from .shards import Gathered, shards_of
 from .solver_steps import SolverRequests, schedule
 
-STEPS = 3  # from then on a solver remembers as much as it ever will
+STEPS = 3  # after which a solver remembers as much as it ever will
 
 
 def denoise_stage(
     ledger: Ledger, model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype, stays: bool = False
 ) -> None:
-    """Denoises; the finished latent stays.
+    """Records denoising; the finished latent stays.
 
     Args:
-        ledger: with what is on the device before, prompts and what joins the latent among it.
+        ledger: already holds what is on the device, with the prompts and the tensors that join the latent.
         model: a DiT, its weights anywhere, meta tensors too.
         dtype: its compute type.
-        stays: whether weights that do not stream do not leave.
+        stays: whether weights that do not stream stay on the device.
     """
     latent, itemsize = 4 * math.prod(shape.latent), dtype.itemsize
     times = schedule(ledger, shape.solver, shape.steps)
@@ -67,7 +67,7 @@ def denoise_stage(
 
 
 def weights_of(model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> Ledger:
-    """All of them, or what is not streamed and the streamer's buffers, or what is not shared out."""
+    """The DiT's weights: all of them; or those that do not stream, and a streamer's buffers; or those not sharded."""
     if way.ranks > 1:
         return _arriving(model)
     return _weights(model, way.stream, way.buffers, shape.passes, shape.pictures, dtype.itemsize)
@@ -75,7 +75,7 @@ def weights_of(model: nn.Module, shape: Shape, way: Way, dtype: torch.dtype) -> 
 
 @functools.lru_cache(maxsize=64)
 def _conditions_ahead(model: nn.Module, samples: int, pictures: int, itemsize: int) -> Ledger:
-    """leanwan/dit/ahead.py: embeddings of time, prompts and image, keys and values for every block, all to RAM."""
+    """What leanwan/dit/ahead.py makes: embedded time, prompts and image, every block's keys and values, all to RAM."""
     ledger = Ledger()
     walk, dim = ContextRequests(ledger, model, pictures, itemsize), model.dim
     visit = ledger.arrive(_sizes(model.time_embedding))
@@ -127,14 +127,14 @@ def _arriving(model: nn.Module) -> Ledger:
 
 
 def not_shared(model: nn.Module) -> Sizes:
-    """Of a DiT whose layer groups' weights are shared out over ranks: what each rank brings whole."""
+    """Bytes of the parameters that each rank holds whole when a DiT's layer groups are sharded."""
     shared = {id(p) for group in model.layer_groups() for p in group.parameters()}
     return [p.nbytes for p in model.parameters() if id(p) not in shared]
 
 
 @functools.lru_cache(maxsize=64)
 def _streamed(model: nn.Module, of_context: tuple[int, ...]) -> list[Sizes]:
-    """Of each layer group's parameters, with the keys and values of the context in place of what makes them."""
+    """Bytes of each layer group's parameters, with the context's keys and values in place of the context layers."""
     crossing = set(cross_attentions(model))
     groups: list[Sizes] = []
     for group in model.layer_groups():
@@ -151,6 +151,6 @@ def _sizes(module: nn.Module) -> Sizes:
 
 @functools.lru_cache(maxsize=8)
 def _apart(model: nn.Module) -> Sizes:
-    """What is not streamed, and arrives with the DiT."""
+    """Bytes of the parameters that do not stream and arrive with the DiT."""
     streamed = {id(p) for one in (*model.layer_groups(), *model.embedding_layers()) for p in one.parameters()}
     return [p.nbytes for p in model.parameters() if id(p) not in streamed]

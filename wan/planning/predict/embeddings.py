@@ -1,4 +1,4 @@
-"""The device memory that a DiT's embeddings of time, prompt and image take, and keys and values of them."""
+"""The device memory that a DiT's conditioning takes: embedded time, prompt and image, and their keys and values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .image_encoder import layer_norm
 
 
 class ContextRequests:
-    """Writes down what leanwan/dit/conditioning.py's functions make and drop.
+    """Records the tensors that leanwan/dit/conditioning.py's functions make and drop.
 
     Args:
         model: a DiT.
-        pictures: encoded by CLIP; 0 for none.
-        itemsize: bytes of a number of its compute type.
+        pictures: number of pictures that CLIP encodes.
+        itemsize: bytes of a number of the model's compute type.
     """
 
     def __init__(self, ledger: Ledger, model: nn.Module, pictures: int, itemsize: int):
@@ -77,7 +77,7 @@ class ContextRequests:
         return (ledger.become(row, normed) if self.narrow else normed), value
 
     def rms_norm(self, tokens: int, x: int) -> int:
-        """WanRMSNorm of x, which is dropped: fp32, as its weight is."""
+        """WanRMSNorm of x, which is freed; the result is fp32, as the norm's weight is."""
         ledger, row = self.ledger, 4 * tokens * self.dim
         mean = ledger.become(4 * tokens, ledger.take(row))
         scale = ledger.become(4 * tokens, ledger.take(4 * tokens))

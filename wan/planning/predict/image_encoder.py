@@ -23,14 +23,14 @@ def image_stage(
     stays: bool = False,
     card: Card = NOT_CUDA,
 ) -> None:
-    """Encodes pictures of (width, height) pixels; their features stay.
+    """Records the encoding of pictures of (width, height) pixels; their features stay.
 
     Args:
-        config: fields of CLIPVisionConfig; the last of its layers is not there.
-        itemsize: bytes of a number of the weights, and of what is computed.
+        config: fields of CLIPVisionConfig; the last of its layers is not built.
+        itemsize: bytes of a number of the weights and activations.
         streamed: whether the layers pass through `buffers` buffers.
-        stays: whether the weights do not leave.
-        card: that computes.
+        stays: whether the weights stay on the device.
+        card: the card that computes.
     """
     embeddings, groups = weight_sizes(config, itemsize)
     weights = ledger.arrive(embeddings)
@@ -47,7 +47,7 @@ def image_stage(
 
 
 def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[Sizes, list[Sizes]]:
-    """Bytes of what comes before the layers, positions' numbers included; and of each layer group's parameters."""
+    """Bytes of the tensors before the layers, position ids included, and of each layer group's parameters."""
     width, hidden = config["hidden_size"], config["intermediate_size"]
     patch = width * 3 * config["patch_size"] ** 2
     before = [width * itemsize, 8 * IMAGE_TOKENS]
@@ -93,7 +93,7 @@ def _layer(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int
     heads, fused = (
         config["num_attention_heads"],
         card._replace(kernel=FUSED),
-    )  # always PyTorch's, of fp16 or fp32
+    )  # always PyTorch's kernel, in fp16 or fp32
     ledger.drop(
         *ledger.arrive(beside_attention(fused, heads, tokens, IMAGE_TOKENS, width // heads, itemsize))
     )
@@ -122,7 +122,7 @@ def _norm(ledger: Ledger, tokens: int, width: int, itemsize: int) -> int:
 
 
 def layer_norm(ledger: Ledger, tokens: int, width: int) -> int:
-    """PyTorch's, of fp32: beside the result it makes the mean and the deviation of each row."""
+    """PyTorch's layer norm in fp32: beside the result it makes the mean and the deviation of each row."""
     out = ledger.take(4 * tokens * width)
     ledger.drop(*[ledger.take(4 * tokens) for _ in range(2)])
     return out

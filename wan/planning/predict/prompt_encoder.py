@@ -23,15 +23,15 @@ def text_stage(
     stays: bool = False,
     shards: Shards | None = None,
 ) -> None:
-    """Encodes prompts; their embeddings stay.
+    """Records the encoding of prompts; their embeddings stay.
 
     Args:
         config: fields of UMT5Config.
-        tokens: that each prompt is padded to.
-        itemsize: bytes of a number of the weights, and of what is computed.
+        tokens: number of tokens that each prompt is padded to.
+        itemsize: bytes of a number of the weights and activations.
         streamed: whether the layers pass through `buffers` buffers, and the table of embeddings stays on the CPU.
-        stays: whether the weights do not leave.
-        shards: the layers' weights, if ranks share them out; this rank's part is there.
+        stays: whether the weights stay on the device.
+        shards: the layers' weights, if ranks shard them; this rank's shards are on the device already.
     """
     table, groups, norm = weight_sizes(config, itemsize)
     gathered = None
@@ -52,14 +52,14 @@ def text_stage(
 
 
 def weight_sizes(config: Mapping[str, Any], itemsize: int) -> tuple[int, list[Sizes], Sizes]:
-    """Bytes of the table of embeddings, of each layer group's parameters, and of what else there is."""
+    """Bytes of the table of embeddings, of each layer group's parameters, and of the final norm's."""
     width = config["d_model"]
     groups: list[Sizes] = [[rows * row for rows, row in group] for group in weight_rows(config, itemsize)]
     return config["vocab_size"] * width * itemsize, groups, [width * itemsize]
 
 
 def weight_rows(config: Mapping[str, Any], itemsize: int) -> list[list[Rows]]:
-    """Of each layer group's parameters."""
+    """The Rows of each layer group's parameters."""
     width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     norm, table = (width,), (config["relative_attention_num_buckets"], config["num_heads"])
     layers = [[norm, (inner, width), (inner, width)], [(inner, width), table, (width, inner)]]
@@ -99,7 +99,7 @@ def _prompt(
 def _block(
     ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int, visit: Callable[[], None]
 ) -> int:
-    """visit: the next layer group is called."""
+    """Records a block; returns its output. visit: records that the next layer group is called."""
     row, hidden = config["d_model"] * itemsize, tokens * config["d_ff"] * itemsize
     inner = tokens * config["num_heads"] * config["d_kv"] * itemsize
     scores = config["num_heads"] * tokens * tokens * itemsize
@@ -151,7 +151,7 @@ def _norm(ledger: Ledger, config: Mapping[str, Any], tokens: int, itemsize: int)
 
 
 def _position_bias(ledger: Ledger, tokens: int, scores: int) -> int:
-    """Buckets of relative positions, pair by pair, and what the layer's table has for them."""
+    """Records the buckets of all pairs' relative positions; returns the layer's biases for them."""
     numbers, narrow, flags = 8 * tokens**2, 4 * tokens**2, tokens**2
     rows = ledger.become(8 * tokens, ledger.take(8 * tokens))
     columns = ledger.take(8 * tokens)

@@ -21,10 +21,10 @@ class Ram:
     """Bytes, by what they hold.
 
     Attributes:
-        weights: the DiT's, as far as they are not mapped. Of the other models' files nothing is converted.
-        activations: what grows with the tokens, if that is kept in RAM.
+        weights: the DiT's weights that are converted, and so not mapped; all weights of other models are mapped.
+        activations: tensors over all tokens, if activation offload keeps them in RAM.
         context: keys and values of prompts and images, for all blocks, if layers stream.
-        video: the larger of the sources' frames and of the result's frames and the VAE's features of them.
+        video: the larger of two sums: the sources' frames; the result's frames and the VAE's features of them.
     """
 
     weights: int
@@ -34,7 +34,7 @@ class Ram:
 
     @property
     def peak(self) -> int:
-        """The most at a time: the context goes before the video comes."""
+        """The most at a time: the context is freed before the video is made."""
         return self.weights + self.activations + max(self.context, self.video)
 
 
@@ -58,10 +58,10 @@ def ram_needed(
         video: (frames, height, width).
         strides: of the VAE.
         dtype: the DiT's compute type.
-        stored: for a parameter's name the type that its file has it in.
+        stored: maps a parameter's name to its type in the file.
         vae_dim: the VAE's width.
-        prompts: that the DiT is called with: 2 with guidance, else 1.
-        source_channels: of all frames that are encoded, fp32.
+        prompts: number of prompts that the DiT is called with: 2 with guidance, else 1.
+        source_channels: channels of all source videos together, kept in fp32.
     """
     frames, height, width = video
     latent = (-(-(frames - 1) // strides[0]) + 1, height // strides[1], width // strides[2])
@@ -86,7 +86,7 @@ def ram_needed(
 
 
 def activation_bytes(model: nn.Module, tokens: int, itemsize: int, together: bool, prompts: int = 2) -> int:
-    """What grows with the tokens, where that is kept in RAM.
+    """Bytes of the tensors over all tokens that activation offload keeps in RAM.
 
     itemsize: bytes of a number of the compute type. together: whether all prompts pass through a layer in turn.
     """

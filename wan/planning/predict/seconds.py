@@ -1,9 +1,8 @@
-"""How long the stages take, from the rates of a machine: the larger of computing and copying, layer group by group.
+"""Models how long the stages take, from a machine's rates: the larger of computing and copying, layer group by group.
 
-Beside products, attention and convolutions, every tensor that is made is written to the device's memory and read from
-it. Every weight is read once from memory that is not page-locked, whether it stays or streams; from then on streamed
-ones come at the rate of page-locked memory. Pieces of a sequence cost what their layers' weights cost to be read from
-the device's memory once more.
+Beside products, attention and convolutions, every tensor costs a write to the device's memory and a read. Every weight
+is copied once from pageable RAM, whether it stays or streams; from then on streamed weights are copied at the rate of
+page-locked RAM. Each further chunk of a sequence costs one more read of its layers' weights from the device's memory.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from . import prompt_encoder
 from .blocks import Shape, Way, made_by_a_block, tokens_of
 
 KINDS = ("keys", "self_attn", "cross_attn", "ffn")  # of a block's layer groups, in order
-COMING = 28  # bytes per token and channel that a block with activations in RAM brings, in 16 bits
+COMING = 28  # bytes per token and channel that activation offload copies to the device in a block, in 16 bits
 Group = tuple[str, int]  # kind of a layer group, its bytes
 
 
@@ -68,7 +67,7 @@ def image_seconds(weight_bytes: int, itemsize: int, pictures: int, rates: Rates)
 
 
 def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rates: Rates) -> float:
-    """Of all steps, weights' way to the device included."""
+    """Seconds of all steps, copies of the weights to the device included."""
     length, (_, _, model_bytes) = tokens_of(model, shape), _groups(model)
     visits = 1 if way.together else shape.passes
     computing, copying = _group_seconds(model, shape, len(spans(length, way.chunk)), itemsize, rates)
@@ -80,14 +79,14 @@ def denoise_seconds(model: nn.Module, shape: Shape, way: Way, itemsize: int, rat
         blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
         activations = shape.passes * blocks * COMING * itemsize / 2 * length * model.dim / rates.pinned
         step = max(step, activations + sum(n * moved[group] for group, n in visit.items()))
-    return round(model_bytes / rates.pageable + shape.steps * step, 6)  # sums that are equal are told to be
+    return round(model_bytes / rates.pageable + shape.steps * step, 6)  # so that equal sums compare equal
 
 
 @functools.lru_cache(maxsize=64)
 def _group_seconds(
     model: nn.Module, shape: Shape, chunks: int, itemsize: int, rates: Rates
 ) -> tuple[dict[Group, float], dict[Group, float]]:
-    """Seconds that layer groups compute in a step, and that each takes to be copied once."""
+    """Seconds that each layer group computes in a step, and seconds that copying it once takes."""
     length, dim = tokens_of(model, shape), model.dim
     kept = model.text_len * dim * itemsize * 2 * shape.passes
     made = dict(zip(KINDS, made_by_a_block(model, shape, itemsize)))
@@ -96,7 +95,7 @@ def _group_seconds(
         products, attention, copied = 2 * length * size / itemsize, 0.0, size
         if kind == "cross_attn":
             products, attention = 4 * length * dim**2, 4 * length * model.text_len * dim
-            copied = size // 2 + kept  # keys and values of the context in place of what makes them
+            copied = size // 2 + kept  # keys and values of the context in place of the context layers
         elif kind == "self_attn":
             attention = 4 * length**2 * dim
         reading = ((chunks - 1) * size + 2 * made.get(kind, 0)) / rates.memory
@@ -109,7 +108,7 @@ def _group_seconds(
 
 @functools.lru_cache(maxsize=4)
 def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
-    """The kind of each layer group and its bytes, and those of the whole model."""
+    """The kind of each layer group, the bytes of each, and the bytes of the whole model."""
     kinds: dict[nn.Module, str] = {}
     for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
         attention = block.self_attn
@@ -124,7 +123,7 @@ def _groups(model: nn.Module) -> tuple[list[str], list[int], int]:
 
 @functools.lru_cache(maxsize=64)
 def _stays(model: nn.Module, room: int | None) -> tuple[Counter[Group], Counter[Group]]:
-    """How many groups of each kind stay, and how many visit; so many bytes may stay, None: all."""
+    """How many groups of each kind stay on the device, and how many stream; room: bytes that may stay, None: all."""
     kinds, sizes, _ = _groups(model)
     stays = [True] * len(sizes) if room is None else spread(sizes, room)
     groups = list(zip(kinds, sizes))
@@ -138,7 +137,7 @@ def group_bytes(model: nn.Module) -> list[int]:
 
 
 def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
-    """The arguments are those of predict.vae.decode_bytes."""
+    """Seconds of decoding; the arguments are those of leanwan.vae.requests.decode_bytes."""
     passes, latent_frames = decoder_passes(model), encoded_frames(frames)
     size, pixels = (height // STRIDE, width // STRIDE), (height, width)
     before = sum(_work(one, latent_frames, *_whole(one, size)) for one in (passes.whole, passes.small))
@@ -151,7 +150,7 @@ def decode_seconds(model: nn.Module, frames: int, height: int, width: int, tile:
 
 
 def encode_seconds(model: nn.Module, frames: int, height: int, width: int, tile: int, rates: Rates) -> float:
-    """The arguments are those of predict.vae.encode_bytes."""
+    """Seconds of encoding; the arguments are those of leanwan.vae.requests.encode_bytes."""
     passes, latent_frames = encoder_passes(model), encoded_frames(frames)
     size, pixels = (height // STRIDE, width // STRIDE), (height, width)
     after = sum(_work(one, latent_frames, *_whole(one, size)) for one in (passes.whole, passes.small))
@@ -167,7 +166,7 @@ def encode_seconds(model: nn.Module, frames: int, height: int, width: int, tile:
 
 
 def _vae_seconds(whole: float, tiled: float, ledger: Ledger, rates: Rates) -> float:
-    """Operations in whole frames and in tiles, and the requests of whole frames: tiles make more in proportion."""
+    """whole, tiled: arithmetic operations on whole frames and by tiles; ledger: of whole frames, scaled for tiles."""
     return tiled / rates.convolutions + tiled / whole * 2 * ledger.made / rates.memory
 
 
@@ -178,7 +177,7 @@ def _whole(operations: Sequence[Operation], size: Sequence[int]) -> list[list[in
 def _tiled(
     operations: Sequence[Operation], input_size: Sequence[int], pixels: Sequence[int], unit: int, tile: int
 ) -> list[list[int]]:
-    """Rows and columns of each operation's input, of all tiles together, and those of the last one's output."""
+    """Rows and columns of each operation's input, and of the last one's output, summed over all tiles."""
     lengths = []
     for length, input_length in zip(pixels, input_size):
         needed = [
@@ -190,7 +189,7 @@ def _tiled(
 
 
 def _work(operations: Sequence[Operation], frames: int, rows: Sequence[int], columns: Sequence[int]) -> float:
-    """Operations of a pass over so many frames."""
+    """Arithmetic operations of a pass over `frames` frames."""
     total = 0.0
     for i, operation in enumerate(operations):
         out = rows[i + 1] * columns[i + 1]
@@ -203,7 +202,7 @@ def _work(operations: Sequence[Operation], frames: int, rows: Sequence[int], col
 
 
 def _of(operation: Operation, area: int, out: int) -> float:
-    """Operations on one frame."""
+    """Arithmetic operations on one frame; area, out: positions of its input and of its output."""
     if isinstance(operation, Residual):
         parts = [*operation.parts, *([operation.shortcut] if operation.shortcut else [])]
         return sum(_of(part, area, area) for part in parts)

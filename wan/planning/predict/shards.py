@@ -1,4 +1,4 @@
-"""Weights that ranks share out, as one of them has them: distributed/sharding.py and FSDP2, request by request."""
+"""The device memory of sharded weights on one rank: records what distributed/sharding.py and FSDP2 make and drop."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from leanwan.record.ledger import Ledger
 
 from .buffers import Sizes
 
-Rows = tuple[int, int]  # of a parameter: how many it has, and bytes of one
+Rows = tuple[int, int]  # of a parameter: number of rows, bytes of a row
 
 
 class Shards:
     """Layer groups of which each rank keeps a part.
 
     Attributes:
-        parts: bytes of each parameter's part, by groups; those of all ranks are alike, the last ones filled up.
-        nbytes: of all parts.
+        parts: bytes of each parameter's part, by groups; all ranks' parts have one size, the last ones padded to it.
+        nbytes: of all parts of one rank.
 
     Args:
-        groups: of parameters, in the order of their visits.
-        ranks: that share them out.
+        groups: the Rows of each group's parameters, groups in the order of their visits.
+        ranks: number of ranks.
     """
 
     def __init__(self, groups: Iterable[Iterable[Rows]], ranks: int):
@@ -34,7 +34,7 @@ class Shards:
         self.nbytes = sum(map(sum, self.parts))
 
     def cut(self, ledger: Ledger) -> None:
-        """The groups come one by one, and leave their parts there."""
+        """Records that the groups arrive one by one, and are cut to this rank's parts."""
         for whole, parts in zip(self._whole, self.parts):
             group = ledger.arrive(whole)
             ledger.arrive(parts)
@@ -42,18 +42,18 @@ class Shards:
 
     @property
     def between(self) -> list[int]:
-        """What of Gathered is there between passes."""
+        """Bytes of the tensors that Gathered holds between passes."""
         return [*self.gathered(-1), sum(self.gathered(0))]
 
     def gathered(self, n: int) -> Sizes:
-        """Bytes of each parameter of the nth group, from all ranks."""
+        """Bytes of each parameter of the nth group, gathered from all ranks."""
         return [part * self.ranks for part in self.parts[n % len(self.parts)]]
 
 
 class Gathered:
-    """The groups that are whole on a rank: the one that computes; of the one after it, what the ranks send.
+    """What a rank holds beside its parts: the group that computes, whole, and the buffer that gathers the next group.
 
-    It begins as a pass leaves it for the next one.
+    Its first state is the one that a pass leaves for the next pass.
     """
 
     def __init__(self, ledger: Ledger, shards: Shards):
@@ -63,7 +63,7 @@ class Gathered:
         self._coming = ledger.take(sum(shards.gathered(0)))
 
     def visit(self, number: int) -> None:
-        """A module of this group is called; groups are called in their order."""
+        """Records that a module of this group is called; groups are called in their order."""
         if number == self._number:
             return
         self._number = number
@@ -77,7 +77,7 @@ class Gathered:
         self._ledger.drop(*self._current, self._coming)
 
     def leave(self) -> None:
-        """As `drop`; what the ranks have sent arrives before."""
+        """As `drop`, but the gathered group is unpacked before."""
         self._ledger.drop(*self._current)
         arrived = self._ledger.arrive(self._shards.gathered(0))
         self._ledger.drop(self._coming, *arrived)
@@ -85,7 +85,7 @@ class Gathered:
 
 @functools.lru_cache(maxsize=8)
 def shards_of(model: nn.Module, ranks: int) -> Shards:
-    """Those of a DiT."""
+    """The Shards of a DiT."""
     groups = [
         [rows_of(p.shape, p.element_size()) for p in group.parameters()] for group in model.layer_groups()
     ]
@@ -94,14 +94,14 @@ def shards_of(model: nn.Module, ranks: int) -> Shards:
 
 @functools.lru_cache(maxsize=8)
 def cut(shards: Shards) -> Ledger:
-    """What cutting asks for, for others to play; the parts stay."""
+    """The requests of cutting, to be played; the parts stay."""
     ledger = Ledger()
     shards.cut(ledger)
     return ledger
 
 
 def rows_of(shape: Sequence[int], itemsize: int) -> Rows:
-    """Of a parameter."""
+    """The Rows of a parameter of this shape."""
     row = itemsize
     for length in shape[1:]:
         row *= length

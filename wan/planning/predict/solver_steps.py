@@ -1,4 +1,4 @@
-"""What a step of sampling.py's solvers makes, and what they keep: diffusers' schedulers, tensor by tensor."""
+"""Records the tensors that the solvers in wan/sampling.py, diffusers' schedulers, make in a step and keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...configs.shared_config import SOLVER_PIECES
 
 
 def schedule(ledger: Ledger, name: str, steps: int) -> list[int]:
-    """The tensors of a solver's schedule on the device: its times, and Euler's sigmas."""
+    """Records the tensors of a solver's schedule on the device: its timesteps, and Euler's sigmas."""
     if name != "euler":
         return [ledger.take(8 * steps)]
     sigmas, times = ledger.take(4 * steps), ledger.take(4 * steps)
@@ -19,13 +19,13 @@ def schedule(ledger: Ledger, name: str, steps: int) -> list[int]:
 
 
 class SolverRequests:
-    """A solver on its way.
+    """Records a solver's steps one after the other.
 
     Args:
         name: "unipc", "dpm++" or "euler".
         nbytes: of a latent, fp32.
         narrow: whether steps are taken under autocast to a 16-bit type, which rounds UniPC's sums of differences.
-        frames: of a latent, if what the solver remembers is in RAM, and steps are taken some frames at a time.
+        frames: of a latent, if the solver keeps its tensors in RAM and takes steps some frames at a time; else None.
     """
 
     def __init__(self, ledger: Ledger, name: str, nbytes: int, narrow: bool, frames: int | None = None):
@@ -33,15 +33,15 @@ class SolverRequests:
         self._steps = 0
         self.ledger, self.name, self.nbytes = ledger, name, nbytes
         self.narrow = nbytes // 2 if narrow else nbytes
-        self.outputs: list[int] = []  # what the model said of the latest steps, two at most
-        self.last: int | None = None  # UniPC's latent before this one
+        self.outputs: list[int] = []  # the model's outputs of the latest steps, two at most
+        self.last: int | None = None  # UniPC's previous latent, or Euler's flow
 
     def step(self, flow: int, x: int, last: bool = False) -> int:
-        """Takes the latent x a step on; it and the flow are dropped. The last step is one of first order."""
+        """Records a step from the latent x to the next one; frees x and the flow. The last step is of first order."""
         take, become, drop, nbytes = self.ledger.take, self.ledger.become, self.ledger.drop, self.nbytes
         if self._frames:
             return self._by_pieces(flow, x, last)
-        if self.name == "euler":  # it keeps the flow itself
+        if self.name == "euler":  # Euler keeps the flow itself
             drop(self.last)
             self.last = flow
             difference = take(4)  # of two sigmas
@@ -63,7 +63,7 @@ class SolverRequests:
         return out
 
     def _by_pieces(self, flow: int, x: int, last: bool) -> int:
-        """What it remembers of a piece comes from RAM before the one of the piece before is dropped."""
+        """A step by pieces of frames. What the solver kept of a piece arrives before that of the last one is freed."""
         ledger = self.ledger
         out = ledger.take(self.nbytes)
         step = math.ceil(self._frames / SOLVER_PIECES)
@@ -83,7 +83,7 @@ class SolverRequests:
         return out
 
     def drop(self) -> None:
-        """The run is over."""
+        """Frees all that the solver keeps."""
         self.ledger.drop(*self.outputs, self.last)
 
     def _keep(self, output: int) -> None:
@@ -92,7 +92,7 @@ class SolverRequests:
             self.ledger.drop(self.outputs.pop(0))
 
     def _linear(self) -> int:
-        """a x - b m."""
+        """a x - b m, of a latent x and a model output m."""
         scaled = [self.ledger.take(self.nbytes) for _ in range(2)]
         return self.ledger.become(self.nbytes, *scaled)
 

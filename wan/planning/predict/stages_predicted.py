@@ -1,4 +1,4 @@
-"""What each stage of a run takes of the device under given options: bytes and seconds."""
+"""Predicts the device bytes and the seconds of each stage of a run under given memory options."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from .work import Work
 
 
 class Stage(NamedTuple):
-    """What a stage needs: device bytes in tensors and as the allocator reserves them, and modelled seconds."""
+    """What a stage takes: peak device bytes of its live tensors and of the allocator, and modelled seconds."""
 
     bytes: int
     reserved: int
     seconds: float
 
 
-# Blocks, chunks and tiles that ask for what others did are left out of the requests, and where they were, other tensors
-# may lie elsewhere: a page more of large ones, two of small ones.
+# Added to reserved bytes. The recorded requests leave out blocks, chunks and tiles that repeat earlier ones; with them,
+# tensors may lie elsewhere and take one more page of the large pool and two of the small one.
 SPARE = LARGE_PAGE + 2 * SMALL_PAGE
-# Of what is reserved beside the parts of shared weights: layer groups of many sizes that come and go leave gaps, which
-# depend on the tokens of a rank.
+# Added with sharded weights, as a share of the bytes reserved beside the shards. Gathered layer groups of many sizes
+# come and go and leave gaps, which depend on the number of a rank's tokens.
 GAPS = 0.125
 _OF_VAE = ("encode", "decode")
 STAGES = ("text", "image", "encode", "denoise", "decode")
 Key = tuple[Any, ...]
-# The options that decide what a stage needs, beside where the VAE is.
+# For each stage the options that decide what it takes, beside where the VAE is at home.
 _DECIDES = {
     "text": ("t5_cpu", "t5_stream", "stream_buffers"),
     "image": ("t5_cpu", "t5_stream", "stream_buffers"),
@@ -58,20 +58,21 @@ _DECIDES = {
     ),
     "decode": ("vae_tile",),
 }
-_STAYS = ("t5_cpu", "t5_stream", "stream_buffers", "dit_stream")  # and if models stay what other stages left
+# Further options that decide it if models stay on the device: they decide what earlier stages left there.
+_STAYS = ("t5_cpu", "t5_stream", "stream_buffers", "dit_stream")
 
 
 class Predictor:
-    """What stages take.
+    """Predicts what the stages of a run take.
 
     Args:
-        work: what is to be done.
+        work: the run.
         rates: of the machine.
         expandable: whether the allocator's segments can grow.
-        card: that computes.
+        card: the card that computes.
 
     Attributes:
-        names: of the stages that there are, in order.
+        names: of the run's stages, in order.
     """
 
     def __init__(self, work: Work, rates: Rates, expandable: bool = True, card: Card = NOT_CUDA):
@@ -85,7 +86,7 @@ class Predictor:
         self._seconds: dict[Key, float] = {}
 
     def stages(self, options: MemoryOptions) -> dict[str, Stage]:
-        """What stages need under some options, one after the other: what one leaves may lie in the next one's way."""
+        """What stages take one after the other: the tensors that one leaves may lie in the way of the next one's."""
         ledger, device, found = Ledger(), Device(self.expandable, self._known), {}
         self._home(ledger, options)
         for name in self.names:
@@ -97,38 +98,38 @@ class Predictor:
         return found
 
     def live(self, name: str, options: MemoryOptions) -> int:
-        """Most bytes in tensors, found sooner."""
+        """Peak bytes of live tensors in a stage; takes less time to predict than reserved bytes."""
         key = _key(name, options)
         if key not in self._live:
             self._live[key] = self._alone(name, options, 1).peak
         return self._live[key]
 
     def surely_fits(self, name: str, options: MemoryOptions, room: float) -> bool:
-        """Whether a stage alone fits; of the VAE only whether it does with room to spare, which is found sooner."""
+        """Whether a stage alone surely fits: for the VAE's stages by an upper bound, which takes less time."""
         live = self.live(name, options)
         if name in _OF_VAE:
             return surely_reserved(live) <= room
         return live <= room and self.reserved(name, options) <= room
 
     def fits(self, name: str, options: MemoryOptions, room: float) -> bool:
-        """Whether a stage alone fits."""
+        """Whether a stage alone fits `room` bytes."""
         if self.surely_fits(name, options, room):
             return True
         if name in _OF_VAE and self._reserved_by(name, replace(options, vae_tile=0), 0) > room:
-            return False  # without any tiles
+            return False  # the passes over whole frames alone do not fit
         return self.reserved(name, options) <= room
 
     def reserved(self, name: str, options: MemoryOptions) -> int:
-        """Most bytes that the allocator takes for a stage alone, the others' results in a row."""
+        """Peak bytes that the allocator reserves for a stage alone; earlier stages' results are laid out in a row."""
         return self._reserved_by(name, options, 1)
 
     def dit_bytes(self, stream: float | None, buffers: int) -> int:
-        """Of that, the DiT's weights, if so many GiB of them stay; found at once."""
+        """Bytes of the DiT's weights on the device if `stream` GiB of them stay, all for None; takes no time."""
         work = self.work
         return weights_of(work.dit, work.shape, Way(stream, buffers, ranks=work.dit_ranks), work.dtype).live
 
     def seconds(self, name: str, options: MemoryOptions) -> float:
-        """Modelled seconds."""
+        """Modelled seconds of a stage."""
         key = (
             name,
             options.vae_cpu and name.endswith("code"),
@@ -139,7 +140,7 @@ class Predictor:
         return self._seconds[key]
 
     def ram(self, options: MemoryOptions) -> Ram:
-        """RAM beside what mapped files share with the system's cache."""
+        """RAM that the run takes beside what mapped files share with the system's cache."""
         work = self.work
         return ram_needed(
             work.dit,
@@ -154,7 +155,7 @@ class Predictor:
         )
 
     def mapped(self, options: MemoryOptions) -> int:
-        """Bytes of files of weights that are mapped, and read as they are: all but what Ram.weights holds."""
+        """Bytes of the weights that are mapped from their files: all but the converted ones in Ram.weights."""
         work = self.work
         table, groups, norm = prompt_encoder.weight_sizes(work.text, work.text_itemsize)
         total = table + sum(map(sum, groups)) + sum(norm) + sum(map(sum, weight_sizes(work.vae)))
@@ -184,7 +185,7 @@ class Predictor:
         return ledger
 
     def _part(self, name: str, options: MemoryOptions, most_tiles: int | None = None) -> Ledger:
-        """What a stage asks for itself; what it leaves there stays. For `most_tiles` see decode_stage."""
+        """The requests of a stage itself; tensors that it leaves are not freed. For `most_tiles` see decode_stage."""
         few = (most_tiles,) if name in _OF_VAE else ()
         key = (*_key(name, options), *few)
         if key not in self._parts:
@@ -194,9 +195,9 @@ class Predictor:
         return self._parts[key]
 
     def _home(self, ledger: Ledger, options: MemoryOptions) -> None:
-        """The VAE where it is at home; mean and deviation of the latents' channels, and its inverse. Before it comes
-        this rank's part of the text encoder, behind it that of the DiT, where ranks share them out; if models stay, the
-        DiT's comes when it is called."""
+        """Records what is on the device before the first stage: this rank's shards of the text encoder, if there are
+        any; the VAE if it is at home there, with the mean, deviation and inverse deviation of the latents' channels;
+        and this rank's shards of the DiT, which arrive only when it is called if models stay."""
         work = self.work
         if self._text_shards:
             ledger.play(cut(self._text_shards))
@@ -218,7 +219,7 @@ class Predictor:
         return shards_of(work.dit, work.dit_ranks) if work.dit_ranks > 1 else None
 
     def _before(self, name: str, options: MemoryOptions) -> Iterator[int]:
-        """What other stages left when a stage starts."""
+        """Bytes of the tensors that earlier stages have left when a stage starts."""
         work, shape = self.work, self.work.shape
         made = self._workspaces(options)
         for other in STAGES[: STAGES.index(name)]:
@@ -237,8 +238,8 @@ class Predictor:
             yield 4 * math.prod(shape.latent)
 
     def _workspaces(self, options: MemoryOptions) -> dict[str, list[int]]:
-        """Those of cuBLAS and cublasLt that a stage makes, and leaves. Only the text encoder's products have no bias;
-        the VAE's convolutions and its attention need none."""
+        """Bytes of the workspaces of cuBLAS and cublasLt, by the stage that makes them; they stay. Only the text
+        encoder has products without bias, which are cuBLAS's; the VAE's convolutions and attention need none."""
         both = self.card.workspaces
         of_text = 0 if options.t5_cpu else 2 if self.card.exact else 1
         later = "image" if "image" in self.names else "denoise"
@@ -247,7 +248,7 @@ class Predictor:
         }
 
     def _staying(self, name: str, options: MemoryOptions) -> Iterator[int]:
-        """Weights that a stage leaves on the device if models stay."""
+        """Bytes of the weights that a stage leaves on the device if models stay."""
         work = self.work
         if name == "text" and not options.t5_cpu:
             table, groups, norm = prompt_encoder.weight_sizes(work.text, work.text_itemsize)
@@ -304,12 +305,13 @@ class Predictor:
                 encode_stage(ledger, work.vae, n, *sizes, most_tiles)
             return [tensor for tensor in ledger.held if tensor not in before]
 
-        if not shape.source:  # the latents join a mask
+        if not shape.source:  # the latents are joined with a mask
             latents = encoded(work.encoded)
             mask = ledger.take(frame * shape.latent[1] * (shape.joined - work.vae.z_dim))
             ledger.become(frame * shape.latent[1] * shape.joined, mask, *latents)
             return
-        # What is kept and what is made of a video join; before them come references, beside zeros; then its mask.
+        # VACE: latents of what is kept of a video and of what is made join along the channels; references, each joined
+        # with zeros, go before them along the frames; then the mask joins along the channels.
         wide, references = 2 * frame * work.vae.z_dim, len(work.encoded) - 2
         latents, length = encoded(work.encoded[:2]), shape.latent[1] - references
         coded = ledger.take(wide * length)
@@ -361,7 +363,7 @@ class Predictor:
         )
 
     def _visit_seconds(self, options: MemoryOptions) -> float:
-        """Of a half of the VAE on its way to the device."""
+        """Seconds to copy half of the VAE to the device; 0 if it is at home there."""
         half = sum(map(sum, weight_sizes(self.work.vae))) / 2
         return half / self.rates.pageable if options.vae_cpu else 0.0
 
@@ -384,7 +386,7 @@ def _tile(options: MemoryOptions) -> int:
 
 
 def way_of(options: MemoryOptions) -> Way:
-    """The DiT's share of the options."""
+    """The options that concern the DiT."""
     return Way(
         options.dit_stream,
         options.stream_buffers,

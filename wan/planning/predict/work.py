@@ -1,4 +1,4 @@
-"""What is to be done, as models without weights and shapes."""
+"""A run, described to the predictors by models without weights and by shapes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .blocks import Shape
 
 
 def _published(name: str) -> torch.dtype:
-    """As published checkpoints have every parameter."""
+    """The type of every parameter in the published checkpoints."""
     return torch.float32
 
 
 @dataclass(frozen=True)
 class Work:
-    """A run, to those who predict what it takes.
+    """A run, as the predictors need to know it.
 
     Attributes:
         text, image: fields of the encoders' configs; image is None where none is used.
-        text_tokens: that a prompt is padded to.
-        text_itemsize, image_itemsize: bytes of a number in them.
-        pictures: (width, height) of what CLIP encodes.
-        dit, vae: modules, meta tensors too; the DiT's in the types that it is kept in.
+        text_tokens: number of tokens that a prompt is padded to.
+        text_itemsize, image_itemsize: bytes of a number in the encoders.
+        pictures: (width, height) of each picture that CLIP encodes.
+        dit, vae: modules, meta tensors too; the DiT's parameters have the types that they are kept in.
         dtype: the DiT's compute type.
-        shape: of denoising.
+        shape: what the DiT is called with.
         frames, height, width: of the video.
         strides: of the VAE: frames, rows, columns.
-        vae_dim: its width.
-        encoded: frames of each video that the VAE encodes.
-        stored: for the name of a parameter of the DiT the type that its file has it in.
-        ranks: that share the tokens of a pass.
-        text_ranks, dit_ranks: that share the text encoder's weights out, and the DiT's.
-        sources: channels of sources, all frames of which are in RAM at once, fp32.
+        vae_dim: the VAE's width.
+        encoded: number of frames of each video that the VAE encodes.
+        stored: maps the name of a DiT's parameter to its type in the file.
+        ranks: number of ranks that share the tokens of a pass.
+        text_ranks, dit_ranks: number of ranks that shard the text encoder's weights, and the DiT's.
+        sources: channels of all source videos together, whose frames are in RAM at once, fp32.
     """
 
     text: Mapping[str, Any]
