@@ -17,7 +17,7 @@ _HOMES = {
     "Streamer": "streaming",
     "apply_chunking": "dit.chunks",
     "apply_tiling": "vae.tiles",
-    "attach": "placement",
+    "attach": "foreign",
     "visit_by_halves": "residency",
     "visit_when_called": "residency",
 }

@@ -29,6 +29,7 @@ LAYERS = [
     ["leanwan.dit"],
     ["leanwan.activations", "leanwan.options"],
     ["leanwan.placement"],
+    ["leanwan.foreign"],
     ["leanwan"],
     ["wan.configs"],
     ["wan.tasks"],

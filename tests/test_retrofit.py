@@ -13,7 +13,7 @@ from torch import nn
 
 from leanwan.activations import ActivationOffload
 from leanwan.errors import InputError
-from leanwan.placement import check_memory_options, save_memory
+from leanwan.foreign import check_memory_options, save_memory
 from leanwan.streaming import Streamer
 from virtual_gpu import DEVICE, VirtualGPU
 from wan.modules.model import WanModel
@@ -244,7 +244,7 @@ def test_pieces_follow_the_forward_pass_in_use(gpu, monkeypatch, chunk):
         orders.append(pieces)
         return Streamer(pieces, *args, **options)
 
-    monkeypatch.setattr("leanwan.placement.Streamer", recorded)
+    monkeypatch.setattr("leanwan.foreign.Streamer", recorded)
     undo = save_memory(pipeline, dit_stream=0.0, dit_chunk=chunk)
     source = [torch.ones(8, 3, 8, 6, device="vgpu")]
     pipeline.model(**dit_inputs("vgpu"), vace_context=source)  # after which it is known what streams
