@@ -47,18 +47,18 @@ from wan.tasks import TASKS, Task
 GIB = 2**30
 PROMPT = "word " * 600  # fills the 512 tokens that a prompt may have
 REFERENCES = 1
-STEPS = 3  # from the third on, a solver remembers as much as it ever will
+STEPS = 3  # from the third step on, a solver's history does not grow
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to run.
+    """A run to measure.
 
     Attributes:
         memory: the pipeline's memory options.
         layers: of the DiT, None for the task's.
-        steps, solver, guide_scale: of sampling, as generate() has them.
-        every_pass: of the DiT is run; else those of the last step, which need more memory than others, or as much.
+        steps, solver, guide_scale: of sampling, as generate()'s.
+        every_pass: run every pass of the DiT; else only the last step's, which need at least as much memory as others.
     """
 
     task: str
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def skipped(self) -> int:
-        """Calls of the DiT before the last step, if they are skipped; a step has one with the prompt, one without."""
+        """Calls of the DiT to skip: those before the last step, unless every_pass. A step has one or two calls."""
         calls = 1 if self.memory.guidance_together or self.guide_scale == 1 else 2
         return 0 if self.every_pass else calls * (self.steps - 1)
 
@@ -87,11 +87,11 @@ class MemoryReport:
     """Peak bytes of a run.
 
     Attributes:
-        peak_bytes: of all of it, loading included.
-        stages: of each stage that was reached, in order: in tensors.
-        reserved: of each stage, what the allocator took from the driver.
+        peak_bytes: in tensors, of the whole run, loading included.
+        stages: in tensors, of each stage that was reached, in order.
+        reserved: what the allocator took from the driver, of each stage.
         out_of_memory: None, or {"stage": its name, "requested": bytes}.
-        least_capacity: the least memory that serves all that this run requests, if that was asked for.
+        least_capacity: the least memory that serves all requests of the run, if asked for.
     """
 
     peak_bytes: int = 0
@@ -187,7 +187,7 @@ def count_upstream(
 
 
 def report_on(run: Run, device: torch.device) -> MemoryReport:
-    """Runs it, on weights from wherever the caller has them made."""
+    """The MemoryReport of a run on a device; the caller decides where weights come from."""
     backend, report, pipeline = torch.get_device_module(device), MemoryReport(), None
     initialise(device)
     backend.reset_peak_memory_stats(device)
@@ -199,7 +199,7 @@ def report_on(run: Run, device: torch.device) -> MemoryReport:
             pipeline.load()
             report.peak_bytes = backend.max_memory_allocated(device)
             counted = device.type != "cuda"
-            if counted and run.memory.t5_cpu:  # what the CPU computes is none of the device's memory
+            if counted and run.memory.t5_cpu:  # what the CPU computes takes no memory of the device
                 pipeline.text_encoder = _NoText(run.facts.config)
             if run.skipped:
                 _skip_calls(pipeline.model, run.skipped)
@@ -219,7 +219,7 @@ def _ignored(event: Any) -> None:
 
 
 class _NoText:
-    """A text encoder that takes no time."""
+    """A text encoder that computes nothing and returns zeros."""
 
     model = SimpleNamespace(block=[])
 
@@ -244,7 +244,7 @@ def _skip_calls(model: Any, calls: int) -> None:
 
 
 def _generate(pipeline: Any, run: Run, source_device: torch.device) -> torch.Tensor:
-    """generate() of the task; sources are made on `source_device`."""
+    """Calls generate() of the task; VACE's sources are made on `source_device`."""
     width, height = run.size
     arguments: dict[str, Any] = {"size": run.size}
     if run.facts.area_only:
@@ -340,7 +340,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> tuple[MemoryReport, MemoryReport | None]:
-    """The MemoryReport asked for, and the virtual GPU's beside a measured one if that is asked for."""
+    """The MemoryReport asked for, and with --compare also the virtual GPU's."""
     run = Run(args.task, args.pixels, args.frame_num, args.memory)
     capacity = None if args.capacity is None else int(args.capacity * GIB)
     expandable = args.expandable_segments

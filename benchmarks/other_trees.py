@@ -7,8 +7,8 @@ and run as it is, then with `attach`: the VAE by tiles, the others streamed thro
 too.
 Printed are the largest differences, or what was refused and why; and whether the tree, undone, gives what it gave.
 
-Of the tree nothing is imported but these modules; libraries of its that are missing here are empty stand-ins, and
-attention is PyTorch's own.
+Nothing else of the tree is imported. Its libraries that are missing here are replaced by empty stand-ins, and its
+attention by PyTorch's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from leanwan import attach
 from virtual_gpu import LACK, VirtualGPU
 
 ROOT = Path(__file__).resolve().parents[1]
-GRID, TOKENS = (3, 16, 18), 216  # of the DiT's latents; four chunks of tokens
+GRID, TOKENS = (3, 16, 18), 216  # of the DiT's latents; the tokens are four chunks of 64
 DIT = {
     "model_type": "t2v", "dim": 48, "ffn_dim": 64, "num_heads": 4, "num_layers": 3, "freq_dim": 16, "text_dim": 20,
     "text_len": 512, "in_dim": 16, "out_dim": 16, "vace_layers": [0, 2], "vace_in_dim": 16,
@@ -50,7 +50,7 @@ T5 = {
 
 
 def modules_of(checkout: Path, folder: str) -> Iterator[Any]:
-    """The modules of a folder of a checkout that can be imported alone, without what its packages import."""
+    """Imports the modules of a checkout's folder one by one, without running the __init__.py of its packages."""
     sys.path.insert(0, str(checkout))
     package = ""
     for part in Path(folder).parts:
@@ -62,7 +62,7 @@ def modules_of(checkout: Path, folder: str) -> Iterator[Any]:
             continue
         try:
             yield _imported(f"{package}.{path.stem}")
-        except Exception as error:  # whatever a tree needs that is not here
+        except Exception as error:  # the tree may need anything that is missing here
             print(f"{path.stem}: not imported ({type(error).__name__}: {str(error)[:80]})")
 
 
@@ -80,14 +80,14 @@ def _imported(name: str) -> Any:
 
 
 def _anything(name: str) -> Any:
-    """An attribute of a library that is missing."""
+    """An attribute of a missing library's stand-in."""
     if name.startswith("__"):
         raise AttributeError(name)
     return MagicMock(name=name)
 
 
 def built(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> nn.Module:
-    """A model of the sizes that its class knows, with random weights."""
+    """A model with random weights; sizes that its class does not take are left out."""
     known = inspect.signature(make).parameters
     torch.manual_seed(0)
     model = make(**{name: value for name, value in sizes.items() if name in known})
@@ -99,7 +99,7 @@ def built(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> nn.Module:
 def compare(
     what: str, call: Callable[[], torch.Tensor], attach: Callable[[], Any], plain: Callable[[], torch.Tensor]
 ) -> None:
-    """Prints how far `call` is from what it gave, with `attach` on, and whether undone it gives `plain` again."""
+    """Prints how far `call` with `attach` applied is from `plain`, and whether `plain` is the same after the undo."""
     expected = plain()
     try:
         undo = attach()
@@ -115,7 +115,7 @@ def compare(
 
 
 class Vae:
-    """The module as the trees' own classes call it."""
+    """Calls a VAE's module as the VAE classes of the trees do."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -187,7 +187,7 @@ def try_dit(name: str, make: Callable[..., nn.Module], attach: Callable[..., Any
 
 
 def try_experts(name: str, make: Callable[..., nn.Module], attach: Callable[..., Any]) -> None:
-    """Two models of which one is there at a time, moved as Wan2.2 moves them."""
+    """Tries two models of which one at a time is on the device, moved as Wan2.2 moves its experts."""
     experts = {"low_noise_model": built(make, DIT), "high_noise_model": built(make, DIT)}
     torch.manual_seed(1)
     x, context, t = torch.randn(16, *GRID), torch.randn(5, 20), torch.tensor([500.0])
@@ -226,7 +226,7 @@ def _listed(options: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # of CUDA's autocast, which is not there
+    warnings.simplefilter("ignore")  # about CUDA's autocast, which is not available
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="folder of the other tree")
     parser.add_argument("--package", default="wan/modules", help="folder of its models (default wan/modules)")

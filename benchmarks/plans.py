@@ -16,7 +16,7 @@ WORK = (
     ("t2v-14B", "1280*720"),
     ("i2v-14B", "1280*720"),
 )
-RAM = 40 * GIB  # that activations may take
+RAM = 40 * GIB  # bytes that activations may take
 
 
 def main() -> None:

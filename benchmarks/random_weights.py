@@ -1,6 +1,6 @@
 """Models of full size without their checkpoints: the sizes of a task, and weights that nobody trained.
 
-The pipelines run as they are; only what reads a file of weights is replaced.
+The pipelines run as they are; only the function that reads weight files is replaced.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def write_checkpoint(directory: str | Path, task: str, layers: int | None = None) -> None:
-    """Writes what a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer.
+    """Writes the files that a pipeline reads beside weights: config.json with the task's sizes, and a small tokenizer.
 
-    Files of weights are there, and empty.
+    The weight files exist, but are empty.
 
     layers: of the DiT, instead of the task's.
     """
@@ -58,7 +58,7 @@ def dit_config(task: str, layers: int | None = None) -> dict[str, Any]:
 def weights_from(make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Iterator[None]:
     """Inside, models that are built get their weights from `make(shape, dtype)` instead of from files.
 
-    Types are those in which files are kept, see wan.weights.filling.load_weights.
+    `dtype` is the type that the weight has in a file, see wan.weights.filling.load_weights.
     """
 
     def load_weights(
@@ -81,7 +81,7 @@ def weights_from(make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -
 
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU that take no memory as long as nobody writes to them; reading takes none on Linux."""
+    """Zeros on the CPU that take no memory until they are written to; on Linux reading takes none either."""
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 

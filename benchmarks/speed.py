@@ -47,7 +47,7 @@ STRIDE = (4, 8, 8)  # of the VAE: frames, rows, columns
 TOY = "t2v-tiny"
 CHUNK = int(LOW_VRAM["dit_chunk"])
 _OnDevice = contextlib.AbstractContextManager[Ahead | None]
-TimePass = Callable[[], tuple[float, int] | None]  # (seconds, peak bytes), None if there is not the room
+TimePass = Callable[[], tuple[float, int] | None]  # one pass: (seconds, peak bytes), None if it does not fit
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ CASES = {
 
 @dataclass
 class Row:
-    """What was measured of one variant.
+    """The measurements of one variant.
 
     Attributes:
-        passes: seconds of one forward pass, of every round that counts.
+        passes: seconds of a forward pass, in each round that counts.
         peak_bytes: of device memory, 0 on a CPU.
-        streamed_bytes: of weights, copied to the device for a pass.
-        out_of_memory: it did not fit the device.
+        streamed_bytes: of the weights that a pass copies to the device.
+        out_of_memory: whether the variant did not fit the device.
     """
 
     name: str
@@ -124,7 +124,7 @@ def measure(case: Case, device: torch.device, rounds: int, tree: str | None = No
 
 
 def _variants(case: Case, device: torch.device) -> list[tuple[Row, TimePass]]:
-    """Our variants of a case as pairs: a Row, and what times a pass, see `_timed`."""
+    """This project's variants of a case: for each a Row, and a function that times a pass."""
     dtype = WAN_CONFIGS[case.task].param_dtype
     with tempfile.TemporaryDirectory() as folder:
         random_weights.write_checkpoint(folder, case.task, case.layers)
@@ -189,10 +189,10 @@ def _timed(
     call: Callable[[Ahead | None], None],
     device: torch.device,
 ) -> tuple[float, int, int] | None:
-    """A call while the model is on the device, or while its groups are to visit it.
+    """Times a call while the model is on the device, or while its layer groups stream.
 
     Returns:
-        Seconds, peak bytes and bytes of those groups; None if the device has not the room.
+        (seconds, peak bytes, bytes of the streamed groups); None if the device has not the room.
     """
     backend = None if device.type == "cpu" else torch.get_device_module(device)
     try:
@@ -214,13 +214,13 @@ def _timed(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    release_memory(device)  # now that the exception has let go of what it held
+    release_memory(device)  # here the exception no longer keeps tensors alive
     return None
 
 
 @contextlib.contextmanager
 def _upstream(case: Case, device: torch.device, tree: str) -> Iterator[TimePass]:
-    """What times a pass of upstream's model, as `_timed` does, in a process of its own: see upstream_speed.py."""
+    """Yields a function that times a pass of upstream's model in a process of its own, see upstream_speed.py."""
     job = {
         "tree": str(Path(tree).resolve()),
         "config": random_weights.dit_config(case.task, case.layers),

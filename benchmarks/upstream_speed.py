@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # behind upstream's tree, whose package has the name of ours
+sys.path.append(str(ROOT))  # after upstream's tree: both have a package `wan`
 from upstream_driver import stand_ins, surroundings  # noqa: E402
 
 
 def load_model_class(tree: str, kind: str) -> Any:
-    """Upstream's WanModel for a kind of device, with PyTorch's attention where there is no flash-attn."""
+    """Upstream's WanModel for a kind of device, with PyTorch's attention if flash-attn is missing."""
     if kind != "cuda":
         return surroundings.load_tree(tree, kind).modules.model.WanModel
     stand_ins.install()
@@ -62,7 +62,7 @@ def main() -> None:
     kind = job["device"].partition(":")[0]
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         model_class = load_model_class(job["tree"], kind)
-        device = torch.device(job["device"])  # the virtual GPU is one from here on
+        device = torch.device(job["device"])  # after load_model_class, which registers the virtual GPU
         if kind == "vgpu":
             from virtual_gpu import VirtualGPU
 

@@ -44,7 +44,7 @@ WHITE = 0.25  # difference on [-1, 1] that the maps show as white, 32 of 256 ste
 
 
 def randomized(model: VAE) -> VAE:
-    """Gives a VAE seeded weights that keep the spread of what goes through, so that all it reaches counts."""
+    """Gives a VAE seeded weights that keep the spread of activations, so that all layers have an effect."""
     random = torch.Generator().manual_seed(0)
     for name, parameter in model.eval().requires_grad_(False).named_parameters():
         if "gamma" not in name:
@@ -75,7 +75,7 @@ def from_tree(tree: str, model: VAE, dim: int) -> Any:
 
 @dataclass
 class Coder:
-    """One way to decode and encode: `run` is a function of direction and sample, `model` what it computes with."""
+    """One way to decode and encode. `run`: a function of direction and sample; `model`: the VAE that it runs."""
 
     name: str
     model: torch.nn.Module
@@ -91,7 +91,7 @@ def ours(model: VAE, tile: int, direction: str, sample: torch.Tensor) -> torch.T
 
 @torch.no_grad()
 def theirs(model: Any, tile: int, direction: str, sample: torch.Tensor) -> torch.Tensor:
-    """diffusers' VAE with tiles of `tile` pixels, or whole frames for 0, given and giving what ours does."""
+    """diffusers' VAE with tiles of `tile` pixels, or whole frames for 0; inputs and results as of `ours`."""
     model.disable_tiling()
     if tile:
         stride = tile - tile // OVERLAP // STRIDE * STRIDE
@@ -106,7 +106,7 @@ def theirs(model: Any, tile: int, direction: str, sample: torch.Tensor) -> torch
 
 @torch.no_grad()
 def upstreams(model: Any, direction: str, sample: torch.Tensor) -> torch.Tensor:
-    """Upstream's VAE, given and giving what ours does."""
+    """Upstream's VAE; inputs and results as of `ours`."""
     device = next(getattr(model, HALVES[direction][0]).parameters()).device
     result = getattr(model, direction)(sample.to(device)[None], [MEAN.to(device), 1 / STD.to(device)])[0]
     return result.clamp_(-1, 1) if direction == "decode" else result
@@ -151,7 +151,7 @@ def compute(
 ) -> None:
     """Times the coders in turn, `rounds` times; with CUDA measures their peaks.
 
-    On the CPU it is its time that counts, of all threads together, which other programs disturb less.
+    On the CPU, processor time of all threads counts, which other programs disturb less than wall time.
     """
     cuda = device.type == "cuda"
     for _ in range(rounds):
@@ -199,7 +199,7 @@ def count(
 def table(
     direction: str, all_coders: Sequence[Coder], counted: dict[str, dict[str, int]], clock: str
 ) -> Iterator[str]:
-    """Lines of a markdown table; differences are those from the first coder."""
+    """Yields the lines of a markdown table; differences are from the first coder."""
     first, whole = all_coders[0], all_coders[0].result
     heads = ["", clock, "times", "peak GiB", "largest difference", "mean difference"]
     heads += ["8-bit values that differ", "by at most"] if direction == "decode" else []

@@ -1,4 +1,4 @@
-"""Memory options put on pipelines that move their models by hand: other trees, and the original code through the patches.
+"""Memory options for pipelines that move their models by hand: other trees, and the original code through the patches.
 
 Such a pipeline calls `model.to(device)` wherever it needs a model next and `model.cpu()` where it has to make room.
 A streamed model comes to the device when it is called, so `to(device)` does nothing; `cpu()` or `to("cpu")` sends it

@@ -1,6 +1,6 @@
 """Synthetic clips: one plain shape on a plain ground, moving as its caption says.
 
-All is drawn by code, seeded: videos with captions for text, and with the shape's own pixels for masks and tests.
+Code draws them from a seed: videos, captions for training on text, and the shape's own pixels for masks and tests.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ WIDTH, HEIGHT, FRAMES = 80, 48, 17
 
 @dataclass(frozen=True)
 class Clip:
-    """What a clip shows.
+    """The content of a clip.
 
     Attributes:
         shape, colour, ground, motion: of SHAPES, COLOURS, GROUNDS, MOTIONS.
         x, y: of the centre in the first frame, in pixels.
         radius: in the first frame, in pixels; a square's and a triangle's are of about the same area.
-        reach: how far it gets, in pixels: of the centre, or of the radius where it grows or shrinks.
+        reach: by how many pixels the centre moves, or by how many the radius grows or shrinks.
     """
 
     shape: str
@@ -70,7 +70,7 @@ class Clip:
         return ground + (shape - ground) * share
 
     def caption(self, rng: np.random.Generator | None = None, still: bool = False) -> str:
-        """In the first wording with the ground, or in one of all, in which the ground may go unsaid.
+        """The caption: in the first wording and with the ground or, with `rng`, in any wording and maybe without.
 
         still: leave the motion out.
         """
@@ -97,7 +97,7 @@ def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     return np.maximum(y, math.sqrt(0.75) * np.abs(x) - 0.5 * y) - 0.75 * radius
 
 
-# Signed, in pixels, negative inside.
+# The signed distance from a shape's outline in pixels, negative inside.
 DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "ball": _ball,
     "square": _square,
@@ -106,7 +106,7 @@ DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 def random_clip(rng: np.random.Generator, **fixed: str) -> Clip:
-    """A clip by chance, of which at most a tip leaves the picture; `fixed` names attributes that are given."""
+    """A random clip whose shape stays in the picture but for a tip at most; `fixed` gives attributes."""
     names = {"shape": SHAPES, "colour": COLOURS, "ground": GROUNDS, "motion": MOTIONS}
     drawn = {name: str(rng.choice(list(choices))) for name, choices in names.items()} | fixed
     motion = drawn["motion"]

@@ -1,4 +1,4 @@
-"""The DiT's training by flow matching (Lipman et al., 2023): whole batches through the modules that a pipeline runs."""
+"""The DiT's training by flow matching (Lipman et al., 2023), with whole batches through the modules of a pipeline."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from wan.modules.model import WanModel
 from .places import BLOCKS, Places, look_around
 from .training_steps import set_rates, share_of_rate, steps
 
-SHIFT = 3.0  # of the noise levels that are learned, towards noise
-PLACES_SHARE = 0.1  # in the loss
-MUON = 3.0  # its rate, as a multiple of AdamW's
+SHIFT = 3.0  # of the noise levels in training, towards noise
+PLACES_SHARE = 0.1  # weight of the places' loss in the whole loss
+MUON = 3.0  # Muon's learning rate, as a multiple of AdamW's
 Batch = dict[str, torch.Tensor]
 
 
@@ -33,15 +33,15 @@ def flow(
     vace_context: torch.Tensor | None = None,
     midst: Callable[[torch.Tensor, tuple[int, int, int]], None] = lambda tokens, grid: None,
 ) -> torch.Tensor:
-    """What the model's own forward pass predicts, fp32, differentiable; the image's tokens are left out.
+    """The model's forward pass, fp32 and differentiable, without the image encoder's tokens: the predicted flow.
 
     Args:
         x: [B, 16, F, H, W] noisy latents.
         t: [B] in [0, 1000].
         context: [B, text_len, text_dim], prompts padded with zeros.
-        y: [B, 20, F, H, W] that joins x, of an image model.
-        vace_context: [B, 96, F, H, W], of a VACE model.
-        midst: is given the tokens [B, L, dim] behind the first BLOCKS blocks, and their frames, rows and columns.
+        y: [B, 20, F, H, W], concatenated to x, for an image model.
+        vace_context: [B, 96, F, H, W], for a VACE model.
+        midst: called with the tokens [B, L, dim] after the first BLOCKS blocks, and their (frames, rows, columns).
     """
     tokens, grid = _patches(model.patch_embedding, x if y is None else torch.cat([x, y], 1))
     time = model.time_embedding(sinusoidal_embedding(model.freq_dim, t))
@@ -82,7 +82,7 @@ def _turn(freqs: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """x: [B, heads, L, head_dim]."""
+    """Applies the rotary embedding to x, [B, heads, L, head_dim]."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
@@ -121,7 +121,7 @@ def _block(
 
 
 def start(model: WanModel, seed: int) -> None:
-    """First weights: matrices that keep their input's scale, modulation and head near zero, heads that look around."""
+    """Initialises weights: matrices keep their input's scale, modulation and head are near zero, heads look around."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -136,7 +136,7 @@ def start(model: WanModel, seed: int) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024), of matrices."""
+    """Momentum of matrices, orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024)."""
 
     def __init__(self, matrices: Iterable[torch.Tensor], lr: float, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
@@ -161,7 +161,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """[N, rows, columns] to about the nearest matrices with singular values of 1."""
+    """Approximately the nearest matrices with singular values of 1 to those given, [N, rows, columns]."""
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -182,17 +182,17 @@ def train_dit(
     trained: Callable[[str], bool] = lambda name: True,
     places_alone: int = 0,
 ) -> None:
-    """Teaches the flow.
+    """Trains a DiT to predict the flow.
 
     Args:
-        model: is left with the running average of its weights.
-        draw: gives a step's batch: "latents" [B, 16, F, H, W], "context", and "y" or "vace_context".
-        count: steps.
-        rate: the highest learning rate, of AdamW.
-        tell: is told step and loss, averaged over some steps, now and then.
-        kept: where an interrupted training goes on, see steps.py.
-        trained: which parameters are, by name.
-        places_alone: first steps, in which no more is learned than where tokens are.
+        model: ends with the running average of its weights.
+        draw: returns a step's batch: "latents" [B, 16, F, H, W], "context", and "y" or "vace_context".
+        count: number of steps.
+        rate: the highest learning rate of AdamW.
+        tell: called every 50 steps with the step and a running average of the loss.
+        kept: the file from which an interrupted training continues, see training_steps.py.
+        trained: whether the parameter of a name is trained.
+        places_alone: number of first steps that train the tokens' places alone.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained(name))
@@ -227,7 +227,7 @@ def train_dit(
 def _losses(
     model: WanModel, places: Places, batch: Batch, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the flow, a mean square; and of the places."""
+    """(mean squared error of the flow, loss of the places)."""
     clean = batch.pop("latents")
     even = torch.rand(clean.size(0), generator=generator)
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)

@@ -12,7 +12,7 @@ from wan.utils.video import save_image, save_video
 from .clips import Clip
 from .lessons import hole_about, masked, reference
 
-# What the default prompts say of them is in wan/tasks.py.
+# The default prompts that describe them are in wan/tasks.py.
 BEGUN = Clip("square", "blue", "white", "right", x=14.5, y=25, radius=10, reach=50)
 FRAMED = Clip("triangle", "pink", "black", "left", x=65.5, y=24, radius=10, reach=50)
 REPLACED = Clip("ball", "red", "grey", "right", x=14.5, y=24, radius=10, reach=50)
@@ -20,7 +20,7 @@ REFERRED = ("square", "turquoise")
 
 
 def draw(folder: Path) -> None:
-    """Writes them all, over those that are there."""
+    """Writes all example files, replacing those that exist."""
     framed, source = FRAMED.video(), REPLACED.video()
     *_, mask = masked(source, hole_about(REPLACED))
     pictures = {

@@ -1,4 +1,4 @@
-"""What the DiTs learn from: clips as latents, captions as embeddings, and what each task is given beside them."""
+"""The training data of the DiTs: clips as latents, captions as embeddings, and the other inputs of each task."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .dit_training import Batch
 from .vae_training import encoded_by_frames
 
 BATCH = 16
-GIVEN = (3, 2)  # of a batch, with the first frame given, and with first and last
-UNSAID = 0.1  # share of lessons without a caption, for guidance
+GIVEN = (3, 2)  # clips of a batch whose first frame is given, and whose first and last are
+UNSAID = 0.1  # share of clips without a caption, for guidance
 
 
 class Texts:
-    """Captions to what the DiT reads, by the toy's own text encoder."""
+    """Embeds captions with the toy's own text encoder."""
 
     def __init__(self, folder: Path):
         """folder: a toy's checkpoint."""
@@ -66,8 +66,8 @@ def _heard(caption: str, rng: np.random.Generator) -> str:
 class Lessons:
     """Clips with their captions; for some in a batch the first frame is given, for some the last as well.
 
-    What a model learns of motion where frames are given it keeps where it has to begin with noise. Every eighth batch
-    is of twice as many first frames alone.
+    What a model learns of motion from given frames helps it where it has to start from noise. Every eighth batch has
+    twice as many clips, but of each only the first frame.
     """
 
     def __init__(self, vae: VAE, texts: Texts, count: int, seed: int):
@@ -110,12 +110,12 @@ def reference(shape: str, colour: str) -> np.ndarray:
 
 
 def referring(clip: Clip) -> str:
-    """A caption that leaves shape and colour to the reference."""
+    """A caption that leaves shape and colour to the reference image."""
     return f"it {MOTIONS[clip.motion][0].format(go='moves')} on a {clip.ground} ground"
 
 
 def hole_about(*clips: Clip) -> tuple[slice, slice]:
-    """Rows and columns of a rectangle of whole latents that holds all that some clips show."""
+    """(rows, columns) of the smallest rectangle of whole latent cells that holds the shapes of all frames of clips."""
     covered = np.any([clip.coverage().max(0) > 0 for clip in clips], axis=0)
     rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
     low = [int(side[0]) // 8 * 8 for side in (rows, columns)]
@@ -124,14 +124,14 @@ def hole_about(*clips: Clip) -> tuple[slice, slice]:
 
 
 def masked(source: np.ndarray, hole: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What stays of a video, what is to be made anew, and the mask [1, F, H, W] of it."""
+    """(what stays of a video, what is to be made anew, its mask [1, F, H, W])."""
     mask = np.zeros((1, *source.shape[1:]), np.float32)
     mask[:, :, hole[0], hole[1]] = 1
     return source * (1 - mask), source * mask, mask
 
 
 class VaceLessons:
-    """Clips to be filled into a hole of another; with a reference that shows their shape; or with no source at all."""
+    """Clips to fill into a hole of another; clips with a reference image of their shape; clips without a source."""
 
     def __init__(self, vae: VAE, lessons: Lessons, count: int, seed: int):
         self.seed, self.lessons = seed, lessons
@@ -172,6 +172,6 @@ class VaceLessons:
 
 
 def _vace_context(kept: torch.Tensor, made: torch.Tensor, masks: Sequence[np.ndarray]) -> torch.Tensor:
-    """[B, 96, F, h, w], as the VACE pipeline puts it together."""
+    """The model's `vace_context`, [B, 96, F, h, w], as the VACE pipeline builds it."""
     coarse = WanVace.vace_encode_masks(None, [torch.from_numpy(mask) for mask in masks], None, (4, 8, 8))
     return torch.cat([kept, made, torch.stack(coarse)], 1)

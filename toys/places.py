@@ -1,10 +1,10 @@
-"""Where a token is in the video: what a DiT has to know before it can learn which way something moves.
+"""Teaches a DiT where each token is in the video, which it must know before it can learn which way something moves.
 
 Wan's positions are relative: rotary embeddings turn queries and keys (Su et al., 2021). In noise, which looks the same
-everywhere, nothing but a missing neighbour tells a token that it is in the first frame, or at an edge. Left to itself a
-small model learns what moves and how it looks, but not in which order. So heads begin by looking at one neighbour each,
-and while it learns the model is asked in its midst for every token's frame, row and column: a companion objective (Lee
-et al., Deeply-Supervised Nets, 2015), of which nothing is left in the weights.
+everywhere, only a missing neighbour tells a token that it is in the first frame, or at an edge. Left to itself a small
+model learns what moves and how it looks, but not in which order. So each head begins by looking at one neighbour; and
+in training a linear layer after the first BLOCKS blocks predicts every token's frame, row and column: a companion
+objective (Lee et al., Deeply-Supervised Nets, 2015), whose layer is not part of the trained model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 
 from wan.modules.model import WanModel
 
-BLOCKS = 2  # behind which tokens know it
-MOST = (6, 3, 5)  # frames, one of them a reference's, rows, columns
-LOOKS = ((0, 1), (0, -1), (2, 1), (2, -1), (1, 1), (1, -1), (0, 2), (0, -2))  # an axis, and how far along it
+BLOCKS = 2  # after which tokens are to know their place
+MOST = (6, 3, 5)  # at most so many frames (one of them a reference's), rows, columns
+LOOKS = ((0, 1), (0, -1), (2, 1), (2, -1), (1, 1), (1, -1), (0, 2), (0, -2))  # (axis, offset) of a neighbour
 SHARP, BLUNT = 5.0, 1.5  # by how much a score falls within a radian, along a head's own axis and along others
 BIAS, CONTENT = 2.0, 0.3  # of the channels that look around: their bias, and how much else moves them
 
 
 class Places(nn.Linear):
-    """Reads the places of tokens [B, L, dim]."""
+    """Predicts the places of tokens [B, L, dim]."""
 
     def __init__(self, dim: int):
         super().__init__(dim, sum(MOST))
@@ -41,9 +41,9 @@ class Places(nn.Linear):
 
 @torch.no_grad()
 def look_around(model: WanModel) -> None:
-    """Lets every head begin with one neighbour: scores fall with the distance from it, whatever the tokens are.
+    """Initialises every head to look at one neighbour: scores fall with the distance from it, whatever the tokens are.
 
-    Of a head's channels it takes the pairs that turn by one radian with each step along an axis.
+    It uses those pairs of a head's channels that turn by one radian with each step along an axis.
     """
     width = model.dim // model.num_heads
     pairs = width // 2
@@ -56,7 +56,7 @@ def look_around(model: WanModel) -> None:
 
 
 def _look(attention: nn.Module, channel: int, step: float, product: float) -> None:
-    """Adds product * cos(distance - step) to the products of queries and keys, by a pair of channels."""
+    """Makes a pair of channels add product * cos(distance - step) to the products of queries and keys."""
     pair = slice(channel, channel + 2)
     attention.q.bias[pair] = BIAS * torch.tensor([1.0, 0.0])
     attention.k.bias[pair] = BIAS * torch.tensor([math.cos(step), -math.sin(step)])

@@ -1,4 +1,4 @@
-"""What a clip shows, measured from its pixels: the ground's colour, and the shape's colour, kind and motion."""
+"""Measures from a clip's pixels what it shows: the ground's colour, and the shape's colour, kind and motion."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 from wan.trained_toys.captions import COLOURS, GROUNDS
 
-DISTINCT = 60.0  # in colour, of what is not ground
-LEAST_AREA = 20  # pixels, of what counts as a shape
-MOVED = 6.0  # pixels, from which on a shape has moved
-GROWN = 1.35  # from which ratio of areas on it has grown
+DISTINCT = 60.0  # distance in RGB from the ground, above which a pixel is the shape's
+LEAST_AREA = 20  # in pixels, of a shape
+MOVED = 6.0  # pixels; a shape whose centre moves farther has moved
+GROWN = 1.35  # ratio of last to first area, above which a shape has grown
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Names are those of toys.clips, or "" where nothing can be told.
+    """What a clip shows. Names are those of toys.clips, or "" where nothing can be told.
 
     Attributes:
         places: [F, 2] of the shape's centre in each frame, x and y in pixels; NaN where there is none.
@@ -33,7 +33,7 @@ class Seen:
 
 
 def seen(video: np.ndarray) -> Seen:
-    """Looks at one shape on a plain ground.
+    """Measures a clip of one shape on a plain ground.
 
     video: [3, F, H, W] in [-1, 1].
     """
@@ -49,7 +49,7 @@ def seen(video: np.ndarray) -> Seen:
     places[areas < LEAST_AREA] = np.nan
     if areas.max() < LEAST_AREA:
         return Seen(_nearest(ground, GROUNDS), "", "", "", places, areas)
-    # The middle of the shape: its margin is mixed with the ground.
+    # The colour is that of the shape's inner pixels: those at its edge are mixed with the ground.
     inner = apart > 0.8 * np.quantile(apart[shown], 0.9)
     colour = np.median(pixels[:, inner], axis=1)
     return Seen(
@@ -67,7 +67,7 @@ def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _shape(shown: np.ndarray) -> str:
-    """By what a shape fills of its bounding box, the median over the frames: 1, pi / 4 or a half."""
+    """The kind, by the share of its bounding box that a shape fills, a median over frames: 1, pi / 4 or a half."""
     filled = []
     for frame in shown:
         rows, columns = np.flatnonzero(frame.any(1)), np.flatnonzero(frame.any(0))

@@ -18,15 +18,15 @@ from .clips import FRAMES, HEIGHT, WIDTH
 from .shown import KINDS, Asked, Toy, asked, picture, text
 
 COUNT = 16  # prompts on a sheet
-EVERY = 4  # frames of a video from one that is on the sheet to the next
-GAP, LINE = 6, 16  # pixels: between pictures, and of a prompt above them
+EVERY = 4  # one of so many frames of a video is on the sheet
+GAP, LINE = 6, 16  # pixels: between pictures, and height of a prompt's line
 FIRST = "toy-first.gif"
 FIRST_SCALE, FIRST_COLOURS = 4, 64
 FRAME_MS, LAST_MS = 60, 900  # a GIF's times are in steps of 10 ms; the last frame stays
 
 
 def strip(request: Asked, video: np.ndarray) -> Image.Image:
-    """A prompt, and below it what is given, a gap, and frames of what is shown."""
+    """A prompt, and below it the given pictures, a gap, and frames of the result."""
     frames = video[:, ::EVERY].swapaxes(0, 1)
     scale = 2 if len(frames) > 1 else 3
     width, height = scale * WIDTH, scale * HEIGHT
@@ -40,7 +40,7 @@ def strip(request: Asked, video: np.ndarray) -> Image.Image:
 
 
 def grid(strips: Sequence[Image.Image], across: int) -> Image.Image:
-    """Pictures of one size, so many in a row."""
+    """Pictures of one size as one picture, `across` in a row."""
     width, height = strips[0].width + 2 * GAP, strips[0].height + GAP
     canvas = Image.new("RGB", (width * across, height * -(-len(strips) // across)), "white")
     for number, image in enumerate(strips):
@@ -49,12 +49,12 @@ def grid(strips: Sequence[Image.Image], across: int) -> Image.Image:
 
 
 def enlarged(frame: np.ndarray, scale: int) -> Image.Image:
-    """[3, H, W] in [-1, 1], its pixels as squares."""
+    """A frame [3, H, W] in [-1, 1], each pixel as a square of `scale` pixels."""
     return picture(frame).resize((scale * WIDTH, scale * HEIGHT), Image.Resampling.NEAREST)
 
 
 def sheet(kind: str) -> Image.Image:
-    """A kind's first prompts."""
+    """The contact sheet of a kind: its first COUNT requests and their results."""
     toy = Toy(KINDS[kind][0])
     requests = [asked(kind, number) for number in range(COUNT)]
     videos = [toy.show(request, number) for number, request in enumerate(requests)]
@@ -62,7 +62,7 @@ def sheet(kind: str) -> Image.Image:
 
 
 def first_video(path: Path) -> None:
-    """What the README's first command makes, as a GIF."""
+    """Writes the result of the README's first command as a GIF."""
     task = KINDS["text"][0]
     video = Toy(task).show(text(TASKS[task].prompt), seed=0)
     frames = [enlarged(frame, FIRST_SCALE) for frame in video.swapaxes(0, 1)]

@@ -1,4 +1,4 @@
-"""What the trained toys are asked for, by chance, and what they show: for tests and contact sheets."""
+"""Random requests to the trained toys, and the toys that answer them: for tests and contact sheets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from wan.tasks import TASKS
 from .clips import FRAMES, HEIGHT, WIDTH, Clip, random_clip
 from .lessons import hole_about, masked, reference, referring
 
-HELD_OUT = 2**20  # of all seeds of what is asked for here: those of lessons are small
+HELD_OUT = 2**20  # part of every request's seed; lessons have small seeds, so that none is the same
 _WHOLE = {"max_area": WIDTH * HEIGHT, "frame_num": FRAMES}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, and what is given beside it.
+    """A request: a prompt, and the inputs given beside it.
 
     Attributes:
         given: the pipeline's own arguments.
-        clip: what it is to show, where that is known.
-        pictures: of what is given, [3, H, W] each.
-        source, mask: of a fill: what is there before, [3, F, H, W], and where it is made anew, [1, F, H, W].
+        clip: the clip that the result is to show, if known.
+        pictures: that show the inputs, [3, H, W] each.
+        source, mask: of a fill: the video before, [3, F, H, W], and where it is made anew, [1, F, H, W].
     """
 
     prompt: str
@@ -39,7 +39,7 @@ class Asked:
 
 
 def text(prompt: str, clip: Clip | None = None, frames: int = FRAMES) -> Asked:
-    """A prompt alone."""
+    """A request with a prompt alone."""
     return Asked(prompt, {"size": (WIDTH, HEIGHT), "frame_num": frames}, clip)
 
 
@@ -90,7 +90,7 @@ def _source(video: np.ndarray, mask: np.ndarray, *references: torch.Tensor) -> d
     }
 
 
-# By what is shown: the task, and what it is asked for by a generator's chance.
+# By kind of request: the task, and a function that draws a request at random.
 KINDS: dict[str, tuple[str, Callable[[np.random.Generator], Asked]]] = {
     "text": ("t2v-toy", _text),
     "still": ("t2i-toy", _still),
@@ -102,12 +102,12 @@ KINDS: dict[str, tuple[str, Callable[[np.random.Generator], Asked]]] = {
 
 
 def asked(kind: str, number: int) -> Asked:
-    """What is asked for of a kind, by its number; no lesson is drawn from the same seed."""
+    """The request number `number` of a kind; no lesson is drawn from the same seed."""
     return KINDS[kind][1](np.random.default_rng([HELD_OUT, number]))
 
 
 def picture(frame: np.ndarray) -> Image.Image:
-    """[3, H, W] in [-1, 1] as a picture of 8 bits."""
+    """A frame [3, H, W] in [-1, 1] as an 8-bit picture."""
     return Image.fromarray(((frame.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8))
 
 
@@ -127,6 +127,6 @@ class Toy:
         )
 
     def show(self, asked: Asked, seed: int, **settings: Any) -> np.ndarray:
-        """[3, F, H, W] in [-1, 1]; settings: those of generate(), in place of the task's defaults."""
+        """A request's result, [3, F, H, W] in [-1, 1]; settings: of generate(), in place of the task's defaults."""
         given = asked.given | self._settings | settings
         return self._pipeline.generate(asked.prompt, seed=seed, **given).numpy()

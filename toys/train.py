@@ -29,8 +29,8 @@ from .lessons import Lessons, Texts, VaceLessons
 SEED = 0
 Made = TypeVar("Made")
 CLIPS = 2000
-# The encoder learns from stills: a latent frame codes the last of its four frames. The decoder, which sees the latent
-# before as well, then learns what lies between.
+# The encoder is trained on single frames: a latent frame codes the last of its four frames. Then the decoder, which
+# also sees the latent frame before, is trained to fill in the frames between.
 VAE_STAGES: dict[str, dict[str, Any]] = {
     "vae-stills": {"frames": 1, "batch": 8, "count": 2500, "rate": 3e-3},
     "vae-decoder": {"frames": 9, "batch": 3, "count": 3000, "rate": 2e-3, "decoder_only": True},
@@ -40,14 +40,14 @@ IMAGE_BRANCH = ("img_emb", "k_img", "v_img")
 
 
 class Training:
-    """Its stages, each of which leaves a file in `folder` and its losses beside it."""
+    """The stages of the training; each leaves a file in `folder`, and a file with its losses beside it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def teller(self, stage: str) -> Callable[..., None]:
-        """Notes what a stage tells: [step, losses...]."""
+        """A function that prints and keeps a stage's numbers: step, losses."""
 
         def tell(*numbers: float) -> None:
             line = [round(number, 5) for number in numbers]
@@ -59,7 +59,7 @@ class Training:
         return tell
 
     def kept(self, name: str, make: Callable[[], Made]) -> Made:
-        """What a stage makes, or made before."""
+        """The result of a stage: read from its file if that exists, else made and written to it."""
         path = self.folder / f"{name}.pt"
         if not path.is_file():
             torch.manual_seed(SEED)
@@ -67,7 +67,7 @@ class Training:
         return torch.load(path, weights_only=False)
 
     def vae(self, stages: Sequence[str]) -> VAE:
-        """After some stages of VAE_STAGES, its latents having the statistics that pipelines take them to have."""
+        """The VAE after some stages of VAE_STAGES, with the statistics of its latents that pipelines expect."""
         torch.manual_seed(SEED)
         vae = vae_training.new_vae(TOY_CONFIGS["t2v-toy"].vae_dim)
         for stage in stages:
@@ -84,7 +84,7 @@ class Training:
         return vae.state_dict()
 
     def run(self, only: str | None = None) -> None:
-        """All of it, or what needs no more than the encoder: "decoder", or "dits"."""
+        """Trains everything, or only one of the two parts that need just the encoder: "decoder", or "dits"."""
         stills, decoder = VAE_STAGES
         vae = self.vae([stills])
         if only != "dits":
@@ -93,7 +93,7 @@ class Training:
             self.dits(vae)
 
     def dits(self, vae: VAE) -> None:
-        """One for text and images; and VACE's, which goes on from it, with lessons from half of the clips."""
+        """Trains one DiT for text and images, and from its weights VACE's, on lessons from half of the clips."""
         checkpoints.write_encoders(self.folder, TOY_CONFIGS["t2v-toy"])
         lessons = self.kept("lessons", lambda: Lessons(vae, Texts(self.folder), CLIPS, SEED))
         weights = self.dit("dit", "i2v-toy", lessons, 14_000, 2e-3)
@@ -113,7 +113,7 @@ class Training:
         rate: float,
         before: checkpoints.Weights | None = None,
     ) -> checkpoints.Weights:
-        """Trains a task's DiT, from another's weights if given, but for the image branch."""
+        """Trains a task's DiT except for the image branch, starting from the weights `before` if given."""
         sizes = {key: value for key, value in TOY_CONFIGS[task].dit_config.items() if key[0] != "_"}
         model = (VaceWanModel if name == "vace" else WanModel)(**sizes)
         start(model, SEED)
@@ -133,7 +133,7 @@ class Training:
 
 
 def adopt(model: VaceWanModel, other: checkpoints.Weights) -> None:
-    """Starts a VACE model from another's weights, its own blocks as copies of theirs."""
+    """Starts a VACE model from another DiT's weights, each VACE block as a copy of the block at its place."""
     weights = model.state_dict() | other
     for number, layer in enumerate(model.vace_layers):
         for name, tensor in other.items():

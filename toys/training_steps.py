@@ -1,4 +1,4 @@
-"""Steps of a training that can be interrupted: what it has so far is kept in a file, from which it goes on."""
+"""Steps of a training that can be interrupted: a file keeps its state, from which it continues."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ KEEP_EVERY = 100
 
 
 def steps(count: int, kept: Path, parts: Mapping[str, Any]) -> Iterator[int]:
-    """The numbers of the steps to take: of all, or of those after what the file holds.
+    """Yields the numbers of the steps to take: all, or those after the state in the file `kept`, which it loads.
 
-    parts: whatever has state_dict() and load_state_dict(); steps must depend on these and on their number alone.
+    parts: objects with state_dict() and load_state_dict(); a step must depend on these and on its number alone.
     """
     done = 0
     if kept.is_file():
@@ -33,12 +33,12 @@ def steps(count: int, kept: Path, parts: Mapping[str, Any]) -> Iterator[int]:
 
 
 def set_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Gives optimizers a share of the rates that they were made with."""
+    """Sets the learning rates of optimizers to a share of their initial ones."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
 
 def share_of_rate(step: int, count: int) -> float:
-    """Of the highest rate: rising over 50 steps, from the middle on falling to a fiftieth."""
+    """The learning rate as a share of the highest: rising over 50 steps, from the middle on falling to a fiftieth."""
     return min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / count))

@@ -1,4 +1,4 @@
-"""The VAE's training: whole clips at a time through the modules that the pipelines run frame by frame."""
+"""The VAE's training: whole clips go through the modules that the pipelines run frame by frame."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def convolved(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
 
 
 def by_frames(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A module of [B, C, H, W] on every frame of [B, C, T, H, W]."""
+    """Applies a module for [B, C, H, W] to every frame of [B, C, T, H, W]."""
     out = module(x.transpose(1, 2).flatten(0, 1))
     return out.unflatten(0, (x.size(0), -1)).transpose(1, 2)
 
@@ -62,7 +62,7 @@ def passed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def resampled(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A change of size, and of rate where the layer has it: the first frame stays single."""
+    """Resamples in space and, if the layer does so, in time; the first frame stays single."""
     time_conv = getattr(layer, "time_conv", None)
     if isinstance(layer.resample[0], nn.Upsample):
         if time_conv is not None and x.size(2) > 1:
@@ -85,14 +85,14 @@ def encoded(vae: VAE, video: torch.Tensor) -> torch.Tensor:
 
 
 def encoded_by_frames(vae: VAE, video: torch.Tensor) -> torch.Tensor:
-    """As `encoded`, of an encoder whose weights for past frames are zero: every fourth frame by itself."""
+    """As `encoded`, for an encoder whose weights for past frames are zero: it encodes every fourth frame by itself."""
     frames = video[:, :, ::4]
     stills = frames.transpose(1, 2).flatten(0, 1).unsqueeze(2)
     return encoded(vae, stills).squeeze(2).unflatten(0, (len(video), -1)).transpose(1, 2)
 
 
 def decoded(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
-    """What `encoded` gives to a video, not clamped."""
+    """The inverse of `encoded`: latents to a video, not clamped."""
     x = convolved(vae.conv2, latents)
     for layer in (vae.decoder.conv1, *vae.decoder.middle, *vae.decoder.upsamples, *vae.decoder.head):
         x = passed(layer, x)
@@ -100,7 +100,7 @@ def decoded(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
 
 
 def new_vae(dim: int) -> VAE:
-    """A VAE that starts where single frames pass by themselves: past frames unread, residual branches silent."""
+    """An untrained VAE that codes each frame by itself: weights for past frames and residual branches are zero."""
     vae = VAE(dim)
     for name, parameter in vae.named_parameters():
         with torch.no_grad():
@@ -121,9 +121,9 @@ def new_vae(dim: int) -> VAE:
 def crops(
     rng: np.random.Generator, batch: int, frames: int, height: int, width: int
 ) -> tuple[torch.Tensor, ...]:
-    """Pieces of clips about the shape: [B, 3, frames, height, width] in [-1, 1], and its coverage [B, 1, ...].
+    """Crops of clips around the shape: [B, 3, frames, height, width] in [-1, 1], and its coverage [B, 1, ...].
 
-    Some are as pipelines give them to the encoder: grey in a rectangle, outside it, or in frames to be made.
+    Some are grey as the inputs that pipelines encode: in a rectangle, outside it, or in the frames to be made.
     """
     videos, covers = [], []
     for _ in range(batch):
@@ -157,14 +157,14 @@ def train_vae(
     kept: Path,
     decoder_only: bool = False,
 ) -> None:
-    """Teaches the VAE to give back crops of clips.
+    """Trains the VAE to reconstruct crops of clips.
 
     Args:
-        vae: is left as learnt.
-        count, batch, frames: steps, crops a step, frames of each.
+        vae: trained in place.
+        count, batch, frames: number of steps, of crops per step, and of frames per crop.
         rate: the highest learning rate.
-        tell: is told step, loss and squared error now and then.
-        kept: where an interrupted training goes on, see steps.py.
+        tell: called every 50 steps with the step, the loss and the squared error.
+        kept: the file from which an interrupted training continues, see training_steps.py.
         decoder_only: leave the encoder as it is.
     """
     vae.requires_grad_(True)
@@ -180,7 +180,7 @@ def train_vae(
         noise = torch.Generator().manual_seed(seed + step)
         blurred = latents + 0.1 * torch.randn(latents.shape, generator=noise)
         error = decoded(vae, blurred) - video
-        # Grey is easy and hides what colours lack: their own error counts more.
+        # A grey result has a small error although it lacks colour, so the error of colour counts more.
         felt = error + 2 * (error - error.mean(1, keepdim=True))
         weight = 1 + 2 * cover
         loss = (weight * (felt.abs() + 2 * felt.square())).mean() + 1e-3 * latents.square().mean()
@@ -193,7 +193,7 @@ def train_vae(
 
 
 def standardise(vae: VAE, latents: torch.Tensor) -> None:
-    """Gives the VAE's latents, of which these are a sample, the statistics that pipelines take them to have."""
+    """Scales a VAE so that its latents, given a sample of them, have the statistics that pipelines expect."""
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     scale = torch.tensor(LATENT_STD) / std
     shift = torch.tensor(LATENT_MEAN) - mean * scale

@@ -1,4 +1,4 @@
-"""Starts runs of upstream's code, unpatched or patched, on a machine without a GPU, and reads back what they give.
+"""Starts runs of upstream's code, unpatched or patched, on a machine without a GPU, and reads back their results.
 
 Upstream's package has the name of ours, so a tree runs in a process of its own (upstream_driver.process). Several
 trees can be compared that way in one test run.
@@ -23,7 +23,7 @@ PIPELINES = {"t2v": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "Wan
 
 @dataclass
 class Outcome:
-    """What a run of upstream gave.
+    """The result of a run of upstream's code.
 
     video: [3, F, H, W] fp32 in [-1, 1], latents: [16, F', H', W'] fp32; None if it ran out of memory or counted.
     report: {"peak_bytes", "stages": {name: peak bytes}, "peak_reserved", "reserved": {name: peak bytes},
@@ -69,8 +69,8 @@ def run(
         dtype: of the DiT's autocast and of T5: float32 (CLIP's too) or bfloat16 (CLIP's is float16).
         config: upstream's config to start from, a key of its WAN_CONFIGS.
         capacity, expandable_segments, granularity: of the virtual GPU; None: its defaults.
-        find_least: tell the least capacity that serves all that the run requests.
-        meta: count at full size.
+        find_least: report the least capacity that serves all requests of the run.
+        meta: count bytes at full size, without computing.
         timeout: seconds; None for as long as it takes.
 
     Raises RuntimeError with the end of its error output if the process fails, UnsupportedError if there can be no
@@ -133,7 +133,7 @@ def run(
 
 
 def kind_of(task: str) -> str:
-    """The name here of one of this project's tasks: pictures from text are videos of one frame."""
+    """The key in PIPELINES for one of this project's tasks; pictures from text are videos of one frame."""
     kind = task.split("-")[0]
     return kind if kind in PIPELINES else "t2v"
 
@@ -150,6 +150,6 @@ def read_configs(tree: str | Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that finds these modules, behind whatever it puts before them."""
+    """The environment of a process that can import these modules; paths that it inserts itself come first."""
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,4 +1,4 @@
-"""Upstream's models in other sizes: those of a checkpoint, which it has built in, or full size without storage."""
+"""Upstream's models in other than their built-in sizes: those of a checkpoint, or full size without storage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 CONFIGS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B", "flf2v": "flf2v-14B", "vace": "vace-1.3B"}
 DIT_SIZES = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "eps")
-Shapes = dict[str, tuple[int, ...]]  # of a checkpoint's tensors
+Shapes = dict[str, tuple[int, ...]]  # of a checkpoint's tensors, by name
 TOKENS = 120  # of a prompt in meta mode
 
 
 def task_config(wan: Any, task: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> Any:
-    """Upstream's config of a task with dtype for the DiT's autocast and T5; CLIP stays fp16 beside bf16."""
+    """Upstream's config of a task, with `dtype` for the DiT's autocast, T5 and, if it is fp32, CLIP."""
     config = wan.configs.WAN_CONFIGS[name or CONFIGS[task]]
     config.param_dtype = config.t5_dtype = dtype
     if "clip_dtype" in config and dtype is torch.float32:
@@ -104,7 +104,7 @@ def without_weights(wan: Any, config: Any, task: str, storage: bool) -> None:
         return
     _let_meta_modules_be_at_home()
     for solver in (wan.utils.FlowUniPCMultistepScheduler, wan.utils.FlowDPMSolverMultistepScheduler):
-        # Its table of times is searched by value: it stays where there are values.
+        # The solver searches its table of times by value, so the table stays on the CPU, where values are real.
         original = solver.set_timesteps
 
         def set_timesteps(
@@ -139,7 +139,7 @@ def _give_storage(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _let_meta_modules_be_at_home() -> None:
-    """Weights without storage stand for weights in the CPU's memory: moving them there does nothing."""
+    """Makes moving meta weights to the CPU do nothing: they stand for weights in the CPU's memory."""
     to, cpu = torch.nn.Module.to, torch.nn.Module.cpu
 
     def at_home(module: torch.nn.Module) -> bool:

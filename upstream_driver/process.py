@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def build(wan: Any, task: str, config: Any, checkpoint: str | Path, **init: Any) -> Any:
-    """The pipeline object of a task."""
+    """Builds the pipeline of a task."""
     return getattr(wan, PIPELINES[task])(config=config, checkpoint_dir=str(checkpoint), **init)
 
 

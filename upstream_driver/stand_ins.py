@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-Contents = dict[str, dict[str, Any]]  # of a library: its modules' names, from a dot on, and what is in each
+Contents = dict[str, dict[str, Any]]  # a library's modules by suffix ("" or ".name"), and the names in each
 
 
 def install() -> None:
     """Makes torchvision, decord, dashscope and cv2 importable where they are missing."""
-    is_torchvision_available()  # transformers keeps the answer, and does not take the stand-in for the library
+    is_torchvision_available()  # transformers caches the answer, before a stand-in could mislead it
     libraries: dict[str, Contents] = {
         "torchvision": _torchvision(),
         "decord": _decord(),

@@ -1,10 +1,9 @@
-"""Upstream's package, imported with what it needs around it; only in a process of its own.
+"""Imports upstream's package with replacements around it; only for a process of its own.
 
-What is replaced, all of it from outside:
+These are replaced, all from outside:
 
 - missing libraries, by the stand-ins of stand_ins.py;
-- `cuda:N`, by the CPU or by the virtual GPU (`vgpu`); noise is drawn on the CPU for both. For `cuda` it is what it
-  says;
+- `cuda:N`, by the CPU or by the virtual GPU (`vgpu`); noise is drawn on the CPU for both. With `cuda` it stays;
 - flash attention, by scaled-dot-product attention over the valid keys, in the type of the values;
 - `torch.cuda.amp.autocast`, by the autocast of the device in use for bfloat16 and float16; float32 turns it off;
 - the mask of first-last-frame, which upstream builds for 81 frames only, by one of the right length.
@@ -28,7 +27,7 @@ from . import stand_ins
 def load_tree(tree: str | Path, device: str = "cpu", meta: bool = False) -> Any:
     """Imports upstream's package, once per process, and returns it.
 
-    device: cpu or vgpu, what its cuda:N becomes; or cuda, which leaves it.
+    device: cpu or vgpu, which replace its cuda:N; or cuda, which leaves it.
     """
     stand_ins.install()
     if device == "vgpu":
@@ -82,7 +81,7 @@ class _DeviceType(type):
 
 
 class _Torch:
-    """The torch module as upstream's modules see it: cuda is another device, the rest is the same."""
+    """The torch module as upstream's modules see it: cuda is replaced by another device, the rest is the same."""
 
     def __init__(self, device: str, meta: bool):
         def mapped(value: Any) -> torch.device:

@@ -25,7 +25,7 @@ from .surroundings import load_tree
 
 
 def encode(tree: str | Path, folder: Path, **request: Any) -> list[torch.Tensor]:
-    """What upstream's encoder makes of a request; see above. The folder must hold the files that it needs."""
+    """The results of upstream's encoder for a request, see above. The folder must hold the other files."""
     (folder / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "upstream_driver.toy_encoders", str(tree), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())

@@ -1,4 +1,4 @@
-"""What a run of upstream's pipeline is asked for: its latents, and the memory that each stage takes."""
+"""Observes a run of upstream's pipeline: its latents, and the memory that each stage takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STAGES = ("load", "text", "image", "encode", "denoise", "decode")
 
 
 class Watch:
-    """Notes what a pipeline decodes and, on a GPU, the peak of each stage.
+    """Notes the latents that a pipeline decodes and, on a GPU, the peak memory of each stage.
 
     A stage begins when its model is called or moved to the device, and lasts until the next begins.
     """
@@ -91,7 +91,7 @@ class Watch:
 
 
 class CudaMemory:
-    """What Watch asks of a virtual GPU, of the CUDA device."""
+    """The counters that Watch reads of a virtual GPU, for the CUDA device."""
 
     def __init__(self) -> None:
         torch.cuda.init()

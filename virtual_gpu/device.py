@@ -44,15 +44,15 @@ class VirtualGPU(Hardware):
 
     capacity: bytes that the allocator can reserve, or None for no limit. An allocation that needs more raises
         torch.OutOfMemoryError, whose attribute `requested` is the bytes asked for.
-    expandable_segments: which of CUDA's ways to reserve. granularity: of that; finer for toys. See allocator.py.
+    expandable_segments, granularity: of the allocator, see allocator.py; a finer granularity suits toys.
     meta: count without computing.
     record_requests: keep the allocator's trace, for replay.py.
     pin_limit: bytes of host memory that can be pinned, or None for no limit; beyond it pinning raises RuntimeError.
     record_ops: note every operator in the record, not only memory, moves and events.
 
     live, peak: bytes allocated now, and at most since the start or the last reset_peak(). reserved, peak_reserved: the
-        same of what the allocator holds for them. pinned: bytes of pinned host memory now. record: list of Record, in
-        order. initialized: whether the device was used yet.
+        same for the bytes that the allocator holds. pinned: bytes of pinned host memory now. record: list of Record,
+        in order. initialized: whether the device was used yet.
 
     A tensor that outlives the block stays usable and goes on counting in the ledger of the GPU that made it. Leaving
     the block without an exception waits for all streams and raises RaceError if that shows a race.

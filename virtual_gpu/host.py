@@ -1,4 +1,4 @@
-"""What changes on the host while a virtual GPU is there."""
+"""Patches of torch on the host while a virtual GPU's block is open."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     if isinstance(tensor, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
     torch.utils.swap_tensors(tensor, value)
-    # What else was set on the tensor stays on it.
+    # Other attributes that were set on the tensor stay on it.
     for name in vars(value).keys() - {"held", "allocation", "signature"}:
         setattr(tensor, name, getattr(value, name))

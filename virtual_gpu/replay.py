@@ -1,4 +1,4 @@
-"""What a run takes of the allocator, recorded once, and played again on cards of other sizes in seconds."""
+"""Records a run's requests to the allocator once, and replays them on cards of other sizes in seconds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RecordingAllocator(CachingAllocator):
 
 
 def replay(trace: Iterable[Request], allocator: CachingAllocator) -> CachingAllocator:
-    """The allocator after the trace. Raises torch.OutOfMemoryError where the run would."""
+    """Plays a trace on an allocator, and returns it. Raises torch.OutOfMemoryError where the run would."""
     blocks: dict[int, Block] = {}
     for number, nbytes, stream in trace:
         if nbytes is not None:

@@ -1,4 +1,4 @@
-"""Streams, events and pinned memory of the virtual GPU: who may rely on what having happened.
+"""Streams, events and pinned memory of the virtual GPU: which accesses to memory they order, and which they do not.
 
 The virtual GPU runs every operator at once, in the order of submission; a real one only promises the order that
 streams and events establish. So each stream, each event and the host keep a vector clock, each storage keeps its
@@ -147,7 +147,7 @@ class Event:
 
 
 class HostCopy:
-    """A copy between pinned host memory and the device of which the host does not know yet that it is done."""
+    """A copy between pinned host memory and the device that the host does not know yet to be done."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class HostCopy:
         self.destination, self.values = destination, values
 
     def touches(self, tensor: torch.Tensor) -> bool:
-        """Whether it shares bytes with a tensor on the host."""
+        """Whether the copy's host memory shares bytes with a tensor on the host."""
         mine = self.source if self.destination is None else self.destination
         if mine.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
             return False
@@ -179,7 +179,7 @@ class HostCopy:
 
 
 class _Here(threading.local):
-    """What a thread submits its work to, and under which label."""
+    """The stream to which a thread submits its work, and the label of that work."""
 
     stream: Stream | None = None  # None is the default stream
     label: str | None = None
@@ -197,7 +197,7 @@ class Timeline:
         self.events = 0  # made so far
         self.host: Clock = {}  # the clock of what the host knows to be done
         self.copies: list[HostCopy] = []  # every HostCopy under way, oldest first
-        # what happened where nothing can be raised, to be raised at the next chance
+        # a race found where nothing can be raised; the next call that can raises it
         self.fault: str | None = None
         self.here = _Here()
 
@@ -270,7 +270,10 @@ class Timeline:
 
     @_exclusive
     def touch_host(self, name: str, tensor: torch.Tensor, writes: bool) -> None:
-        """The current stream is about to copy from pinned memory, or to it: what has to be done before is done."""
+        """The current stream is about to copy from or to pinned memory: finishes the copies that come before.
+
+        Raises RaceError if nothing orders the new copy after one of them.
+        """
         stream = self.current
         for copy in [c for c in self.copies if c.touches(tensor) and (writes or c.destination is not None)]:
             if copy.access.tick > stream.clock.get(copy.access.stream, 0):

@@ -1,4 +1,4 @@
-"""Whether this PyTorch can have a virtual GPU: decided here, for all who use one."""
+"""Decides whether this PyTorch can have a virtual GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils import backend_registration
 
 set_up = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 
-# What is lacking, in a line; empty if the virtual GPU works.
+# Why there can be no virtual GPU, in a line; empty if there can.
 LACK = "" if set_up else f"the virtual GPU needs PyTorch 2.10 or newer, this is {torch.__version__}"
 
 

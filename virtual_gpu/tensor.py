@@ -101,11 +101,11 @@ class VirtualTensor(torch.Tensor):
 
 
 class _Operator:
-    """What the dispatcher must know of an operator, read once from its schema.
+    """The facts about an operator that the dispatcher needs, read once from its schema.
 
-    composite: PyTorch composes it from others. needs_values: the host reads them, or the shape of the result depends
-    on them. written: index and name of the arguments that it writes. keeps_geometry: it writes its first argument,
-    returns it, and leaves its shape and strides.
+    composite: PyTorch composes the operator from others. needs_values: the host reads values of its arguments, or the
+    shape of its result depends on them. written: index and name of the arguments that it writes. keeps_geometry: it
+    writes and returns its first argument, and leaves that one's shape and strides.
     """
 
     def __init__(self, func: Any):
@@ -187,7 +187,7 @@ def _meta_result(
     writes: Sequence[VirtualTensor],
     on_device: bool,
 ) -> Any:
-    """Geometry as a meta tensor, or the result itself if all values are known and it is small."""
+    """The result's geometry as a meta tensor, or the result itself if all values are known and it is small."""
     known = all(v.known for v in virtual)
     if not (known and (writes or operator.needs_values)):
         for tensor in writes:
@@ -207,7 +207,7 @@ def _geometry(
     writes: Sequence[VirtualTensor],
     on_device: bool,
 ) -> Any:
-    """The meta tensors that an operator returns. Meta kernels are slow, so what they say is remembered."""
+    """The meta tensors that an operator returns. Meta kernels are slow, so their results are remembered."""
     key = _signature((func, args, *kwargs.items()))
     known = _geometries.get(key)
     if known is None:
@@ -372,7 +372,7 @@ def _host_zeros(like: torch.Tensor) -> torch.Tensor:
 
 
 def _by_numbers(virtual: Sequence[VirtualTensor]) -> bool:
-    """Whether indices, which follow what they are of, are numbers: a mask's length has to be counted first."""
+    """Whether the indices, all tensors but the first, are numbers; of a mask the host must count the true values."""
     return not any(index.dtype in (torch.bool, torch.uint8) for index in virtual[1:])
 
 

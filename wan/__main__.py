@@ -6,10 +6,10 @@ from .utils.program import program_name
 
 
 def main() -> int:
-    """Runs it; returns the exit code, see wan.cli."""
+    """Runs the command line; returns the exit code of wan.cli."""
     try:
         from .cli import main as run
-    except KeyboardInterrupt:  # imports take seconds
+    except KeyboardInterrupt:  # during the imports, which take seconds
         print(f"{program_name()}: interrupted", file=sys.stderr)
         return 130
     return run()

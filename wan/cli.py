@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0; 2 for bad input and 1 for a device, disk or program that fails, each told in one line;
     130 for Ctrl-C and 143 for SIGTERM.
     """
-    logging.raiseExceptions = False  # a log that nobody reads, or a full disk behind it, is no reason to stop
+    logging.raiseExceptions = False  # a log message that cannot be written must not stop the run
     log_to(sys.stdout)
     _tell_crashes()
     try:
@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(argv: Sequence[str] | None, interrupts: Interrupts, ranks: Ranks | None = None) -> int:
-    """Does what the arguments say, in this process or over ranks; returns the exit code."""
+    """Carries out a command line, in this process or as the first of several ranks; returns the exit code."""
     jobs = _parse(argv)
     if isinstance(jobs, _Query):
         return jobs.answer()
-    from .run import Runner  # with the libraries, which good arguments alone are worth waiting for
+    from .run import Runner  # takes seconds to import PyTorch: only once the arguments are good
 
     runner = Runner(ProgressBars(), interrupts, ranks)
     if isinstance(jobs, Request):
@@ -77,7 +77,7 @@ def _work(argv: Sequence[str] | None, interrupts: Interrupts, ranks: Ranks | Non
 
 
 def _follow(ranks: Ranks) -> None:
-    """Does this process's share of what the first rank runs, until that is done."""
+    """Computes this rank's share of what the first rank runs, until the first rank is done."""
     from .run import Runner
 
     Runner(ranks=ranks).follow(ranks)
@@ -109,14 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint. Exit code 1 if nothing fits.",
     )
     parser.add_argument("--json", action="store_true", help="With --plan: one JSON object.")
-    parser.set_defaults(offload_model=None)  # upstream's default; the option has its own
+    parser.set_defaults(offload_model=None)  # None, as upstream's flag; MemoryOptions has its own default
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Request:
-    """The Request that a command line makes.
+    """The Request that a command line describes.
 
-    Raises InputError for one that cannot work, or that makes many.
+    Raises InputError for arguments that cannot work, or that ask for a plan or for many requests.
     """
     request = _parse(argv)
     if isinstance(request, _Query):
@@ -127,13 +127,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Request:
 
 
 class _Query(NamedTuple):
-    """A plan that is asked for."""
+    """A --plan of a request."""
 
     request: Request
     as_json: bool
 
     def answer(self) -> int:
-        """Prints it; returns the exit code."""
+        """Prints the plan; returns the exit code: 0 if it fits, else 1."""
         from .run.plan_request import plan_text, report
 
         chosen, told = report(self.request)
@@ -142,9 +142,9 @@ class _Query(NamedTuple):
 
 
 def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
-    """The Request that a command line makes, the entries of --prompts, or the plan that is asked for."""
+    """What a command line asks for: one Request, the entries of --prompts, or the plan of a request."""
     parser = build_parser()
-    # None is what is not given: the request, a state or a file has its own values.
+    # Every flag defaults to None, so that only given flags override the values of the request, a state or --like.
     parser.set_defaults(**dict.fromkeys([*_OPTIONS, *_MEMORY]))
     set_low_vram(parser, argv)
     args = vars(parser.parse_args(argv))
@@ -183,13 +183,13 @@ def _parse(argv: Sequence[str] | None) -> Request | list[Entry] | _Query:
 _BUDGET = [field.name for field in fields(Request) if field.metadata.get("group") == PLANNING]
 _OPTIONS = [field.name for field in fields(Request) if is_option(field)]
 _MEMORY = [field.name for field in fields(MemoryOptions)]
-# What may be given anew beside --resume: nothing of it changes the picture.
+# Fields of the Request that may be given beside --resume: none of them changes the picture.
 _ANEW = [field.name for field in fields(Request) if field.metadata.get("group") in (KEEPING, GPUS)]
 _ANEW += ["save_file", "ckpt_dir", "device", *_BUDGET]
 
 
 def _resumed(given: dict[str, Any], memory: dict[str, Any]) -> Request:
-    """The Request that goes on from a state."""
+    """The Request that continues from the state that --resume names."""
     settled = tuple(name for name in given if name not in _ANEW or name == "decode_latents")
     if settled:
         raise InputError("settled by the state that --resume names, leave it out", settled)
@@ -199,7 +199,7 @@ def _resumed(given: dict[str, Any], memory: dict[str, Any]) -> Request:
 
 
 def _tell_crashes() -> None:
-    """Has a signal that no exception comes of say where it happened, such as SIGBUS: a mapped file was cut short."""
+    """Prints the stack on signals that raise no exception, such as SIGBUS after a mapped file was cut short."""
     if hasattr(signal, "SIGBUS") and not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # no standard error
             faulthandler.enable(all_threads=False)
@@ -211,7 +211,7 @@ def _complain(message: object, code: int) -> int:
 
 
 def _fail(message: str) -> None:
-    """argparse's complaint, as one line."""
+    """Replaces argparse's error(): raises the message as an InputError, which is told in one line."""
     raise InputError(message)
 
 

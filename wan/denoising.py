@@ -1,4 +1,4 @@
-"""The DiT at work: what it is asked with, its weights where it computes, its passes over the noisy latent."""
+"""The DiT during denoising: its conditioning, the placement of its weights, its forward passes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PROMPT, NEGATIVE_PROMPT = 0, 1
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What encoding leaves: all that denoising needs beside its settings and the noise.
+    """The output of encoding: all that denoising needs beside its settings and the noise.
 
     Attributes:
-        shape: (C, F, H, W) of the latents.
-        context, context_null: [L, text_dim], the prompt's embedding and the negative prompt's.
-        inputs: other keyword arguments of the model: tensors and lists of them, on the device while it computes.
-        host_inputs: more of them, which stay on the CPU: tensors, lists of them, numbers.
-        references: latent frames at the front that are not part of the video.
+        shape: (C, F, H, W) of the latents, reference frames included.
+        context, context_null: [L, text_dim], the embeddings of the prompt and of the negative prompt.
+        inputs: other keyword arguments of the model, tensors and lists of tensors: on the device while it computes.
+        host_inputs: keyword arguments that stay on the CPU: tensors, lists of tensors, numbers.
+        references: number of latent frames at the front that code reference images and are not part of the video.
     """
 
     shape: tuple[int, int, int, int]
@@ -51,16 +51,18 @@ def passes(
     stay: bool,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Flows]:
-    """Inside, the DiT can be called: its weights are on the device, or come in turn.
+    """Yields the function that computes the flows of a denoising run.
+
+    Inside the context the DiT's weights are on the device or, if they stream, visit it group by group.
 
     Args:
         component: the DiT.
-        options: how its weights come, and whether the prompts share their visits.
-        conditioning: its tensors anywhere.
-        timesteps: all that it will be called with; flows are asked for by their numbers.
-        prompts: which it is asked for, in this order: PROMPT, NEGATIVE_PROMPT.
-        stay: whether weights that came whole stay.
-        check: called before each pass.
+        options: whether the weights stream, and whether the passes of all prompts share each visit of a group.
+        conditioning: its tensors may be on any device.
+        timesteps: [steps], all timesteps of the run; the flow function takes an index into them.
+        prompts: the prompts that each step computes flows for, in this order: PROMPT, NEGATIVE_PROMPT.
+        stay: whether weights that do not stream stay on the device afterwards.
+        check: called before each forward pass.
     """
     device: torch.device = component.device
     (model,) = component.modules
@@ -107,7 +109,7 @@ def _weights(
     clip_fea: torch.Tensor | None,
     stay: bool,
 ) -> Iterator[Ahead | None]:
-    """Inside, the DiT can be called with these: if it streams, with the conditions that are computed ahead."""
+    """Brings the DiT's weights to the device inside; yields the conditions computed ahead if it streams, else None."""
     if options.dit_stream is None:
         with component.on_device(stay):
             yield None
@@ -121,14 +123,14 @@ def _weights(
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """Dicts and lists of tensors on a device."""
+    """A tensor, or a dict or list of tensors, moved to a device."""
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
     return [_to(item, device) for item in value] if isinstance(value, list) else value.to(device)
 
 
 def _repeated(value: Any, count: int) -> Any:
-    """An input of the model for so many samples alike: lists and tensors have an entry, or several, for each."""
+    """A model input for `count` equal samples: lists and tensors are repeated along their first axis."""
     if isinstance(value, list):
         return value * count
     return value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value

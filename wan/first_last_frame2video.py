@@ -36,7 +36,7 @@ class WanFLF2V(WanI2V):
         first, last = to_tensor(first_frame), to_tensor(last_frame)
         if first.shape != last.shape:
             ratio = max(first.shape[1] / last.shape[1], first.shape[2] / last.shape[2])
-            # Height and width change places in the published pipeline, and so they do here.
+            # The published pipeline swaps height and width here; for the same picture, so does this one.
             last = center_crop(last, round(last.shape[2] * ratio), round(last.shape[1] * ratio))
         return self._prepare(input_prompt, n_prompt, [first, last], max_area, frame_num, offload_model)
 
@@ -71,7 +71,7 @@ class WanFLF2V(WanI2V):
             [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
 
         Raises:
-            InputError: a frame number that cannot be.
+            InputError: `frame_num` is not 4n+1 or below 5, or the image is too narrow.
         """
         return self._finish(
             self.prepare(input_prompt, first_frame, last_frame, max_area, frame_num, n_prompt, offload_model),
@@ -86,7 +86,7 @@ class WanFLF2V(WanI2V):
 
 
 def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[3, H, W] to [3, height, width] about the centre; where it is smaller it is padded with zeros."""
+    """Crops [3, H, W] to [3, height, width] about the centre; a side that is shorter is padded with zeros."""
     short, narrow = max(0, height - image.shape[1]), max(0, width - image.shape[2])
     image = F.pad(image, (narrow // 2, (narrow + 1) // 2, short // 2, (short + 1) // 2))
     top = round((image.shape[1] - height) / 2)

@@ -85,7 +85,7 @@ class WanI2V(WanPipeline):
             [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
 
         Raises:
-            InputError: a frame number that cannot be.
+            InputError: `frame_num` is not 4n+1, or the image is too narrow.
         """
         return self._finish(
             self.prepare(input_prompt, img, max_area, frame_num, n_prompt, offload_model),
@@ -107,9 +107,9 @@ class WanI2V(WanPipeline):
         frame_num: int,
         offload_model: bool | None,
     ) -> Conditioning:
-        """Encodes a prompt and the first frame of a video, and the last if there are two.
+        """Encodes a prompt and the known frames of a video.
 
-        images: one or two [3, H, W] in [-1, 1].
+        images: the first frame, or the first and the last, [3, H, W] each in [-1, 1].
         """
         height, width = self._latent_size(images[0], max_area)
         shape = (self.vae.model.z_dim, (frame_num - 1) // self.vae_stride[0] + 1, height, width)
@@ -122,9 +122,9 @@ class WanI2V(WanPipeline):
         return Conditioning(shape, *contexts, {"clip_fea": features, "y": [known]})
 
     def _latent_size(self, image: torch.Tensor, max_area: int) -> tuple[int, int]:
-        """(height, width) of the latents: the image's aspect, the area at most max_area pixels, whole patches.
+        """(height, width) of the latents: the image's aspect, at most max_area pixels of video, whole patches.
 
-        Raises InputError for an image so narrow that one patch across is more than the area has.
+        Raises InputError if the image is so narrow that it would be less than one patch across.
         """
         _, down, right = self.vae_stride
         step = down * self.patch_size[1]
@@ -138,7 +138,7 @@ class WanI2V(WanPipeline):
     def _known_frames(
         self, images: Sequence[torch.Tensor], frame_num: int, height: int, width: int
     ) -> torch.Tensor:
-        """[3, frame_num, H, W]: the images scaled to the video's size at its ends, grey between them."""
+        """[3, frame_num, H, W]: the images, scaled to the video's size, as first and last frame; grey elsewhere."""
         _, down, right = self.vae_stride
         frames = torch.zeros(3, frame_num, height * down, width * right)
         for position, image in zip((0, -1), images):
@@ -153,9 +153,10 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def known_mask(shape: Sequence[int], last: bool) -> torch.Tensor:
-    """[4, F, H, W]: 1 where a latent frame codes a known frame, a channel for each of the four that it codes.
+    """The mask of known frames on the latents' grid, [4, F, H, W]: 1 for a known frame, else 0.
 
-    The first latent frame codes the first frame alone, so all four of its channels speak of that one.
+    A latent frame codes four video frames, each with a channel. The first latent frame codes the first video frame
+    alone, so all four channels there are that frame's.
     """
     mask = torch.zeros(4, *shape[1:])
     mask[:, 0] = 1

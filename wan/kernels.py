@@ -1,4 +1,4 @@
-"""What makes steps faster and rounds otherwise: other attention kernels, compiled blocks. Off unless asked for."""
+"""Faster attention kernels and compiled blocks for the DiT: they round differently, so they are off by default."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .modules.attention import check_attention, flash_attention
 
 
 def check_speed(attention: str, compiled: bool, memory: MemoryOptions, exact: bool = False) -> None:
-    """Raises InputError for options that contradict each other.
+    """Raises InputError for kernels that contradict each other, `exact` or the memory options.
 
-    SageAttention quantises blocks of tokens, so that chunks of them would change the picture. A compiled block works on
-    all its tokens and on weights that stay where they are; and Triton chooses among kernels by timing.
+    SageAttention quantises blocks of tokens, so chunks of tokens would change the picture. A compiled block takes all
+    tokens at once and weights that stay on the device; its kernels are chosen by timing, which `exact` rules out.
     """
     if exact and compiled:
         raise InputError("compiled kernels are chosen by timing, leave one out", ("compile", "exact"))
@@ -46,7 +46,7 @@ def check_speed(attention: str, compiled: bool, memory: MemoryOptions, exact: bo
 
 
 def needed_options(attention: str, compiled: bool) -> dict[str, Any]:
-    """The memory options that these leave no choice of, and their values."""
+    """The memory options that these kernels require, with their values."""
     whole = {"dit_chunk": 0, "activation_offload": False}
     if compiled:
         return {"dit_stream": None} | whole
@@ -54,7 +54,7 @@ def needed_options(attention: str, compiled: bool) -> dict[str, Any]:
 
 
 def check_able(attention: str, compiled: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InputError, with what to install, for what cannot run on a device in a compute type."""
+    """Raises InputError, naming what to install, if a device cannot run the kernels in a compute type."""
     check_attention(attention, device, dtype)
     if not compiled:
         return
@@ -69,16 +69,16 @@ def check_able(attention: str, compiled: bool, device: torch.device, dtype: torc
 def apply_speed(
     model: nn.Module, attention: str = "auto", compiled: bool = False, backend: str | Callable = "inductor"
 ) -> Undo:
-    """Makes a DiT compute by other kernels.
+    """Makes a DiT compute with other kernels.
 
     Args:
         model: its forward takes `attention` and `run_block`.
-        attention: a choice of check_attention's.
-        compiled: whether its blocks are compiled, all of them to the same code, in the first pass.
+        attention: one of wan.modules.attention.CHOICES.
+        compiled: whether the first pass compiles the blocks; all blocks share the compiled code.
         backend: of torch.compile.
 
     Returns:
-        What undoes it.
+        A function that restores the model.
 
     Raises:
         RuntimeError: applied already. While the model runs, InputError if the compiler fails.
@@ -93,11 +93,11 @@ def apply_speed(
 
 
 def _compiled_blocks(backend: str | Callable) -> RunBlock:
-    """Layers.run, compiled."""
+    """A `run_block` that calls Layers.run compiled, once for each number of tokens."""
 
     @functools.cache
     def compiled(length: int) -> Callable[..., None]:
-        # A copy for each length: what has been compiled too often, for whichever model, would run uncompiled.
+        # A copy for each length: torch.compile gives up on a function that it has compiled too often, for any model.
         run = Layers.run
         copy = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__)
         return torch.compile(copy, backend=backend, dynamic=False)
@@ -115,7 +115,7 @@ def _compiled_blocks(backend: str | Callable) -> RunBlock:
 
 @functools.cache
 def _operation(choice: str) -> Attention:
-    """flash_attention as one operation, which the compiler does not look into."""
+    """flash_attention as one custom operator, opaque to the compiler."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return flash_attention(q, k, v, choice=choice).contiguous()

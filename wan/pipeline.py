@@ -1,4 +1,4 @@
-"""What the four pipelines share: components, encoding the prompt, denoising, decoding."""
+"""The base class of the four pipelines: components, prompt encoding, denoising, decoding."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ __all__ = ["Conditioning", "WanPipeline", "check_frame_num"]
 
 
 def _configured(name: str) -> Any:
-    """A property that is an entry of the pipeline's config."""
+    """A property that reads the entry `name` of the pipeline's config."""
     return property(lambda pipeline: pipeline.config[name])
 
 
 class WanPipeline:
     """A task's components and the steps between a prompt and a video: prepare, denoise, decode.
 
-    Components are loaded when they are first needed. They are at home on the CPU and visit the device; with
-    `offload_model=False` they stay there once they came. The VAE's home is the device unless `vae_cpu`.
+    A component is loaded when it is first needed. Its home is the CPU, from where it visits the device; with
+    `offload_model=False` it stays on the device after its first visit. The VAE's home is the device unless `vae_cpu`.
 
     Attributes:
         text_encoder, clip, model, vae: the components; clip only where `uses_clip`.
-        stages: what the stages of the last run took.
+        stages: seconds and peak memory of each stage so far.
     """
 
     model_class: type[WanModel] = WanModel
@@ -83,29 +83,28 @@ class WanPipeline:
         ranks: Ranks | None = None,
         **memory: Any,
     ):
-        """Takes a checkpoint directory.
-
+        """
         Args:
             config: an entry of wan.configs.WAN_CONFIGS.
             checkpoint_dir: directory as published.
             device_id: number of the CUDA device; without CUDA everything computes on the CPU.
-            rank: 0, where there are no ranks.
-            t5_fsdp, dit_fsdp: whether ranks share the weights out, each keeping a part on its device.
+            rank: 0 unless there are ranks.
+            t5_fsdp, dit_fsdp: whether the weights are sharded, each rank keeping one part on its device.
             use_usp: accepted for call compatibility; ranks share every pass.
             t5_cpu: encode the prompt on the CPU.
             device: where to compute, instead of cuda:device_id.
             on_event: is told of stages and steps (wan.utils.events); default: progress bars.
             loras: (file, strength) of LoRAs to merge into the DiT, in this order.
-            lora_skip_unknown: whether to go on without tensors of theirs that do not fit the model.
-            attention, compile: kernels that round otherwise, as wan.run.Request's.
-            prompt_cache: where encoded prompts are kept and looked for.
-            ranks: the processes that share the work, each with such a pipeline. The first one's is called, the others
-                `follow` it.
+            lora_skip_unknown: whether to ignore tensors of the LoRAs that do not fit the model.
+            attention, compile: kernels that round differently, as the fields of wan.run.Request.
+            prompt_cache: stores the embeddings of prompts for later runs.
+            ranks: the processes that share the work, each with an equal pipeline. The first rank's is called; the
+                others call `follow`.
             memory: the other fields of leanwan.options.MemoryOptions.
 
         Raises:
-            InputError: missing files, LoRAs that do not fit, or options that cannot work. Other damaged and unfitting
-                files are found when they are loaded.
+            InputError: missing files, LoRAs that do not fit, or options that cannot work. Damaged and unfitting
+                checkpoint files are found only when they are loaded.
         """
         if ranks is None and (rank or t5_fsdp or dit_fsdp or use_usp):
             raise InputError("several GPUs: run generate.py by torchrun, or give ranks")
@@ -134,7 +133,7 @@ class WanPipeline:
         self._sizes = FileSizes()
         self._loras = self._fitted(loras, lora_skip_unknown) if loras else None
 
-    # What programs written for these pipelines read of them.
+    # Attributes that programs written for Wan2.1 read from a pipeline.
     num_train_timesteps = _configured("num_train_timesteps")
     param_dtype = _configured("param_dtype")
     vae_stride = _configured("vae_stride")
@@ -197,10 +196,10 @@ class WanPipeline:
         """Loads the components that are not loaded yet, so that a damaged file is found before hours of work.
 
         Args:
-            encoders: those of text and images too, which denoising does not need.
-            prompts: what the text encoder is for; if the cache has it all, it is not loaded.
+            encoders: also load the text and image encoders, which denoising does not need.
+            prompts: the texts to be encoded; the text encoder is not loaded if the cache has the embeddings of all.
 
-        Raises InputError, naming the file, for one that is damaged or does not fit.
+        Raises InputError, naming the file, if a file is damaged or does not fit.
         """
         loading = self._ranks.step("load") if self._ranks and self._ranks.leads else nullcontext()
         with self.stages.loading(), loading:
@@ -212,7 +211,7 @@ class WanPipeline:
             assert self.model is not None and self.vae is not None
 
     def follow(self) -> None:
-        """On all ranks but the first: does its share of what the first one's pipeline does, until that is done."""
+        """On every rank but the first: computes this rank's share of the first one's work, until the first ends it."""
         from .distributed.together import vae_handlers
 
         assert self._ranks and self._together
@@ -243,7 +242,7 @@ class WanPipeline:
                 raise InputError(f"{path}: no such file, the checkpoint is not complete", "ckpt_dir")
 
     def weight_files(self, stage: str = "text") -> list[Path]:
-        """The files that the components are loaded from, of a run that starts with text, denoise or decode."""
+        """The files whose weights a run needs that starts with `stage`: text, denoise or decode."""
         folder, config = self.checkpoint_dir, self.config
         files = [folder / config.vae_checkpoint]
         if stage != "decode":
@@ -282,26 +281,26 @@ class WanPipeline:
     # Steps
 
     def arguments(self, request: Any) -> dict[str, Any]:
-        """The arguments of prepare() that are this task's own, from what a wan.run.Request names.
+        """This task's own arguments of prepare(), read from the inputs that a wan.run.Request names.
 
         Raises InputError, naming the field and the file, for inputs that cannot be read.
         """
         raise NotImplementedError
 
     def prepare(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """Encodes what generate() is given: takes those of its arguments that say what is to be seen."""
+        """Encodes the prompts and inputs: takes those arguments of generate() that describe the video's content."""
         raise NotImplementedError
 
     def _stay(self, offload_model: bool | None) -> bool:
-        """Whether components stay on the device, by generate()'s argument or, if that is None, by the option."""
+        """Whether components stay on the device: generate()'s argument decides or, if that is None, the option."""
         return not (self.options.offload_model if offload_model is None else offload_model)
 
     def prompts(self, prompt: str, negative_prompt: str = "") -> tuple[str, str]:
-        """What is encoded for a prompt: it, and the negative prompt or the config's."""
+        """The two texts to encode: the prompt, and the negative prompt or, if that is empty, the config's."""
         return prompt, negative_prompt or self.sample_neg_prompt
 
     def encode_ahead(self, prompt: str, negative_prompt: str = "") -> None:
-        """Encodes prompts into the cache, for a run to come; loads nothing but the text encoder."""
+        """Puts the embeddings of both prompts into the cache for a later run; loads nothing but the text encoder."""
         texts = self.prompts(prompt, negative_prompt)
         if any(self._prompts.get(text) is None for text in texts):
             with self.stages.loading():
@@ -312,12 +311,12 @@ class WanPipeline:
     def _encode_prompts(
         self, prompt: str, negative_prompt: str, offload_model: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both prompts to embeddings, [L, text_dim] on the device each."""
+        """The embeddings of both prompts, [L, text_dim] each, on the device."""
         texts = self.prompts(prompt, negative_prompt)
         self.load(prompts=texts)
         stay = self._stay(offload_model)
         with self.stages("text"), torch.no_grad():
-            if not stay:  # whatever an earlier run left on the device makes room
+            if not stay:  # makes room: an earlier run may have left these on the device
                 self._dit.leave()
                 if self.uses_clip:
                     self._image.leave()
@@ -325,7 +324,7 @@ class WanPipeline:
             return context, context_null
 
     def _embeddings(self, texts: Sequence[str], stay: bool) -> list[torch.Tensor]:
-        """Each text's embedding, [L, text_dim] on the device, from the cache or encoded and put there."""
+        """The embedding of each text, [L, text_dim] on the device: from the cache, or encoded and added to it."""
         found = {text: self._prompts.get(text) for text in texts}
         missing = [text for text in found if found[text] is None]
         if missing:
@@ -343,7 +342,7 @@ class WanPipeline:
             return {text: self.text_encoder([text], self._text.device)[0].to(self.device) for text in texts}
 
     def _encode_images(self, videos: Sequence[torch.Tensor], offload_model: bool | None) -> torch.Tensor:
-        """CLIP features of every frame of a list of [3, T, H, W] in [-1, 1]: [frames, 257, 1280] on the device."""
+        """CLIP features, [frames, 257, 1280] on the device, of all frames of `videos`, [3, T, H, W] in [-1, 1] each."""
         stay, layers = self._stay(offload_model), image_encoder_groups(self.clip.model)
         with (
             self.stages("image"),
@@ -356,7 +355,7 @@ class WanPipeline:
     def _passes(
         self, prompts: Sequence[int], conditioning: Conditioning, timesteps: torch.Tensor, stay: bool
     ) -> AbstractContextManager[Flows]:
-        """See wan.denoising."""
+        """See wan.denoising.passes."""
         return passes(self._dit, self.options, conditioning, timesteps, prompts, stay, self._sizes.check)
 
     def denoise(
@@ -372,16 +371,16 @@ class WanPipeline:
         start: tuple[torch.Tensor, Mapping[str, Any]] | None = None,
         on_step: OnStep | None = None,
     ) -> torch.Tensor:
-        """Draws noise and walks from it to a latent video.
+        """Samples a latent video, from noise or from where an earlier run stopped.
 
         Args:
-            conditioning: from prepare(), its tensors anywhere.
+            conditioning: from prepare(), its tensors on any device.
             shift, sample_solver, sampling_steps, guide_scale, seed, offload_model: as generate()'s.
-            start: a latent on the way, and the state of the solver there, to go on from instead of from noise.
-            on_step: sees the latent and the solver after every step.
+            start: (latent, solver state) of an earlier run, to continue from instead of from noise.
+            on_step: called with the latent and the solver after every step.
 
         Returns:
-            [C, F, H, W] fp32 on the device, without the references' frames.
+            [C, F, H, W] fp32 on the device, without the frames of reference images.
         """
         shape = conditioning.shape
         solver = Solver(
@@ -402,7 +401,7 @@ class WanPipeline:
             self.stages("denoise"),
             opened(prompts, conditioning, solver.timesteps, self._stay(offload_model)) as flows,
         ):
-            # Not by a name here, which would keep the noise on the device to the end.
+            # No variable holds the first latent: it would keep the noise on the device until the last step.
             latent = denoise(
                 guided_together(flows, guide_scale),
                 solver,
@@ -418,11 +417,11 @@ class WanPipeline:
         on_latents: Callable[[torch.Tensor], None] | None,
         **settings: Any,
     ) -> torch.Tensor:
-        """The rest of generate(): a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU.
+        """Denoises and decodes: the second half of generate(), which returns the same video.
 
         Args:
-            on_latents: sees the latents before they are decoded.
-            settings: of denoise().
+            on_latents: called with the latents before they are decoded.
+            settings: arguments of denoise().
         """
         latent = self.denoise(conditioning, **settings)
         if on_latents:
@@ -430,12 +429,12 @@ class WanPipeline:
         return self.decode(latent)
 
     def decode(self, latent: torch.Tensor, stored: Stored | None = None) -> torch.Tensor:
-        """A latent video [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] in [-1, 1] on the CPU, or to what is stored."""
+        """Decodes [C, F, H, W] to a video [3, 4 F - 3, 8 H, 8 W] on the CPU: in [-1, 1], or as `stored` converts it."""
         with self.stages("decode"):
             return self.vae.decode([latent], stored=stored)[0]
 
     def _generator(self, seed: int) -> torch.Generator:
-        """The source of noise: on the device if it is a GPU, as published results were made; negative is random."""
+        """The source of noise: on the device if that is CUDA, as for published results; negative seeds are random."""
         on_gpu = self.device.type == "cuda"
         generator = torch.Generator(device=self.device if on_gpu else "cpu")
         return generator.manual_seed(seed if seed >= 0 else random.randint(0, sys.maxsize))
@@ -454,6 +453,6 @@ class WanPipeline:
 
 
 def check_frame_num(frame_num: int, at_least: int = 1) -> None:
-    """Raises InputError unless frame_num is 4n+1, as the VAE's temporal stride wants it."""
+    """Raises InputError unless frame_num is 4n+1, as the VAE's temporal stride requires, and large enough."""
     if frame_num < at_least or frame_num % 4 != 1:
         raise InputError(f"give 4n+1 frames, {at_least} or more, such as 81", "frame_num", frame_num)

@@ -1,9 +1,9 @@
 """Toy checkpoints: the real file layout, tensor names and module structure, in a few MB of seeded random numbers.
 
-The image tasks' are larger (about 75 MB), because the DiT's image embedding fixes CLIP's width at 1280.
+Those of the image tasks are larger (about 75 MB), because the DiT's image embedding fixes CLIP's width at 1280.
 
-Weights are scaled so that activations stay near 1 throughout and every tensor that a real run uses has a say in
-the result: nothing is zero, and gates, prompts and images all show.
+Weights are scaled so that activations stay near 1 and every tensor that a real run uses changes the result: no weight
+is zero, and gates, prompts and images all have an effect.
 """
 
 import json
@@ -30,7 +30,7 @@ from .configs.encoders import IMAGE_TOKENS, TEXT_TOKENS
 from .configs.tiny import TINY_CONFIGS
 from .utils.files import user_cache
 
-VERSION = 2  # of the contents; a change of any tensor or file needs a new one
+VERSION = 2  # of the checkpoints' contents; raise it when any tensor or file changes
 
 CLIP_TEXT = {"vocab": 64, "positions": 514, "width": 16, "layers": 1}
 CLIP_EMBED_DIM = 32
@@ -61,7 +61,7 @@ def checkpoint(task: str) -> Path:
 
 
 def cached(directory: Path, write: Callable[[Path], object]) -> Path:
-    """A checkpoint's directory in the user's cache, written if it is not there; raises InputError if it cannot be."""
+    """A checkpoint's directory in the user's cache, written if it is missing; raises InputError if that fails."""
     if not directory.is_dir():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
     Args:
         directory: must not exist, or be empty.
         task: t2v-tiny, t2i-tiny, i2v-tiny, flf2v-tiny or vace-tiny.
-        seed: of the weights; the tokenizer has none.
-        shards: files that the DiT is split into; more than one brings an index file, as for the 14B models.
+        seed: of the weights; the tokenizer does not depend on it.
+        shards: files that the DiT is split into; with more than one comes an index file, as for the 14B models.
 
     Returns:
         The directory.
@@ -104,7 +104,7 @@ def write_checkpoint(directory: str | Path, task: str, seed: int = 0, shards: in
 
 
 def write_whole(directory: Path, write: Callable[[Path], None]) -> Path:
-    """A directory that appears when `write` has filled it; raises InputError if one is there that holds something."""
+    """Has `write` fill a directory that appears only when complete; raises InputError if it exists and is not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists and is not an empty directory, choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def write_whole(directory: Path, write: Callable[[Path], None]) -> Path:
 
 
 def write_encoders(folder: Path, config: EasyDict, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The files of the text encoder and, where the config has one, of the image encoder."""
+    """Writes the files of the text encoder and, where the config has one, of the image encoder."""
     torch.save(t5_weights(config, seed), folder / config.t5_checkpoint)
     _write_tokenizer(folder / config.t5_tokenizer, tokenizer)
     if "clip_config" in config:
@@ -134,7 +134,7 @@ def write_encoders(folder: Path, config: EasyDict, seed: int, tokenizer: PreTrai
 
 
 def write_dit(directory: Path, config: EasyDict, weights: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """The DiT's files: its config, and its tensors in as many shards."""
+    """Writes the DiT's config.json, and its tensors in `shards` files."""
     (directory / "config.json").write_text(json.dumps(config.dit_config, indent=2) + "\n")
     stem = "diffusion_pytorch_model"
     if shards == 1:
@@ -172,7 +172,7 @@ def _normal(seed: int, name: str, shape: Sequence[int], mean: float = 0.0, std: 
 
 
 def _layer(seed: int, name: str, shape: Sequence[int], gain: float = 1.0) -> torch.Tensor:
-    """A tensor by its kind: matrices and kernels keep their input's scale, times `gain`."""
+    """A tensor by its kind: norms near 1, biases near 0; matrices, kernels keep their input's scale, times `gain`."""
     if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
         return _normal(seed, name, shape, mean=1.0, std=0.1)
     if len(shape) == 1:
@@ -212,11 +212,11 @@ def vae_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
     for name, parameter in model.state_dict().items():
         gain = 1.0
         if "residual" in name or name.endswith("proj.weight"):
-            gain = 2.0  # a branch must show beside the stream that it is added to
+            gain = 2.0  # makes a branch noticeable beside the residual stream
         elif ".head." in name:
             gain = (
                 0.45 if name.startswith("decoder") else 3.0
-            )  # frames well inside [-1, 1], latents of their spread
+            )  # keeps frames well inside [-1, 1] and latents at their usual spread
         weights[name] = _layer(seed, name, parameter.shape, gain)
     return weights
 
@@ -244,7 +244,7 @@ def t5_weights(config: EasyDict, seed: int = 0) -> dict[str, torch.Tensor]:
         if "embedding" in name:
             tensor = _normal(seed, name, shape)
         else:
-            # T5's scores are not divided by the square root of the head's width: the queries are.
+            # T5 does not divide its scores by the square root of the head's width, so the queries' weights are.
             tensor = _layer(seed, name, shape, gain=sizes["d_kv"] ** -0.5 if ".attn.q." in name else 1.0)
         weights[name] = tensor.bfloat16()
     return weights
@@ -319,7 +319,7 @@ def train_tokenizer(vocab_size: int, text: str = TRAINING_TEXT) -> PreTrainedTok
         for start in range(len(word))
         for end in range(start + 1, len(word) + 1)
     )
-    # Single characters first, so that every trained word can be spelt; then what saves most characters.
+    # Single characters first, so that every word of the text can be spelt; then the pieces that save most characters.
     ranked = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece] * (len(piece) - 1), piece))
     pieces = ranked[: vocab_size - len(special) - len(byte_pieces)]
     total = sum(counts[piece] for piece in pieces)

@@ -1,4 +1,4 @@
-"""From noise to a latent video: the walk along the flow, guidance, and the solvers."""
+"""From noise to a latent video: the sampling loop, classifier-free guidance, and the solvers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
 SOLVERS = ("unipc", "dpm++", "euler")
 
-# Of a latent [C, F, H, W] and the number of a timestep, among those left at the start: the flow, [C, F, H, W] fp32.
+# (latent [C, F, H, W], index of the timestep among those left at the start) -> flow [C, F, H, W] fp32.
 Flow = Callable[[torch.Tensor, int], torch.Tensor]
-Flows = Callable[[torch.Tensor, int], list[torch.Tensor]]  # that for each prompt that is asked for
+Flows = Callable[[torch.Tensor, int], list[torch.Tensor]]  # the same, with one flow per prompt
 OnStep = Callable[[torch.Tensor, "Solver"], None]
 
 
 def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
     """The flow under classifier-free guidance (Ho and Salimans, 2022): unconditional + scale (flow - unconditional).
 
-    A scale of 1 leaves the flow alone: the unconditional one is not asked, which halves the passes. The formula would
-    round otherwise, to within the last bits.
+    At a scale of 1 the result is `flow` itself: `unconditional` is not called, which halves the passes. The formula
+    would give the same up to rounding of the last bits.
     """
     if scale == 1:
         return flow
@@ -36,7 +36,7 @@ def guided(flow: Flow, unconditional: Flow, scale: float) -> Flow:
 
 
 def guided_together(flows: Flows, scale: float) -> Flow:
-    """As `guided`, of what gives the flow and the unconditional one in one call, or at a scale of 1 the flow alone."""
+    """As `guided`, for a function that returns [flow, unconditional flow] in one call, or at a scale of 1 [flow]."""
     if scale == 1:
         return lambda latent, step: flows(latent, step)[0]
 
@@ -56,14 +56,14 @@ def denoise(
     ),
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """Walks from a noisy latent to a clean one.
+    """Takes a noisy latent to a clean one.
 
     Args:
         flow: predicts the flow.
-        solver: takes the steps that it has left.
-        latent: [C, F, H, W] fp32, where the solver is.
-        steps: goes through the timesteps that are left, of so many in all, so many being done; a place to watch them.
-        on_step: is given the latent and the solver after every step.
+        solver: takes all steps that it has left.
+        latent: [C, F, H, W] fp32, at the solver's current step.
+        steps: of (timesteps left, number of all steps, number done) returns the timesteps left, to watch them pass.
+        on_step: called with the latent and the solver after every step.
 
     Returns:
         [C, F, H, W] fp32.
@@ -80,16 +80,16 @@ class Solver:
     """A solver of the flow's differential equation: diffusers' own, on the published sigma schedule.
 
     Args:
-        name: "unipc" (Zhao et al., UniPC, 2023), "dpm++" (Lu et al., DPM-Solver++, 2022) or "euler", the plain step
-            that models distilled to few steps are made for.
+        name: "unipc" (Zhao et al., UniPC, 2023), "dpm++" (Lu et al., DPM-Solver++, 2022) or "euler", the first-order
+            step that models distilled to few steps are made for.
         steps: number of steps.
         shift: how far the schedule is shifted towards noise; sigma becomes shift s / (1 + (shift - 1) s).
-        device: where the samples are.
-        num_train_timesteps: of the training schedule.
-        dtype: the model's compute type. Steps are taken under autocast to it, as the published ones are, which rounds
-            UniPC's einsum on CUDA; everything else of a step is fp32 whatever it is.
-        offload: keep what it remembers in RAM, and take each step some latent frames at a time, which gives the same
-            bits: every number is computed from those at its place.
+        device: of the samples.
+        num_train_timesteps: length of the training schedule.
+        dtype: the model's compute type. Steps run under autocast to it, as the published ones do, which rounds UniPC's
+            einsum on CUDA; the rest of a step is fp32 whatever the type.
+        offload: keep the solver's history in RAM, and take each step on some latent frames at a time. The bits are the
+            same, since each number of the result depends only on the numbers at its own place.
 
     Raises ValueError for an unknown name.
     """
@@ -111,13 +111,13 @@ class Solver:
         self._device, self._dtype = device, dtype
         self._offload = offload
         self._scheduler = make(steps, shift, device, num_train_timesteps)
-        # Else it asks the device for its times, searches them, and of equal ones takes the second for the first.
+        # Else the scheduler reads its times back from the device to find the first, and takes the second of equal ones.
         self._scheduler.set_begin_index(0)
-        self._flow: torch.Tensor | None = None  # of the last step, for a solver that keeps nothing of it
+        self._flow: torch.Tensor | None = None  # the last step's, for a scheduler without `model_outputs`
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """[steps left], in [0, num_train_timesteps], in the order in which they are to be walked."""
+        """The timesteps left, [steps left] in [0, num_train_timesteps], in the order of the steps."""
         return self._scheduler.timesteps[self.done :]
 
     @property
@@ -126,7 +126,7 @@ class Solver:
         return self._scheduler.step_index or 0
 
     def step(self, flow: torch.Tensor, t: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """The latent one step further on. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
+        """The latent after one step. flow, latent: [C, F, H, W] fp32; t: the timestep that the flow is at."""
         if not hasattr(self._scheduler, "model_outputs"):
             self._flow = flow.cpu() if self._offload else flow
         solved: list[torch.Tensor] = []
@@ -154,15 +154,15 @@ class Solver:
     def clean(self, latent: torch.Tensor) -> torch.Tensor:
         """The clean latent that the last step predicted, [C, F, H, W] fp32 on the CPU: the latent less all its noise.
 
-        latent: where that step led to.
+        latent: the result of that step.
         """
-        if self._flow is None:  # the others keep it, and have taken the noise off
+        if self._flow is None:  # then `model_outputs` holds the clean latents that the steps predicted
             return self._scheduler.model_outputs[-1][0].float().cpu()
         sigma = self._scheduler.sigmas[self.done].item()
         return latent.cpu() - sigma * self._flow.cpu()
 
     def state_dict(self, device: torch.device | str | None = None) -> dict[str, Any]:
-        """What the steps so far have left behind: tensors, copied to `device` if given, numbers, lists of them."""
+        """The solver's history: tensors, copied to `device` if one is given, numbers, and lists of both."""
         return {
             name: _copy(getattr(self._scheduler, name), device)
             for name in _MEMORY
@@ -170,19 +170,20 @@ class Solver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where another solver, made with the same arguments, gave this state; its tensors may be anywhere."""
+        """Continues from the state of a solver made with the same arguments; its tensors may be on any device."""
         for name, value in state.items():
             setattr(self._scheduler, name, _copy(value, self._device))
 
 
 class _SolvedOnce(TorchFunctionMode):
-    """Inside, what one piece of a step has solved, the others, which ask for the same in the same order, are given.
+    """Inside, torch.linalg.solve solves each linear system of a step once, and gives later pieces the same solutions.
 
-    On the device, in whose libraries the order of operations is not known, so that the bits are those of UniPC's own
-    step there; but nobody waits to hear whether it could be solved: the system of steps that differ is regular.
+    All pieces of a step solve the same systems in the same order. They are solved on the device, where UniPC's own step
+    solves them, so that the bits are the same whatever the library does. `solve_ex` does not make the host wait for
+    the check that a system is regular, as a system of distinct steps always is.
 
     Args:
-        solved: the solutions so far, to which more are added.
+        solved: the solutions of this step so far; new ones are appended.
     """
 
     def __init__(self, solved: list[torch.Tensor]):
@@ -200,12 +201,12 @@ class _SolvedOnce(TorchFunctionMode):
         return self._solved[self._asked - 1]
 
 
-# What diffusers' solvers change while they step, each some of it.
+# Attributes that diffusers' schedulers change while they step; each has some of them.
 _MEMORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
 
 
 def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A state with a function of each of its latents [1, C, F, H, W]."""
+    """A copy of a state with `function` applied to each latent [1, C, F, H, W] in it."""
     if isinstance(value, dict):
         return {name: _each(item, function) for name, item in value.items()}
     if isinstance(value, list):
@@ -218,7 +219,7 @@ def _frames(piece: slice, latent: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(states: Sequence[Any]) -> Any:
-    """The state of which these are pieces."""
+    """The state whose latents are those of `states`, concatenated along the frames."""
     first = states[0]
     if isinstance(first, dict):
         return {name: _joined([state[name] for state in states]) for name in first}
@@ -228,7 +229,7 @@ def _joined(states: Sequence[Any]) -> Any:
 
 
 def _copy(value: Any, device: torch.device | str | None = None) -> Any:
-    """Lists are copied, tensors are brought to a device if one is given."""
+    """A value with its lists copied and, if a device is given, its tensors moved there."""
     if isinstance(value, list):
         return [_copy(item, device) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) and device is not None else value

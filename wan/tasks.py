@@ -1,4 +1,4 @@
-"""The tasks: for each its pipeline, its inputs, its defaults. Whatever depends on the task is asked here."""
+"""The table of tasks: the pipeline, inputs and defaults of each. All that depends on the task is read from here."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 from .configs import SUPPORTED_SIZES, WAN_CONFIGS
 
 _HERE = Path(__file__).parent
-# Inside the package where it is installed, beside it in a checkout.
+# The folder is inside the package if that is installed, and beside it in a checkout.
 EXAMPLES = _HERE / "examples" if (_HERE / "examples").is_dir() else _HERE.parent / "examples"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is made, and by what.
+    """A task: what it makes, with which pipeline and model.
 
     Attributes:
         pipeline: "module:class" in this package, imported when used.
-        title: what it does, in a few words.
+        title: the task in a few words.
         config: of the model, an entry of WAN_CONFIGS.
         sizes: "width*height" that the model was trained at.
-        free_size: whether it makes other sizes, too.
-        size: the one by default.
-        prompt: an example.
-        inputs: files that it works from, beside the prompt: an example for each option that names one, or None.
-        all_inputs: whether it needs every one of them.
-        area_only: whether a size stands for its area alone, the aspect being that of the input.
+        free_size: whether other sizes are allowed, too.
+        size: the default size.
+        prompt: an example prompt.
+        inputs: the options that name input files, each with its example's file names, or None for no example.
+        all_inputs: whether every one of these options is required.
+        area_only: whether a size gives the area alone, the aspect being that of the input picture.
         still: whether it makes one picture instead of a video.
-        toy: "module:function" that makes its checkpoint, of a toy's name; empty for a task that is not one.
-        frame_num, least_frames: frames by default and at least.
-        sample_steps, sample_shift, sample_guide_scale: solver steps, shift and strength of guidance by default.
-        shift_at: shifts by default at some sizes, where they are others.
-        dit: what the config.json of its DiT says beside the sizes in `config`.
+        toy: of a toy task, "module:function" that takes its name and returns its checkpoint's directory; else empty.
+        frame_num, least_frames: default and least number of frames.
+        sample_steps, sample_shift, sample_guide_scale: default solver steps, shift and strength of guidance.
+        shift_at: default shifts at sizes where they differ from sample_shift.
+        dit: entries of the DiT's config.json beside the sizes in `config`.
     """
 
     pipeline: str
@@ -65,7 +65,7 @@ class Task:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """What a run cannot be without: the prompt, and inputs."""
+        """The fields that a run requires: the prompt, and the inputs if all are required."""
         return ("prompt", *(self.inputs if self.all_inputs else ()))
 
     @property
@@ -77,16 +77,16 @@ class Task:
         return {name: self.config[name] for name in sizes} | dict(self.dit)
 
     def toy_checkpoint(self, name: str) -> Path:
-        """The directory of a toy task's own checkpoint; name: the task's."""
+        """The directory of a toy task's own checkpoint; name: the task's name."""
         return _imported(self.toy)(name)
 
     def shift(self, size: str) -> float:
-        """The shift by default at a size."""
+        """The default shift at a size."""
         return self.shift_at.get(size, self.sample_shift)
 
 
 def _imported(place: str) -> Any:
-    """What "module:name" in this package says."""
+    """The object that "module:name" names in this package."""
     module, name = place.split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
 
@@ -138,7 +138,7 @@ _EDIT: dict[str, Any] = {
 
 
 def _vace_blocks(layers: int, step: int) -> dict[str, Any]:
-    """Of a model with one VACE block for so many blocks."""
+    """The `dit` entry of a model of `layers` blocks, every `step`-th of which has a VACE block."""
     return {"dit": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": list(range(0, layers, step))}}
 
 
@@ -146,7 +146,7 @@ def _random_toy(facts: dict[str, Any]) -> dict[str, Any]:
     return {"frame_num": 17} | facts | {"sample_steps": 10, "toy": "random_models:checkpoint"}
 
 
-# With which trained toys show most of what is asked for.
+# The sampling settings at which the trained toys follow most prompts.
 _TOY_SAMPLING = {"sample_steps": 20, "sample_shift": 3.0, "sample_guide_scale": 2.0, "shift_at": {}}
 
 
@@ -159,7 +159,7 @@ def _trained_toy(facts: dict[str, Any], prompt: str, **inputs: str | None) -> di
     )
 
 
-# Sizes are chosen as the published program's defaults are, or the nearest that the task can make.
+# The default size is that of the published program or, if the task does not support it, the nearest.
 def _task(name: str, facts: dict[str, Any]) -> Task:
     sizes = SUPPORTED_SIZES[name]
     size = next(size for size in ("1280*720", "832*480", "128*96", "80*48") if size in sizes)

@@ -52,16 +52,16 @@ class WanT2V(WanPipeline):
             sample_solver: "unipc", "dpm++" or "euler".
             sampling_steps: solver steps.
             guide_scale: strength of classifier-free guidance; 1 is none, with one pass per step.
-            n_prompt: what to avoid; empty for the config's.
+            n_prompt: what to avoid; if empty, the config's negative prompt.
             seed: of the noise; negative for a random one.
-            offload_model: send each component home when it is done; default: as the option says, which is True.
+            offload_model: move each component back to the CPU after use; None for the option's value, True by default.
             on_latents: called with the finished latents [16, F, H / 8, W / 8] before they are decoded.
 
         Returns:
             [3, frame_num, H, W] fp32 in [-1, 1] on the CPU.
 
         Raises:
-            InputError: a frame number or a size that cannot be.
+            InputError: `frame_num` is not 4n+1, or `size` is not in multiples of 16.
         """
         return self._finish(
             self.prepare(input_prompt, size, frame_num, n_prompt, offload_model),

@@ -22,11 +22,11 @@ from .utils.vace_processor import Sources, VaceVideoProcessor, load_sources, pro
 if TYPE_CHECKING:
     from .distributed.ranks import Ranks
 
-References = Sequence[Sequence[torch.Tensor] | None] | None  # of each sample
+References = Sequence[Sequence[torch.Tensor] | None] | None  # per sample, [3, 1, H, W] each
 
 
 class WanVace(WanT2V):
-    """Makes videos from text and source material: edits, extends, fills in, or shows what is referred to."""
+    """Makes videos from text and source material: edits, extends or fills in a video, or shows reference images."""
 
     model_class = VaceWanModel
 
@@ -93,7 +93,7 @@ class WanVace(WanT2V):
         with self.stages("encode"):
             coded = self.vace_encode_frames(input_frames, input_ref_images, masks=input_masks)
             masks = self.vace_encode_masks(input_masks, input_ref_images)
-            # Kept on the CPU, where they take no room: the model reads them once a pass, frame by frame.
+            # Kept on the CPU, where they take no device memory: each pass reads them once, frame by frame.
             source = [latent.cpu() for latent in self.vace_latent(coded, masks)]
         channels, *shape = coded[0].shape
         references = len((input_ref_images and input_ref_images[0]) or ())
@@ -123,7 +123,7 @@ class WanVace(WanT2V):
         Args:
             input_prompt: what to show.
             input_frames: list of one video [3, F, H, W] in [-1, 1]; it sets the size and length of the result.
-            input_masks: list of one mask [1 or 3, F, H, W], 1 where the video is to be made anew; None if all is.
+            input_masks: list of one mask [1 or 3, F, H, W], 1 where the video is to be made anew; None for all.
             input_ref_images: list of one list of [3, 1, H, W] in [-1, 1], or of None, or None.
             size, frame_num: accepted for call compatibility.
             context_scale: strength of the source material.
@@ -158,9 +158,9 @@ class WanVace(WanT2V):
         masks: Sequence[torch.Tensor] | None = None,
         vae: WanVAE | None = None,
     ) -> list[torch.Tensor]:
-        """Codes what stays and what is to be made of each video, and its reference images before them.
+        """Encodes each video in two halves, what stays and what is to be made anew, behind its reference images.
 
-        Returns a list of [32, references + F, h, w]; without masks, of [16, ...], all being coded alike.
+        Returns a list of [32, references + F, h, w]; without masks, of [16, ...], the videos encoded whole.
         """
         vae = vae or self.vae
         if masks is None:
@@ -185,9 +185,9 @@ class WanVace(WanT2V):
         ref_images: References = None,
         vae_stride: Sequence[int] | None = None,
     ) -> list[torch.Tensor]:
-        """Masks [C, F, H, W], the first channel of them, to the latents' grid: list of [64, references + F', h, w].
+        """Brings the first channel of masks [C, F, H, W] to the latents' grid: list of [64, references + F', h, w].
 
-        Each 8 x 8 square of pixels becomes 64 channels; references have a mask of zeros.
+        Each 8 x 8 square of pixels becomes 64 channels; the mask of a reference image is zeros.
         """
         time, down, right = vae_stride or self.vae_stride
         coded = []
@@ -209,7 +209,7 @@ class WanVace(WanT2V):
         return coded
 
     def vace_latent(self, z: Sequence[torch.Tensor], m: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Joins coded videos and masks along the channels."""
+        """Concatenates encoded videos and masks along the channels."""
         return [torch.cat([latent, mask.to(latent)]) for latent, mask in zip(z, m)]
 
     def decode_latent(
@@ -221,10 +221,10 @@ class WanVace(WanT2V):
 
 
 class WanVaceMP(WanVace):
-    """WanVace on all GPUs of this machine, a process for each: this one leads, and starts the others.
+    """WanVace on all GPUs of this machine, one process each: this process leads, and starts the others.
 
-    They import the program, which must start with `if __name__ == "__main__":`. They end with this process, or when
-    `close` is called.
+    The others import the main program, which must be guarded by `if __name__ == "__main__":`. They end with this
+    process, or when `close` is called.
     """
 
     def __init__(
@@ -243,9 +243,9 @@ class WanVaceMP(WanVace):
         Args:
             config, checkpoint_dir, options: as WanVace's.
             use_usp: accepted for call compatibility; all processes share every pass.
-            ulysses_size, ring_size: multiply to the number of processes, where they are given.
-            processes: default: one for each GPU.
-            device: kind of GPU, or cpu; default: the accelerator that is there.
+            ulysses_size, ring_size: if given, their product must be the number of processes.
+            processes: their number; default: one for each GPU.
+            device: kind of GPU, or cpu; default: the accelerator of this machine.
         """
         size = processes or max(1, torch.cuda.device_count())
         if (ulysses_size or 1) * (ring_size or 1) not in (1, size):
@@ -265,11 +265,11 @@ class WanVaceMP(WanVace):
 
 
 def _follow(config: Any, checkpoint_dir: str | Path, options: dict[str, Any], ranks: Ranks) -> None:
-    """On the other processes of WanVaceMP."""
+    """Runs on the processes of WanVaceMP that follow the leading one; they report no events."""
     quiet = options | {"on_event": lambda event: None}
     WanVace(config, checkpoint_dir, device=ranks.device, ranks=ranks, **quiet).follow()
 
 
 def _per_sample(ref_images: References, samples: int) -> list[Sequence[torch.Tensor]]:
-    """A list of references for each sample, empty where there are none."""
+    """The reference images of each of `samples` samples; an empty list for a sample without."""
     return [references or [] for references in ref_images or [None] * samples]

@@ -28,8 +28,8 @@ def run(
 ) -> Result:
     """The Result of a check that may take `limit` seconds.
 
-    It passes, fails or is skipped as it says itself. A process that ends before it said so fails; one that runs out
-    of time or is killed from outside is incomplete, with what it measured until then.
+    The check itself reports whether it passed, failed or was skipped. A process that ends without that report fails;
+    one that runs out of time or is killed from outside is incomplete, with what it measured until then.
 
     Args:
         folder: where the whole output is kept, as NAME.log.
@@ -99,7 +99,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _read(told: Path, result: Result) -> None:
-    """Takes over what the check has said; a last line that was cut short says nothing."""
+    """Adds to `result` what the check has reported; a last line that was cut short is ignored."""
     if not told.is_file():
         return
     for line in told.read_text(encoding="utf-8").splitlines():

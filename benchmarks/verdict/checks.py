@@ -1,4 +1,4 @@
-"""What the verdict checks, what matters most first, and what a check is given to do its work with."""
+"""The checks of the verdict, the most important first, and the Bench that a check works with."""
 
 from __future__ import annotations
 
@@ -64,20 +64,20 @@ CHECKS = [
 
 
 class SkippedError(Exception):
-    """This machine, or this command line, has no use for the check; the message says why."""
+    """The check does not apply to this machine or this command line; the message says why."""
 
 
 @dataclass
 class Bench:
-    """What a check works with, and where it says what it found.
+    """The settings and the device of a check, and the methods by which it reports its findings.
 
     Attributes:
-        device: where to compute: the first CUDA device, or in a rehearsal the virtual GPU.
+        device: the first CUDA device, or in a rehearsal the virtual GPU.
         rehearse: use toy sizes.
         tree: upstream's checkout, or None.
-        told: where every finding is written at once, a line of JSON each, or None.
-        numbers, faults: what was noted; why it fails, nothing if it passes.
-        chance: of delays.
+        told: the file to which every finding is written at once, a line of JSON each, or None.
+        numbers, faults: what was noted; why the check fails, empty if it passes.
+        chance: draws random delays.
     """
 
     device: torch.device
@@ -99,13 +99,13 @@ class Bench:
         self.tell({"number": name, "value": value})
 
     def expect(self, holds: bool, otherwise: str) -> None:
-        """The check fails unless this holds, for the reason given, and goes on."""
+        """Unless `holds`, notes that the check fails for the reason `otherwise`; the check goes on."""
         if not holds:
             self.faults.append(otherwise)
             self.tell({"fault": otherwise})
 
     def needs(self, device_gib: float, ram_gib: float = 0) -> None:
-        """Skips the check on a machine that has less memory free; a rehearsal has what it needs.
+        """Skips the check on a machine that has less memory free; a rehearsal is never skipped.
 
         Raises SkippedError.
         """
@@ -124,7 +124,7 @@ class Bench:
             yield Path(folder)
 
     def tell(self, finding: dict[str, Any]) -> None:
-        """Writes a finding where the process that waits for it reads."""
+        """Writes a finding to the file that the parent process reads."""
         if self.told is not None:
             with self.told.open("a") as file:
                 file.write(json.dumps(finding) + "\n")

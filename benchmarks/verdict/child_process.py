@@ -1,4 +1,4 @@
-"""The process of a check: runner.py starts it."""
+"""The process of one check, which bounded_runs.py starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REHEARSED_GIB = 4  # of the virtual GPU
 
 
 def perform(job: dict[str, Any]) -> None:
-    """Runs the check that a job names, in this process, and tells its findings and in the end its status.
+    """Runs the check that a job names, in this process; reports its findings and, at the end, its status.
 
     job: a dict: function, arguments, rehearse, tree, told; see Check and Bench.
     """
@@ -40,7 +40,7 @@ def perform(job: dict[str, Any]) -> None:
                 stack.enter_context(VirtualGPU(capacity=REHEARSED_GIB * GIB))
             initialise(device)
             function(bench, **job["arguments"])
-            stack.close()  # here the virtual GPU tells of races
+            stack.close()  # here the virtual GPU raises RaceError if there was a race
         except (SkippedError, UnsupportedError) as reason:
             bench.tell({"status": "skipped", "reason": str(reason)})
             return

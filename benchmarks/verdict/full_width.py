@@ -1,4 +1,4 @@
-"""Layers of full width that stream, and activations in RAM: the bits of what stays, however late copies come."""
+"""Streams layers of full width, and keeps activations in RAM: the bits must be the same however late copies come."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from .checks import Bench
 LAYERS = 2
 LATENT, REHEARSED_LATENT = (16, 3, 30, 52), (16, 2, 8, 12)
 BUFFERS, SHARES = (2, 3, 4), (0, 0.5, 1)
-HEADS, CHUNK = (1, 4), 64  # of a group, tokens of a piece: where activations are in RAM
+HEADS, CHUNK = (1, 4), 64  # of activations in RAM: heads of a group, tokens of a piece
 DELAYS = ("no delay", "late copies", "busy device")
 PASSES = 2  # so that every buffer is used again
 LONGEST = 0.01  # seconds that a copy is late, at most
-STALL = 5_000_000  # clock cycles that the device is kept busy with nothing, a few milliseconds
+STALL = 5_000_000  # clock cycles for which the device is kept busy, a few milliseconds
 
 
 def streamed(bench: Bench, task: str) -> None:
-    """Streams in every number of buffers, with every share resident, with and without delays."""
+    """Streams with every number of buffers and every resident share, with and without delays."""
     if bench.rehearse:
         task = "t2v-tiny"
     bench.needs(4, 8)
@@ -72,7 +72,7 @@ def streamed(bench: Bench, task: str) -> None:
 
 
 def offloaded(bench: Bench, task: str) -> None:
-    """Activations in RAM: with and without delays the bits of copies that the computing stream makes itself."""
+    """Activations in RAM, with and without delays: the bits must be those of copies made on the compute stream."""
     if bench.rehearse:
         task = "t2v-tiny"
     bench.needs(4, 8)
@@ -108,7 +108,7 @@ def _picture(flow: torch.Tensor) -> bool:
 
 
 class _LateStreamer(Streamer):
-    """Its copies start when it pleases them."""
+    """A Streamer whose copies start after a random delay."""
 
     def __init__(self, chance: Random, *args: Any, **options: Any):
         self.chance = chance
@@ -120,7 +120,7 @@ class _LateStreamer(Streamer):
 
 
 class _OneStream(ActivationOffload):
-    """Its copies are in the order of the computing."""
+    """An ActivationOffload whose copies are on the compute stream, in its order."""
 
     def __enter__(self) -> _OneStream:
         super().__enter__()
@@ -129,7 +129,7 @@ class _OneStream(ActivationOffload):
 
 
 class _LatePlace(ActivationOffload):
-    """Its copies, in or out, are late by chance."""
+    """An ActivationOffload whose copies, in or out, are late at random."""
 
     def __init__(self, bench: Bench, heads: int):
         self.bench = bench
@@ -142,7 +142,7 @@ class _LatePlace(ActivationOffload):
 
 
 def _stall(bench: Bench) -> None:
-    """Lets the current stream fall behind what it is told to do."""
+    """Delays the current stream."""
     if bench.device.type == "cuda":
         torch.cuda._sleep(STALL)
     else:
@@ -151,7 +151,7 @@ def _stall(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def _busy(bench: Bench, model: WanModel, delay: str) -> Iterator[None]:
-    """The device computes late, if that is the delay."""
+    """Inside, the device computes late if `delay` is "busy device"."""
     blocks = model.blocks if delay == "busy device" else []
     stalls = [block.self_attn.q.register_forward_hook(lambda *_: _stall(bench)) for block in blocks]
     try:
@@ -194,7 +194,7 @@ def _model_and_inputs(bench: Bench, task: str) -> tuple[WanModel, dict[str, Any]
 
 
 def _reference(bench: Bench, task: str, path: Path) -> torch.Tensor:
-    """The flow with resident weights, from a process whose launches each wait for the device."""
+    """The flow with resident weights, from a process in which each kernel launch waits for the device."""
     job = {"task": task, "rehearse": bench.rehearse, "path": str(path)}
     subprocess.run(
         [sys.executable, "-m", "benchmarks.verdict.full_width", json.dumps(job)],

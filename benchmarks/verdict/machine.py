@@ -1,4 +1,4 @@
-"""What the machine is, and what its buses and multipliers give."""
+"""Describes the machine, and measures the rates of its buses and matrix products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDS = 5
 
 
 def describe(bench: Bench) -> None:
-    """Versions, card, settings. Fails if the device computes something else than the CPU."""
+    """Notes versions, card and settings. Fails if a matrix product on the device differs from the CPU's."""
     bench.note("system", f"{platform.platform()}, Python {platform.python_version()}")
     versions = {}
     for package in PACKAGES:
@@ -91,7 +91,7 @@ def _describe_cuda(bench: Bench) -> None:
 
 
 def _smi(field: str) -> str:
-    """What nvidia-smi says of the first card."""
+    """The value of nvidia-smi's `field` for the first card, or "unknown"."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "unknown"
@@ -104,7 +104,7 @@ def _smi(field: str) -> str:
 
 
 def rates(bench: Bench) -> None:
-    """GB/s between host and device, and tera-operations per second of products of matrices."""
+    """Notes GB/s between host and device, and tera-operations per second of matrix products."""
     nbytes = REHEARSED_BYTES if bench.rehearse else COPY_BYTES
     there = torch.empty(nbytes, dtype=torch.uint8, device=bench.device)
     for name, pinned in (("pageable", False), ("page-locked", True)):
@@ -135,7 +135,7 @@ def rates(bench: Bench) -> None:
 
 
 def _seconds(bench: Bench, work: Callable[[], Any]) -> float:
-    """The median time of some calls; one before is not counted."""
+    """The median time of ROUNDS calls, after one that is not counted."""
     times = []
     for _ in range(1 + ROUNDS):
         bench.backend.synchronize(bench.device)

@@ -1,7 +1,7 @@
-"""Tiles of the VAE and chunks of the DiT against the whole: with the arithmetic that CUDA has by default, and exact.
+"""Compares tiles of the VAE and chunks of the DiT with the whole, in CUDA's default arithmetic and in exact arithmetic.
 
 By default cuDNN convolves in TF32, and the DiT computes in bf16: tiles and chunks, which take other kernels, may then
-differ by that arithmetic's noise. How large that is, is measured: it is how far the whole is from the exact whole.
+differ by the noise of that arithmetic. The noise is measured: it is the distance of the whole from the exact whole.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REHEARSED_LATENT, REHEARSED_CHUNKS = (16, 2, 16, 18), (64, 100)
 
 
 def tiles(bench: Bench) -> None:
-    """The VAE's output in tiles is the whole's within 1e-5 if TF32 is off, and within TF32's noise if it is on."""
+    """The VAE's output in tiles must equal the whole's within 1e-5 if TF32 is off, and within TF32's noise if on."""
     bench.needs(4, 4)
     frames, size = FRAMES, SIZE
     sides: Sequence[int] = TILES
@@ -85,7 +85,7 @@ def _tiled(
 
 
 def chunks(bench: Bench) -> None:
-    """The flow in chunks, activations in RAM or not: in fp32 within 1e-5 of the largest value, in bf16 within noise."""
+    """The flow in chunks must equal the whole's: in fp32 within 1e-5 of the largest value, in bf16 within noise."""
     bench.needs(4, 4)
     task = "t2v-tiny" if bench.rehearse else "t2v-1.3B"
     shape, sizes = (REHEARSED_LATENT, REHEARSED_CHUNKS) if bench.rehearse else (LATENT, CHUNKS)

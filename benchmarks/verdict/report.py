@@ -17,7 +17,7 @@ NOT_RUN = "not run"
 
 @dataclass
 class Result:
-    """What became of a check.
+    """The result of a check.
 
     Attributes:
         status: pass, fail, skipped, incomplete (out of time, killed), or not run.
@@ -37,12 +37,12 @@ class Result:
 
 
 class Report:
-    """A verdict's results in `folder`, written anew whenever one is there.
+    """The results of a verdict, written to files in `folder` after each check.
 
     Args:
-        folder: exists.
+        folder: must exist.
         names: of all checks, in order.
-        about: what belongs at the head: a dict of texts and numbers.
+        about: texts and numbers for the head of the report, by name.
     """
 
     def __init__(self, folder: str | Path, names: Iterable[str], about: dict[str, Any]):
@@ -63,7 +63,7 @@ class Report:
         return {PASS: 0, FAIL: 1, INCOMPLETE: 2}[self.verdict]
 
     def add(self, result: Result) -> None:
-        """Takes the result of a check in its place."""
+        """Puts the result of a check in its place, and writes the report."""
         names = [known.name for known in self.results]
         self.results[names.index(result.name)] = result
         self.write()

@@ -1,4 +1,4 @@
-"""Whole runs at full size: what they take of the device, beside what the virtual GPU counts; and under a cap."""
+"""Whole runs at full size: their device memory compared with what the virtual GPU counts, and runs under a cap."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ WHOLE: dict[str, Any] = {
     "vae_tile": 0,
 }  # neither the DiT nor the video is cut
 TOLERANCE = 0.05
-CONVOLUTIONS = ("encode", "decode")  # cuDNN's workspaces, which are not counted, come on top
-BESIDE = CONTEXT + LIBRARY_BYTES  # the run: CUDA's context and libraries
-MARGIN = 64 << 20  # beside what is counted, under a cap: small workspaces
-ROUNDING = 1.05  # the same, for the gaps between tensors
+CONVOLUTIONS = ("encode", "decode")  # stages that also take cuDNN's workspaces, which are not counted
+BESIDE = CONTEXT + LIBRARY_BYTES  # bytes of CUDA's context and libraries, beside the run
+MARGIN = 64 << 20  # bytes that a cap adds to the count, for small workspaces
+ROUNDING = 1.05  # by which a cap multiplies the count, for gaps between tensors
 INTERVAL = 0.02  # seconds between two looks at the driver's free memory
 REHEARSED: dict[str, Any] = {"size": (128, 96), "frame_num": 9}
 
 
 def counted(bench: Bench, task: str, size: str, layers: int | None = None, whole: bool = False) -> None:
-    """Bytes in tensors are those that the virtual GPU counts, stage by stage, within 5%."""
+    """Bytes in tensors must be those that the virtual GPU counts, stage by stage, within 5%."""
     run = _run(bench, task, size, layers, MemoryOptions(**(WHOLE if whole else LOW_VRAM)))
     count = _count(bench, run)
     bench.needs((count.peak_bytes * 1.3 + BESIDE) / GIB, 8)
@@ -64,7 +64,7 @@ def counted(bench: Bench, task: str, size: str, layers: int | None = None, whole
 
 
 def capped(bench: Bench, task: str, size: str, layers: int | None = None) -> None:
-    """With --low_vram the run goes through in what is counted, and not in a quarter of it, or the cap was none."""
+    """With --low_vram a run must fit a cap of the counted bytes, and not a quarter of it, or the cap has no effect."""
     options: dict[str, Any] = LOW_VRAM
     run = _run(bench, task, size, layers, MemoryOptions(**options))
     count = _count(bench, run)
@@ -123,7 +123,7 @@ def _workspace(bench: Bench) -> int:
 
 @contextlib.contextmanager
 def _least_free(bench: Bench) -> Iterator[_Watch]:
-    """Yields a watch whose `taken`, afterwards, is the most that left the driver's free memory meanwhile, in bytes."""
+    """Yields a watch; afterwards its `taken` is by how many bytes the driver's free memory fell at most meanwhile."""
     watch = _Watch(bench)
     watch.thread.start()
     try:

@@ -8,7 +8,7 @@ from benchmarks import speed
 
 from .checks import GIB, Bench
 
-ROUNDS, FEW_ROUNDS = 2, 1  # of the whole model, of some of its layers
+ROUNDS, FEW_ROUNDS = 2, 1  # to time the whole model, and a model of some of its layers
 
 
 def compare(bench: Bench, task: str, layers: int | None = None) -> None:

@@ -17,7 +17,7 @@ from .checks import Bench
 
 
 def compare(bench: Bench, task: str) -> None:
-    """Every toy video fits one tile and one chunk, so that --low_vram only places weights: bit for bit the same."""
+    """--low_vram must not change a bit: a toy video fits one tile and one chunk, so that it only places weights."""
     few = ["--frame_num", "5", "--sample_steps", "2"] if bench.rehearse else ["--sample_steps", "4"]
     if TASKS[task].still:
         few = few[-2:]

@@ -1,4 +1,4 @@
-"""Upstream's own pipelines beside ours, on toy weights, in fp32 with TF32 off: the same latents, and both peaks."""
+"""Compares latents and peak memory with upstream's own pipelines, on toy weights, in fp32 with TF32 off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(bench: Bench) -> None:
     """Runs a text, an image and a VACE task through both."""
     if bench.tree is None:
         raise SkippedError("no --tree was given")
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for upstream's process; ours has read it already
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for upstream's process; this one has read it already
     for kind, name in PIPELINES.items():
         checkpoint = random_models.checkpoint(f"{kind}-tiny")
         call, inputs = dict(CALL), None

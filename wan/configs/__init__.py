@@ -1,7 +1,7 @@
 """Model configs by task, and the sizes, in pixels, that each task supports.
 
-Names ending in `-toy` are small twins that were trained, in `-tiny` smaller ones of random numbers: every path of the
-program, on a CPU, in seconds.
+Names ending in `-toy` are small trained models, those in `-tiny` smaller ones with random weights: both take every path
+of the program, on a CPU, in seconds.
 """
 
 import copy
@@ -54,7 +54,7 @@ SUPPORTED_SIZES = {
     **dict.fromkeys(TINY_CONFIGS, _TINY),
 }
 
-# name -> (width, height), and what image tasks take from it, the area
+# size -> (width, height), and size -> area, all that image tasks take from a size
 SIZE_CONFIGS = {
     size: tuple(int(side) for side in size.split("*")) for size in _HD + _SD + ("1024*1024",) + _TOY + _TINY
 }

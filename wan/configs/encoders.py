@@ -1,4 +1,4 @@
-"""Sizes of the text and the image encoder, which all Wan2.1 models share: transformers' fields, and tokens."""
+"""Sizes of the text and the image encoder of all Wan2.1 models: fields of transformers' configs, and token counts."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ VIT_H_14: dict[str, Any] = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
-TEXT_TOKENS = 512  # that a prompt is padded to
+TEXT_TOKENS = 512  # to which a prompt is padded
 IMAGE_TOKENS = (
     1 + (VIT_H_14["image_size"] // VIT_H_14["patch_size"]) ** 2
-)  # of a picture, 257: its class comes first
+)  # of a picture, 257: the class token, then the patches

@@ -1,4 +1,4 @@
-"""What all Wan2.1 models have in common: files, types, patch and latent strides."""
+"""The config entries that all Wan2.1 models share: files, types, patch and latent strides."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from easydict import EasyDict
 
 from .encoders import TEXT_TOKENS
 
-# At most so many groups of a latent's frames take a solver's step in turn where what it remembers is in RAM.
+# If the solver's history is in RAM, a latent's frames are split into at most so many groups that take a step in turn.
 SOLVER_PIECES = 8
 
 wan_shared_cfg = EasyDict(
@@ -41,5 +41,5 @@ wan_shared_cfg = EasyDict(
 
 
 def model_config(name: str, **entries: Any) -> EasyDict:
-    """The shared entries with a model's own."""
+    """The shared entries and a model's own."""
     return EasyDict({**wan_shared_cfg, **entries}, __name__=f"Config: {name}")

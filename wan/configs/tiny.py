@@ -1,6 +1,6 @@
-"""Configs of the toy tasks: every path of the program on a CPU in seconds, nothing learned.
+"""Configs of the `-tiny` tasks: random weights that take every path of the program, on a CPU in seconds.
 
-Beside the keys of the other configs they hold the sizes that the real models have built in:
+Beside the keys of the other configs they hold the sizes that the code of the real models has built in:
 
 - `dit_config`: the contents of the DiT's config.json.
 - `t5_config`: fields of transformers' UMT5Config. T5 is the largest component, as in the real models.

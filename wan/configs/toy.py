@@ -24,7 +24,7 @@ def _toy(base: EasyDict, task: str, dit: dict[str, Any], **encoders: Any) -> Eas
     config = tiny_config(base, task, DIT | dit, t5=T5, **encoders)
     config.__name__ = f"Config: Wan {task} toy"
     config.text_len = TEXT_LEN
-    config.sample_neg_prompt = ""  # what is learned in place of left out captions
+    config.sample_neg_prompt = ""  # in training, an empty caption takes the place of one left out
     return config
 
 

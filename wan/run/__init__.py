@@ -1,4 +1,4 @@
-"""From a request to a file: what the command line, a page or a script calls."""
+"""From a request to a file: the interface for the command line, the page and scripts."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["Request", "Runner", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what runs, with the libraries that it needs, when it is first named."""
+    """Imports the runner, and the libraries that it needs, at its first use."""
     if name in ("Runner", "run"):
         from . import runner
 

@@ -1,4 +1,4 @@
-"""Many requests in one go: an output for each, what is done is skipped, what is half done goes on."""
+"""Many requests in one go, an output for each: finished ones are skipped, interrupted ones continue."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FIELDS = [field.name for field in fields(Request) if is_option(field)]
 
 @dataclass(frozen=True)
 class Entry:
-    """A request of many.
+    """One request of a batch.
 
     Attributes:
-        name: what it is called in messages.
+        name: the entry's name in messages.
         request: what to make.
-        open: settings that another run of it may have chosen otherwise, such as a random seed.
+        open: settings that may differ from one run of the entry to the next, such as a random seed.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
     open: frozenset[str] = frozenset()
 
     def made_by(self, found: Mapping[str, Any]) -> bool:
-        """Whether these settings are the entry's."""
+        """Whether the settings `found` in a file are the entry's, except for the open ones."""
         mine = settings(self.request)
         names = (set(mine) | set(found)) - self.open
         return all(mine.get(name) == found.get(name) for name in names)
@@ -52,17 +52,17 @@ def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapp
 
     Args:
         path: a text with a prompt in each line; or JSON lines, each an object with any fields of a Request. Empty
-            lines do not count.
-        given, memory: fields of the Request and of its memory options for all of them. Results are numbered after
-            save_file, or after the list itself.
+            lines are ignored.
+        given, memory: fields of the Request and of its memory options for all lines. A result's name is save_file or,
+            without it, the list's name, with the line's number.
 
     Raises:
-        InputError: a file that cannot be read; or a line that cannot work, which is named.
+        InputError: the file cannot be read, or a line cannot work; then the message names the line.
     """
     path = Path(path)
     try:
         lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:  # the latter of a path that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
         not_text = isinstance(error, UnicodeDecodeError)
         reason = "it is not UTF-8 text" if not_text else getattr(error, "strerror", error)
         raise InputError(f"cannot be read: {reason}", "prompts", path) from error
@@ -92,10 +92,12 @@ def read_entries(path: str | os.PathLike, given: Mapping[str, Any], memory: Mapp
 
 
 def run_entries(entries: Sequence[Entry], runner: Runner) -> int:
-    """Runs what is not done yet: texts are encoded first, then it is one after the other; a failure stops no other.
+    """Runs the entries that are not done yet: encodes all their prompts, then makes one result after the other.
+
+    A failed entry is logged and does not stop the others.
 
     Returns:
-        How many failed; they are logged.
+        How many failed.
     """
     failed: list[str] = []
     left = [entry for entry in entries if not is_done(entry)]
@@ -115,7 +117,7 @@ def run_entries(entries: Sequence[Entry], runner: Runner) -> int:
 
 
 def is_done(entry: Entry) -> bool:
-    """Whether the result is there, made by the entry's settings."""
+    """Whether the entry's result exists and was made with the entry's settings."""
     path = entry.request.save_file
     if entry.request.overwrite or not os.path.isfile(path):
         return False
@@ -126,7 +128,7 @@ def is_done(entry: Entry) -> bool:
 
 
 def begun(entry: Entry) -> Request | None:
-    """The request that goes on from the newest state of the entry, if there is one."""
+    """The request that continues from the entry's newest state file; None if there is none."""
     from .state import read_state
 
     paths = glob.glob(f"{glob.escape(entry.request.save_file)}.*.state")
@@ -156,7 +158,7 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def _numbered(path: Path, given: Mapping[str, Any], number: int) -> str:
-    """The name of a result."""
+    """The path of the result of line `number`."""
     from ..tasks import TASKS
 
     still = given.get("task") in TASKS and TASKS[given["task"]].still

@@ -1,4 +1,4 @@
-"""What a run does, one step after the other: start, encode, denoise, decode, save."""
+"""The steps of a run: start, encode, denoise, decode, save."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .state import State, read_state
 log = logging.getLogger(__name__)
 
 DECODING = "decoding"
-MERGED = "merged LoRAs"  # beside the names of files
+MERGED = "merged LoRAs"  # the key of the LoRAs' digest, among the names of weight files
 
 
 def start(request: Request) -> State:
-    """Where a run starts: at the beginning, or where a file says."""
+    """The state in which a run starts: empty, or read from a file. Raises InputError for one that cannot be used."""
     if request.resume:
         return read_state(request.resume, **vars(request))
     if not request.decode_latents:
@@ -64,9 +64,9 @@ def start(request: Request) -> State:
 
 
 def identified(state: State, pipeline: Any) -> State:
-    """The state with the identity of the weights.
+    """The state with the digests of the run's weight files and LoRAs added.
 
-    Raises InputError if they are others than those that it started with.
+    Raises InputError if one differs from the digest at the run's start.
     """
     folder = pipeline.checkpoint_dir
     found = digests(pipeline, state.stage)
@@ -85,19 +85,19 @@ def identified(state: State, pipeline: Any) -> State:
 
 
 def digests(pipeline: Any, stage: str) -> dict[str, str]:
-    """Name and digest of each weight file that a run needs from a stage on."""
+    """Digest by name of each weight file that a run needs from `stage` on."""
     folder = pipeline.checkpoint_dir
     return {str(p.relative_to(folder)): file_fingerprint(p) for p in pipeline.weight_files(stage)}
 
 
 def made(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
-    """What is left of encoding, denoising and decoding: the video."""
+    """The video: does what the keeper's state has not done yet of encoding and denoising, then decodes."""
     latent = _latents(pipeline, keeper, tell)
     return _decoded(latent, keeper.state.request, pipeline)
 
 
 def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
-    """Encodes and denoises, as far as that is not done: [C, F, H, W] fp32."""
+    """The finished latent [C, F, H, W] fp32: encodes and denoises unless the state has done so."""
     state = keeper.state
     if state.finished:
         return state.latent
@@ -123,7 +123,7 @@ def _latents(pipeline: Any, keeper: Keeper, tell: Listener) -> torch.Tensor:
 
 
 def _previewed(pipeline: Any, keeper: Keeper, tell: Listener) -> OnStep:
-    """What the keeper does after a step, and before that a preview."""
+    """The function called after each step: writes a preview, if memory allows, then calls the keeper."""
     request = keeper.state.request
     try:
         colours = fit_colours(lambda video: pipeline.vae.encode([video])[0])
@@ -143,7 +143,7 @@ def _previewed(pipeline: Any, keeper: Keeper, tell: Listener) -> OnStep:
 
 
 def _encode(pipeline: Any, keeper: Keeper) -> None:
-    """Reads the inputs, writes the prompt out if that is asked for, and encodes it all."""
+    """Reads the inputs, extends the prompt if asked to, and encodes both; saves the state before and after encoding."""
     request = keeper.state.request
     arguments = pipeline.arguments(request)
     log.info(f"Task {request.task}, {request.size}, {request.frame_num} frames, seed {request.base_seed}")
@@ -163,7 +163,7 @@ def _encode(pipeline: Any, keeper: Keeper) -> None:
 
 
 def _extended(request: Request, arguments: dict[str, Any]) -> str:
-    """The prompt as a language model writes it out, or as given if that fails."""
+    """The prompt as extended by a language model, or as given if that fails."""
     log.info("Extending the prompt")
     result = extend_prompt(
         request.prompt,
@@ -181,7 +181,7 @@ def _extended(request: Request, arguments: dict[str, Any]) -> str:
 
 
 def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Tensor:
-    """The video [3, F, H, W] in 8 bits, or a picture [3, 1, H, W] in [-1, 1], which is rounded otherwise."""
+    """The video [3, F, H, W] in 8 bits, or a picture [3, 1, H, W] in [-1, 1], which save_image rounds differently."""
     latent = latent.to(pipeline.device)
     if request.facts.still:
         picture = pipeline.decode(latent)
@@ -195,7 +195,7 @@ def _decoded(latent: torch.Tensor, request: Request, pipeline: Any) -> torch.Ten
 
 
 def save(video: torch.Tensor, request: Request, pipeline: Any, planned: bool) -> Path:
-    """Saves what `_decoded` gives."""
+    """Saves the result of `_decoded`; returns its path. planned: whether the memory options were planned."""
     comment = settings_text(request, planned)
 
     def write(path: Path, over: bool) -> None:

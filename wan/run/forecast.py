@@ -1,4 +1,4 @@
-"""When a run will be done."""
+"""Predicts when a run will end."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 from ..utils.events import Event, Step
 from .request import Request
 
-# Operations per pixel and frame of the decoder at its published width of 96, counted over its convolutions.
+# Operations of the VAE's decoder per pixel of each frame at the published width of 96, summed over its convolutions.
 DECODER, WIDTH = 8.2e6, 96
-# How many times slower a device does the decoder's, in fp32, than the DiT's, in bf16; an estimate.
+# How many times longer an operation of the decoder, in fp32, takes than one of the DiT, in bf16; estimates by device.
 SLOWER = {"cpu": 1.0}
 SLOWER_GPU = 4.0
-PIXELS_PER_SECOND = 1e7  # that the video's encoder takes, on a CPU; an estimate
+PIXELS_PER_SECOND = 1e7  # of the H.264 encoder on a CPU; an estimate
 
 
 class Forecast:
-    """Tells from a run's events when it will end: by the pace of the stage, and arithmetic for those after it.
+    """Predicts from a run's events when it will end: the current stage from its pace, later ones from operation counts.
 
     Args:
-        request: the run's.
-        pipeline: that carries it out.
+        request: the run's request.
+        pipeline: the run's pipeline.
     """
 
     def __init__(self, request: Request, pipeline: Any):
         self._request, self._pipeline = request, pipeline
 
     def end_after(self, event: Event) -> datetime | None:
-        """When the run will end, if the event tells."""
+        """When the run will end; None if the event does not tell."""
         if not isinstance(event, Step) or event.seconds_left is None:
             return None
         if event.stage == "denoise":

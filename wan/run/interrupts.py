@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back where a moment's patience keeps work."""
+"""Ctrl-C and SIGTERM: during denoising they take effect after the current step, so that its work is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was told to stop. `number` is the signal's."""
+    """The run was told to stop. `number` is that of the signal."""
 
     def __init__(self, number: int = signal.SIGINT):
         super().__init__("interrupted" if number == signal.SIGINT else "terminated")
@@ -24,9 +24,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """A wish to stop, from a signal or from another thread.
+    """A request to stop the run, from a signal or from another thread.
 
-    As a context in the main thread it turns signals into Interrupted. Signals that are ignored stay so.
+    As a context in the main thread it turns SIGINT and SIGTERM into Interrupted; a signal that was ignored stays so.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Interrupts:
         self._pending = number
 
     def withdraw(self) -> None:
-        """Forgets that it was asked: the next run is another."""
+        """Drops the request to stop, so that it does not stop the next run."""
         self._pending = None
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def patience(self) -> Iterator[None]:
-        """Inside, the first signal only asks; a second one stops at once."""
+        """Inside, the first signal only asks the run to stop; a second one raises Interrupted at once."""
         self._patient = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Where and when a run's state is kept."""
+"""When and where a run saves its state."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Keeps the state of a run in a file beside its result.
+    """Saves the state of a run in a file beside its result.
 
     Attributes:
-        state: the last one, without what denoising has done since.
-        path: of the file; `save` changes it where that place takes no more.
-        kept: whether the file is there.
-        interrupts: whether the run is to stop.
+        state: the run's state, without the steps of denoising taken since `save` or `go_on` set it.
+        path: of the state file; saving changes it if the folder takes no more.
+        kept: whether the state file exists.
+        interrupts: tells after each step whether the run is to stop.
 
     Args:
-        state: where the run starts.
+        state: in which the run starts.
         interrupts: see above.
-        remembers: whether each step is kept in RAM, for `go_on`.
+        remembers: whether to copy the result of each step to RAM, for `go_on`.
     """
 
     def __init__(self, state: State, interrupts: Interrupts, remembers: bool = False):
@@ -54,12 +54,12 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def save(self, **changes: Any) -> None:
-        """Writes the state with the changes; in another folder if its own takes no more, which is told."""
+        """Applies the changes to the state and writes it; with a warning to another folder if its own takes no more."""
         self._write(replace(self.state, **changes))
         self.state = replace(self.state, **changes)
 
     def after_step(self, latent: torch.Tensor, solver: Solver) -> None:
-        """Writes the state if it is time, or if the run is to stop, and then stops it.
+        """Writes the state every `save_every` minutes, and when the run is to stop.
 
         Raises:
             InputError: the latent is not finite.
@@ -70,19 +70,19 @@ class Keeper:
             self._reached = {"latent": latent.cpu(), "solver": solver.state_dict("cpu")}
         asked = self.interrupts.asked
         if asked or time.monotonic() - self._saved_at >= self._seconds:
-            # Not remembered: the solver goes on, and what it drops is to be freed.
+            # Not assigned to self.state, which would keep tensors alive that the solver drops in its next steps.
             self._write(replace(self.state, latent=latent, solver=solver.state_dict()))
         if asked:
             self.interrupts.check()
 
     def go_on(self, **changes: Any) -> None:
-        """The run goes on from the last step, with these changes of its request."""
+        """Moves the state on to the last step in RAM, and applies the changes to its request."""
         request = replace(self.state.request, **changes)
         reached = {} if self.state.finished else self._reached
         self.state = replace(self.state, request=request, **reached)
 
     def finish(self, latent: torch.Tensor) -> None:
-        """Writes the finished latents; in a file of their own, too, if that is asked for.
+        """Writes the finished latents to the state file and, if save_latents names one, to a file of their own.
 
         Raises Interrupted if the run is to stop.
         """
@@ -97,13 +97,16 @@ class Keeper:
         self.interrupts.check()
 
     def remove(self) -> None:
-        """The result is there: the state is needed no more."""
+        """Deletes the state file, which is not needed once the result is saved."""
         self.path.unlink(missing_ok=True)
         self.kept = False
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """If the body fails, the log names the command that goes on; a run that is refused leaves nothing."""
+        """If the body fails, logs the command that resumes the run.
+
+        If a new run is refused with an InputError before its prompt is encoded, its state file is deleted instead.
+        """
         try:
             yield
         except BaseException as error:
@@ -132,12 +135,12 @@ class Keeper:
 
 
 def state_path(save_file: str) -> Path:
-    """A name for the state of a new run, beside its result."""
+    """A new path for the state of a run, beside its result."""
     return Path(f"{save_file}.{secrets.token_hex(4)}.state")
 
 
 def way_back(path: Path) -> str:
-    """The command that goes on from a state, to be given in any folder."""
+    """The command that resumes a run from its state file, from any working directory."""
     words = [*command(), "--resume", str(path)]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
@@ -149,7 +152,7 @@ def check_finite(values: torch.Tensor, stage: str) -> None:
 
 
 def not_finite(stage: str) -> InputError:
-    """The error of a stage that gave such values."""
+    """The error for a stage whose result has values that are infinite or not a number."""
     return InputError(
         f"{stage} gave values that are infinite or not numbers: weights are damaged, or a setting is extreme"
     )

@@ -1,4 +1,4 @@
-"""Whether what a run writes has a place, before any work is done; and where the result goes in the end."""
+"""The files that a run writes: checked before any work is done, and the result's place chosen when it is saved."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def check_outputs(request: Request) -> None:
-    """Sweeps the folder of the result.
+    """Checks the files that a run will write, makes the preview's folder, and sweeps it and the result's.
 
-    Raises InputError for a file that cannot be written, would be lost, or is read by the same run.
+    Raises InputError for a file that cannot be written, exists and may not be replaced, or is read by the same run.
     """
     check_writable(request.save_file, image=request.facts.still)
     check_target(state_path(request.save_file), "save_file")
@@ -47,16 +47,17 @@ def check_outputs(request: Request) -> None:
 
 
 def save_result(request: Request, write: Callable[[Path, bool], None]) -> Path:
-    """Has the result written where it goes: to save_file, or beside it if another run has put its own there meanwhile.
+    """Writes the result to save_file, or to the next free name beside it if another run has written there meanwhile.
 
-    If that folder takes no more it goes to another one, which is told.
+    If that folder takes no more, the result goes to another one, with a warning.
 
     Args:
-        request: whose result it is.
-        write: writes it to a path, over what is there or not; raises FileExistsError then.
+        request: the run's request.
+        write: called with (path, over); writes the result. If `over` is false and the path exists, it raises
+            FileExistsError.
 
     Returns:
-        Where it is.
+        The path of the result.
 
     Raises OSError: no folder takes it.
     """
@@ -77,7 +78,7 @@ def save_result(request: Request, write: Callable[[Path, bool], None]) -> Path:
 
 
 def _save_in(folder: Path, own: Path, over: bool, write: Callable[[Path, bool], None]) -> Path:
-    """Writes a result into a folder, under its own name or the next that is free."""
+    """Writes a result into a folder, under its own name or the next free one: NAME_2, NAME_3 and so on."""
     for name in _names(own):
         path = folder / name
         if over or not path.exists():
@@ -94,9 +95,9 @@ def _names(path: Path) -> Iterator[str]:
 
 
 def _may_replace(request: Request, name: str) -> bool:
-    """Whether an output has its place free, or may take it: by --overwrite, or since it is this very run's.
+    """Whether an output's path is free, or may be overwritten: with --overwrite, or since this very run wrote it.
 
-    A run that was stopped between saving and forgetting its state finds its own result.
+    A run that was stopped between saving its result and deleting its state finds that result when it is resumed.
     """
     path = getattr(request, name)
     if not os.path.exists(path) or request.overwrite:
@@ -110,11 +111,11 @@ def _may_replace(request: Request, name: str) -> bool:
 
 
 def check_room(request: Request) -> None:
-    """Raises InputError for a disk on which the run's files, or those of them that are known, find no room."""
+    """Raises InputError if the disk has no room for the run's files, as far as their sizes are known."""
     width, height = request.pixels
     pixels = width * height * request.frame_num
     latent = 4 * 16 * (request.frame_num // 4 + 1) * (height // 8) * (width // 8)
-    # Of a state most is the latent, three of the solver's and what comes of inputs; two while one replaces the other.
+    # A state takes about 8 latents: its own, three of the solver's, encoded inputs. While replaced it exists twice.
     needed = {"save_file": 2 * 8 * latent + pixels // 4, "save_latents": latent}
     for name, least in needed.items():
         path = getattr(request, name)

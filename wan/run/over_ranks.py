@@ -1,6 +1,6 @@
-"""Several processes that make what is asked for: torchrun starts the same command line in each of them.
+"""Runs over several processes, called ranks: torchrun starts the same command line in each.
 
-The first one runs the requests; the others follow it. They say nothing: what ends one of them the first one tells.
+The first rank runs the requests, the others follow it. The others print nothing: the first reports what ends them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .interrupts import SIGNALS
 from .plan_request import budget_on
 from .request import LEAST_FRACTION, Request
 
-LOST = 1  # exit code of a process that follows
+LOST = 1  # exit code of a rank that follows and fails
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def over_ranks(
     """Runs `lead` on the first rank and `follow` on the others.
 
     Args:
-        arguments: of the command line; None for the process's own.
+        arguments: of the command line; None for sys.argv.
+        lead, follow: called with the ranks; `lead` returns the exit code.
 
     Returns:
         The exit code. Errors are raised on the first rank only.
@@ -51,7 +52,7 @@ def over_ranks(
     logging.disable(logging.CRITICAL)
     try:
         with Ranks() as ranks:
-            for number in SIGNALS:  # the lead decides when to stop; without it, all end
+            for number in SIGNALS:  # the first rank decides when to stop; if it is gone, all end
                 signal.signal(number, signal.SIG_IGN)
             _check_alike(ranks, arguments)
             follow(ranks)
@@ -61,7 +62,7 @@ def over_ranks(
 
 
 def check_sizes(request: Request, ranks: Ranks | None) -> None:
-    """Raises InputError for options of several GPUs that do not fit the processes that there are."""
+    """Raises InputError for multi-GPU options that do not fit the number of processes, or contradict other options."""
     size = ranks.size if ranks else 1
     asked = request.ulysses_size * request.ring_size
     if asked not in (1, size):
@@ -85,7 +86,7 @@ def check_sizes(request: Request, ranks: Ranks | None) -> None:
 
 
 def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:
-    """Raises InputError, on all ranks, unless each found the same files with the same contents."""
+    """Raises InputError, on all ranks, unless all found the same digests. found: digest by name of each weight file."""
     first, *others = ranks.gather(found)
     for rank, other in enumerate(others, 1):
         names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
@@ -95,7 +96,7 @@ def check_weights(ranks: Ranks, found: dict[str, Any]) -> None:
 
 
 def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str, float]:
-    """What of a request is another one when it goes on after memory ran out on a rank; nothing after other errors."""
+    """The changes to a request before it resumes: a smaller vram_fraction if a rank ran out of memory, else none."""
     if plan is None or not (is_out_of_memory(error) or getattr(error, "out_of_memory", False)):
         return {}
     part = min(1.0, LESS * plan.peak_bytes / plan.room) if plan.room else 1.0
@@ -109,8 +110,10 @@ def less_room(request: Request, plan: Plan | None, error: Exception) -> dict[str
 
 
 def least_budget(request: Request, device: torch.device, ranks: Ranks) -> Budget:
-    """On all ranks: what a request has of the device where that is least, what the ranks' connections take not among
-    it."""
+    """The smallest budget that any rank has for a request; called on all ranks.
+
+    The ranks connect before they measure, so that the memory of their connections does not count as free.
+    """
     configure_allocator(device)
     hold_to_free(device)
     ranks.connect()
@@ -119,7 +122,7 @@ def least_budget(request: Request, device: torch.device, ranks: Ranks) -> Budget
 
 
 def activation_ram(request: Request, ranks: Ranks) -> float:
-    """Bytes of RAM for the activations of a pass, of which each rank of a machine has its share."""
+    """Bytes of RAM that a pass's activations may take: the shares of this machine's ranks fit half of what is free."""
     return psutil.virtual_memory().available / 2 * min(1.0, sharing(request, ranks) / ranks.local_size)
 
 

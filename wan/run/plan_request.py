@@ -1,4 +1,4 @@
-"""Requests planned: what a run is to the planner, what the device has for it, and what is told of a plan."""
+"""Memory plans of requests: a request's work and budget for the planner, and the report of its plan."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ log = logging.getLogger(__name__)
 
 
 def plan(request: Request, vram: float | None = None, ram: float | None = None) -> Plan:
-    """The memory options with which a request finishes soonest in what a device has.
+    """The plan with which a request finishes soonest in a device's memory.
 
     Args:
-        request: its memory options that are not in `planned` are kept, or all of them if nothing is planned.
-        vram: bytes of the card for this process, CUDA's own among them; None for the request's limit, or else for
-            what is free on its device.
+        request: the options in its `planned` are chosen, or all of PLANNED if that is empty; the others are kept.
+        vram: bytes of the card for this process, CUDA's own included; None for the request's limit or, if it has
+            none, for what is free on its device.
         ram: bytes for activations in RAM; None for half of what is available.
 
     Raises:
-        InputError: no device and no limit.
+        InputError: there is neither a limit nor an accelerator.
     """
     planner, budget = _planner_and_budget(request, vram, ram)
     return planner.plan(budget.room, budget.steady)
@@ -63,7 +63,7 @@ def planner_of(
     ranks: int | None = None,
     card: Card = NOT_CUDA,
 ) -> Planner:
-    """The Planner of a request; of so many ranks, or as many as it asks for."""
+    """The Planner of a request. ram: as plan's; ranks: their number, None for as many as the request asks for."""
     planned = request.planned or PLANNED
     kept = {name: value for name, value in vars(request.memory).items() if name not in planned}
     kept |= needed_options(request.attention, request.compile)
@@ -75,7 +75,7 @@ def planner_of(
 
 
 def planner_within(request: Request, limit: float, ram: float | None = None) -> Planner:
-    """The Planner of a request for a card that is usual at a size of so many bytes, flash-attn not installed."""
+    """The Planner of a request for a typical card of `limit` bytes, without flash-attn."""
     capability, dtype = usual_capability(limit), request.facts.config.param_dtype
     kernel = choose_kernel(dtype, _head_width(request), capability, (), fused_on(capability, dtype))
     return planner_of(request, usual(limit), ram, card=Card(capability, kernel, request.exact))
@@ -84,28 +84,28 @@ def planner_within(request: Request, limit: float, ram: float | None = None) -> 
 def planner_for(
     request: Request, device: torch.device, ram: float | None = None, ranks: int | None = None
 ) -> tuple[Planner, Budget]:
-    """The Planner of a request on a device, of which there are so many ranks, and what the request has of the device.
+    """The Planner of a request on a device, and its Budget there. ram, ranks: as planner_of's.
 
-    Raises InputError for a limit that is more than the device has.
+    Raises InputError for a limit above the device's memory.
     """
     budget = budget_on(request, device)
     expandable, card, rates = configure_allocator(device), card_of(request, device), usual(budget.total)
     if card.capability:
-        # The first product of a process decides on the size of cuBLAS' workspace: it is one as the run's are.
+        # The first matrix product of a process fixes the size of cuBLAS's workspace: measure with the run's arithmetic.
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
             rates = rates_of(device, RATES_FILE.expanduser(), card, request.attention)
     return planner_of(request, rates, ram, expandable, ranks, card), budget
 
 
 def card_of(request: Request, device: torch.device) -> Card:
-    """A device, asked for the attention that will run there. Raises InputError if the kernels of choice cannot."""
+    """A device's capability and the attention kernel that a request runs there; raises InputError if it cannot."""
     if device.type != "cuda":
         return NOT_CUDA
     kernel = _kernel_on(device, request.facts.config.param_dtype, _head_width(request), request.attention)
     return Card(torch.cuda.get_device_capability(device), kernel, request.exact)
 
 
-@functools.cache  # asked before a run, and told again when its memory is full
+@functools.cache  # planned anew after memory ran out, the device is not asked again
 def _kernel_on(device: torch.device, dtype: torch.dtype, width: int, choice: str) -> str:
     check_attention(choice, device, dtype)
     row = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
@@ -118,7 +118,7 @@ def _head_width(request: Request) -> int:
 
 
 def budget_on(request: Request, device: torch.device) -> Budget:
-    """What a request has of a device. Raises InputError for a limit that is more than the device has."""
+    """The memory of a device that a request may use. Raises InputError for a limit above the device's memory."""
     budget = Budget.on(device, _limit(request), request.vram_fraction)
     if budget.limit is not None and budget.limit > budget.total:
         raise InputError(f"the card has {budget.total / GIB:.2f} GiB", "vram_limit", request.vram_limit)
@@ -126,12 +126,12 @@ def budget_on(request: Request, device: torch.device) -> Budget:
 
 
 def _limit(request: Request) -> float | None:
-    """Bytes of the card for a request, CUDA's own among them; None for what is free."""
+    """Bytes of the card for a request, CUDA's own included; None for what is free."""
     return None if request.vram_limit == "auto" else float(request.vram_limit) * GIB
 
 
 def _planner_and_budget(request: Request, vram: float | None, ram: float | None) -> tuple[Planner, Budget]:
-    """As plan's arguments: for a card of the limit's size, or for the device where there is no limit."""
+    """For a typical card of the limit's size or, without a limit, for the request's device. Arguments as plan's."""
     limit = _limit(request) if vram is None else float(vram)
     if limit is None:
         return planner_for(request, device_of(request), ram)
@@ -139,7 +139,7 @@ def _planner_and_budget(request: Request, vram: float | None, ram: float | None)
 
 
 def check_mode(mode: str, kept: dict[str, Any]) -> None:
-    """Raises InputError for a mode that contradicts a memory option that is given."""
+    """Raises InputError if a memory mode contradicts a memory option that is given."""
     streams = [name for name in ("t5_stream", "t5_cpu", "activation_offload") if kept.get(name)]
     streams += ["dit_stream"] if kept.get("dit_stream") is not None else []
     if mode == "gpu_only" and streams:
@@ -157,7 +157,7 @@ def device_of(request: Request) -> torch.device:
 
 
 def work_of(request: Request, ranks: int | None = None) -> Work:
-    """What a request is to the planner; tokens and tiles as one rank of one has them, which is the most."""
+    """The planner's description of a request; tokens and tiles are those of a rank alone, which are the most."""
     ranks = ranks or request.ulysses_size * request.ring_size
     config = request.facts.config
     pictures = _pictures(request) if "clip_checkpoint" in config else []
@@ -212,7 +212,7 @@ def _models(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def video_shape(request: Request) -> tuple[int, int, int]:
-    """(frames, height, width) of the result: inputs may set them. Those that cannot be read are as asked for."""
+    """(frames, height, width) of the result. Inputs may set them; without a readable one they are the request's own."""
     task, config, (width, height) = request.facts, request.facts.config, request.pixels
     if task.area_only:
         picture_width, picture_height = _pictures(request)[0]
@@ -227,13 +227,13 @@ def video_shape(request: Request) -> tuple[int, int, int]:
 
 
 def source_channels(request: Request) -> int:
-    """Channels of videos that are in RAM whole while they are encoded: known frames, or a source and its mask."""
+    """Channels of the videos that are whole in RAM while encoded: known frames, or VACE's source and mask; else 0."""
     task = request.facts
     return 3 if task.all_inputs else 4 + 3 * bool(request.src_mask) if "src_video" in task.inputs else 0
 
 
 def _pictures(request: Request) -> list[tuple[int, int]]:
-    """(width, height) of the input pictures; those that cannot be read are taken to be as large as the video."""
+    """(width, height) of each input picture; one that cannot be read is taken to be as large as the video."""
     sizes = []
     for name in request.facts.inputs:
         try:
@@ -244,11 +244,11 @@ def _pictures(request: Request) -> list[tuple[int, int]]:
     return sizes
 
 
-# What is told
+# Reports
 
 
 def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a request, and beside it as JSON's values what more and less memory would bring."""
+    """The plan of a request, and its report as JSON values, which adds what more and less memory would bring."""
     planner, budget = _planner_and_budget(request, None, ram)
     room = budget.room
     chosen = planner.plan(room, budget.steady)
@@ -262,7 +262,7 @@ def report(request: Request, ram: float | None = None) -> tuple[Plan, dict[str, 
 
 
 def longest(request: Request, planner: Planner, room: float) -> int:
-    """The most frames that fit, by the leanest way; of pictures one."""
+    """The most frames that fit `room` bytes with the leanest options; 1 for pictures, a source video's own frames."""
     if request.facts.still:
         return 1
     if request.src_video:
@@ -284,13 +284,13 @@ def longest(request: Request, planner: Planner, room: float) -> int:
             low = middle
         else:
             high = middle - 1
-    while low and not fits(low, surely=True):  # live bytes were compared, reserved are more
+    while low and not fits(low, surely=True):  # the search compared live bytes; reserved ones are more
         low = low * 31 // 32
     return 4 * low + 1
 
 
 def plan_text(chosen: Plan, beside: dict[str, Any]) -> str:
-    """The plan as lines to read."""
+    """The report of a plan as text. beside: the values from `report`."""
     fits = "fits" if chosen.fits else f"does not fit, {beside['least_bytes'] / GIB:.2f} GiB would"
     lines = [
         f"{options_text(chosen.options) or 'all on the device'}",

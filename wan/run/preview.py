@@ -1,4 +1,4 @@
-"""What denoising is about to show: small pictures of the latent, by a linear map in place of the VAE's decoder."""
+"""Previews while denoising: small pictures of the predicted latent, by a linear map in place of the VAE's decoder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from ..utils.video import to_uint8
 
 log = logging.getLogger(__name__)
 
-SIDE, FRAMES = 128, 5  # of the clip that the map is fitted on: pixels; two latent frames
-CELL = 8  # pixels that a latent cell covers
-RIDGE = 1e-3  # keeps channels that the clip does not move near zero; channels have a variance of about 1
-SECONDS = 0.25  # that a latent frame is shown: it stands for four frames of 16 per second
+SIDE, FRAMES = 128, 5  # of the clip that the map is fitted on: pixels per side; frames, two latent ones
+CELL = 8  # pixels per side that a latent cell covers
+RIDGE = 1e-3  # keeps weights of channels that do not vary in the clip near zero; others vary by about 1
+SECONDS = 0.25  # for which a latent frame is shown: it stands for four frames at 16 per second
 
 
 def fit_colours(encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The map from a latent cell to its colour: by least squares over a clip that the VAE encodes.
+    """Fits a linear map from a latent cell to its colour, by least squares over a clip that the VAE encodes.
 
-    The clip stands still and shows fields of random colours, coarse and fine. What belongs together is a cell's
-    channels and the mean colour of its pixels. So the map is right for whatever VAE is there, as far as a linear map
-    is: hue, light and place, no texture.
+    The clip is a still of random colour fields, coarse and fine. The fit maps a cell's channels to the mean colour of
+    its pixels. So it suits whatever VAE encodes, as far as a linear map can: hue, light and place, no texture.
 
     Args:
-        encode: makes of a clip [3, F, H, W] in [-1, 1] its latent [C, F', H / 8, W / 8].
+        encode: maps a clip [3, F, H, W] in [-1, 1] to its latent [C, F', H / 8, W / 8].
 
     Returns:
-        [C + 1, 3] fp32 on the CPU: weights, and the colour of zeros.
+        [C + 1, 3] fp32 on the CPU: the weights, and last the colour of a latent of zeros.
     """
     generator, picture = torch.Generator().manual_seed(0), torch.zeros(1, 3, SIDE, SIDE)
     side = 2
@@ -56,18 +55,18 @@ def to_frames(latent: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
 
 
 class Preview:
-    """A moving picture in a file, which steps replace.
+    """An animated picture in a file, replaced as denoising goes on.
 
     Attributes:
         path: of the file.
 
     Args:
-        folder: where it goes.
+        folder: of the file.
         name: of the file, without suffix.
-        colours: see `fit_colours`.
-        every: steps from one to the next; the last step has one too.
+        colours: the map from `fit_colours`.
+        every: steps between two previews; the last step always has one.
         references: latent frames at the front that are not part of the video.
-        tell: is told of each.
+        tell: called with an event for each preview.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class Preview:
     ):
         self.path = Path(folder) / f"{name}{'.webp' if features.check('webp') else '.gif'}"
         self._colours, self._every, self._references, self._tell = colours, every, references, tell
-        self._failed = False  # the last time
+        self._failed = False  # whether the last write failed
 
     def after_step(self, latent: torch.Tensor, solver: Solver) -> None:
-        """Shows what the solver is about to make of the latent. A file that cannot be written is told once, no more."""
+        """Writes a preview of the clean latent that the step predicted; of failures in a row, warns of the first."""
         if solver.done % self._every and solver.done != solver.steps:
             return
         frames = to_frames(solver.clean(latent)[:, self._references :], self._colours)

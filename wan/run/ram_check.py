@@ -1,4 +1,4 @@
-"""Whether the machine has the RAM for a run, told before it starts."""
+"""Checks before a run whether the machine has the RAM for it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def check_ram(request: Request, pipeline: Any, ranks: Ranks | None = None) -> None:
-    """Logs what a run needs and what is available, as a warning if that is less; of ranks, those of this machine.
+    """Logs the RAM that a run needs and that is available, as a warning if it is too little.
 
-    Nothing is said where the DiT is loaded already, or computes on the CPU, where all is in RAM.
+    Ranks of one machine count together. Nothing is checked if the DiT is loaded already, or computes on the CPU, where
+    everything is in RAM.
 
-    Raises InputError if not even all RAM and swap space would do.
+    Raises InputError if all RAM and swap space together are too little.
     """
     if pipeline.device.type == "cpu" or "model" in vars(pipeline):
         return
@@ -58,7 +59,7 @@ def check_ram(request: Request, pipeline: Any, ranks: Ranks | None = None) -> No
 
 
 def _of_ranks(need: Ram, request: Request, ranks: Ranks) -> Ram:
-    """What all ranks of this machine need: each all of it, but for the tokens of a pass, which they share."""
+    """The RAM that all ranks of this machine need: as much for each, except that they share a pass's activations."""
     from .over_ranks import sharing
 
     each = replace(need, activations=need.activations // sharing(request, ranks))

@@ -1,4 +1,4 @@
-"""What is asked for: everything that decides what a run makes, and how."""
+"""The request: everything that decides what a run makes, and how."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ PLANNING = "memory plan"
 PROMPT_EXTENSION = "prompt extension"
 ON_ONE_GPU = {"ulysses_size": 1, "ring_size": 1, "t5_fsdp": False, "dit_fsdp": False}
 GPUS = "several GPUs (torchrun --nproc_per_node N; the same video)"
-# Pixels. Rotary embedding has 1024 positions of 16 each, and as many of 4 frames.
+# In pixels. The rotary embedding has 1024 positions: of 16 pixels each in space, of 4 frames each in time.
 SIDE_STEP = 16
 LONGEST_SIDE = 8192
 NO_CACHE = "off"
-ANY_CHECKPOINT = "Wan-AI/any"  # the name of one that is not looked at
-# Memory options that are chosen unless they are given.
+ANY_CHECKPOINT = "Wan-AI/any"  # a hub name that stands for a checkpoint that is not read
+# Memory options that the planner chooses unless they are given.
 PLANNED = (
     *("t5_stream", "vae_cpu", "vae_tile", "dit_stream", "dit_chunk"),
     *("activation_offload", "guidance_together"),
 )
-LEAST_FRACTION = 0.5  # that --vram_fraction takes
-NAME_BYTES = 120  # of a prompt, in the name of a result: file systems take 255 for all of it
-# Fields that are the path of one file.
+LEAST_FRACTION = 0.5  # the least value of --vram_fraction
+NAME_BYTES = 120  # of the prompt in a result's file name; file systems allow 255 for the whole
+# Fields that hold the path of one file.
 PATHS = (
     *("save_file", "save_latents", "decode_latents", "resume"),
     *("image", "first_frame", "last_frame", "src_video", "src_mask"),
@@ -55,7 +55,7 @@ PATHS = (
 
 
 def parse_limit(text: str) -> float | str:
-    """A flag's text to a limit."""
+    """The text of --vram_limit as "auto" or a number of GiB; raises argparse.ArgumentTypeError for other text."""
     try:
         return text if text == "auto" else float(text)
     except ValueError:
@@ -64,12 +64,12 @@ def parse_limit(text: str) -> float | str:
 
 @dataclass(frozen=True)
 class Request:
-    """A run. What is None takes the task's default, and what the task has no default for is None.
+    """The settings of a run. A field that is None takes the task's default, and stays None if the task has none.
 
-    Attributes are those of the command line, under the same names, and `memory`; `planned` names the memory options
-    that are chosen when it runs on an accelerator, see wan.run.plan_request.
+    The fields are the command line's flags, under the same names, and the memory options in `memory`. `planned` names
+    the memory options that are chosen when the request runs on an accelerator, see wan.run.plan_request.
 
-    Raises InputError, naming the field, for what cannot work.
+    Raises InputError, naming the field, for values that cannot work.
     """
 
     task: str = option(DEFAULT_TASK, "What to make, and with which model.", choices=TASKS)
@@ -256,7 +256,7 @@ class Request:
 
     @property
     def over_ranks(self) -> bool:
-        """Whether it asks for several processes."""
+        """Whether the request asks for several processes."""
         return self.ulysses_size != 1 or self.ring_size != 1 or self.t5_fsdp or self.dit_fsdp
 
     @property
@@ -266,13 +266,13 @@ class Request:
 
     @property
     def prompt_folder(self) -> Path | None:
-        """Where encoded prompts are kept; None for nowhere."""
+        """The folder of the cache of encoded prompts; None for no cache."""
         if self.prompt_cache is None:
             return None if self.facts.toy else user_cache("wan-prompts")
         return None if self.prompt_cache == NO_CACHE else Path(self.prompt_cache)
 
     def to_json(self) -> dict[str, Any]:
-        """The request as JSON's values, its paths absolute."""
+        """The request as JSON values, its paths absolute."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in PATHS:
             if values[name] is not None:
@@ -367,12 +367,12 @@ class Request:
 
 
 def tell_examples(request: Request, given: Mapping[str, Any], whose: str = "") -> None:
-    """Logs which of the task's examples stand in a request for what was not given.
+    """Logs each example of the task that a request uses because its field was not given.
 
     Args:
         request: made from `given`.
-        given: fields of it.
-        whose: what the lines begin with.
+        given: the fields that were given.
+        whose: prefix of each line.
     """
     for name in ("prompt", *request.facts.inputs):
         value = getattr(request, name)
@@ -397,5 +397,5 @@ def pixels(task: Task, size: str) -> tuple[int, int]:
 
 
 def _example(names: str | None) -> str | None:
-    """Paths of examples, given by their names."""
+    """The paths of example files, joined by commas as their names are."""
     return ",".join(str(EXAMPLES / name) for name in names.split(",")) if names else None

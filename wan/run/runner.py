@@ -1,4 +1,4 @@
-"""A request carried out: check, load, encode, denoise, decode, save."""
+"""Carries out requests: checks, plans, loads, encodes, denoises, decodes, saves."""
 
 from __future__ import annotations
 
@@ -44,33 +44,34 @@ log = logging.getLogger(__name__)
 
 
 def run(request: Request, on_event: Listener | None = None, interrupts: Interrupts | None = None) -> Path:
-    """Makes what a request asks for, or goes on with it from its state or its latents, and saves it.
+    """Makes and saves what a request asks for: from the start, or from a saved state or saved latents.
 
-    The state of the run is kept in a file beside the result until that is saved; if the run fails, the log names the
-    command that goes on from it.
+    A file beside the result keeps the run's state until the result is saved; if the run fails, the log names the
+    command that resumes it.
 
     Args:
         request: what to make.
-        on_event: is told of stages, steps, memory and the finished file, see wan.utils.events; default: nobody.
-        interrupts: asked after each step whether to stop.
+        on_event: called with each event (wan.utils.events): stages, steps, memory, the finished file; None for no one.
+        interrupts: tells after each step whether to stop.
 
     Returns:
         The path of the result.
 
     Raises:
-        InputError: files that cannot be used; before any long work where that can be known.
-        Interrupted: as asked.
-        torch.OutOfMemoryError, OSError: as they come.
+        InputError: a file cannot be used; raised before any long work where possible.
+        Interrupted: `interrupts` asked for it.
+        torch.OutOfMemoryError, OSError: the device's memory, or a disk, gave out.
     """
     return Runner(on_event, interrupts).run(request)
 
 
 class Runner:
-    """Runs requests one after the other. Those that follow each other with the same models share the loaded ones.
+    """Runs requests one after the other. Successive requests that use the same models share the loaded ones.
 
     Args:
         on_event, interrupts: as run()'s.
-        ranks: the processes that it shares the work with, each of which has a Runner; the others `follow` the first.
+        ranks: the processes that share the work, each with a Runner: the first one's `run` is called, the others
+            `follow`.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Runner:
         self._ranks = ranks
         self._listener = on_event or (lambda event: None)
         self._forecast: Forecast | None = None
-        self._prompts: dict[Path | None, PromptCache] = {}  # by their folders
+        self._prompts: dict[Path | None, PromptCache] = {}  # by folder
         self._interrupts = interrupts or Interrupts()
         self._pipeline: Any = None
-        self._built: Any = None  # what the pipeline was built from
+        self._built: Any = None  # the settings that the loaded pipeline was built from
 
     def run(self, request: Request) -> Path:
         """As run()."""
@@ -116,14 +117,14 @@ class Runner:
                         if self._ranks:
                             from .over_ranks import less_room
 
-                            # They have lost step: they end, and what goes on has less to plan with.
+                            # The ranks are out of step, so the run ends; the resumed one is planned with less memory.
                             keeper.go_on(**less_room(request, plan, error))
                             keeper.save()
                             raise
                         plan = self._leaner(request, plan, error)
                         if plan is None:
                             raise
-                    # Outside of the except clause, which keeps what failed alive.
+                    # Outside the except clause, where the traceback keeps the tensors of the failed pass alive.
                     del pipeline
                     request = replace(request, memory=plan.options)
                     keeper.go_on(memory=plan.options)
@@ -135,7 +136,7 @@ class Runner:
         return path
 
     def follow(self, ranks: Ranks) -> None:
-        """Does this rank's share of all that the first one runs, until that has no more."""
+        """On every rank but the first: computes this rank's share of each request, until the first has no more."""
         ranks.serve({"run": self._followed, "room": self._least_budget})
 
     def _followed(self, request: Request) -> None:
@@ -156,7 +157,7 @@ class Runner:
         return self._ranks.use(request.device) if self._ranks else choose_device(request.device)
 
     def _planned(self, request: Request) -> tuple[Request, Plan | None]:
-        """The request with its memory options planned for the device, and the plan; None where nothing is planned."""
+        """The request with planned memory options, and the plan, or None; holds the allocator to the run's budget."""
         device = self._device(request)
         limited = request.vram_limit != "auto"
         if limited and device.type == "cpu":
@@ -193,7 +194,7 @@ class Runner:
         return replace(request, memory=plan.options), plan
 
     def _leaner(self, request: Request, plan: Plan | None, error: Exception) -> Plan | None:
-        """The next plan when memory ran out all the same; None if it was something else, or there is none."""
+        """The next leaner plan after a planned run ran out of memory; None after other errors, or if there is none."""
         if plan is None or not is_out_of_memory(error):
             return None
         planner, _ = planner_for(request, choose_device(request.device))
@@ -217,16 +218,16 @@ class Runner:
         return activation_ram(request, self._ranks)
 
     def _forget(self, device: torch.device) -> None:
-        """Drops the loaded models, and gives their memory back."""
+        """Drops the loaded models and gives their device memory back."""
         self._pipeline = self._built = self._forecast = None
         gc.collect()
         release_memory(device)
 
     def encode_ahead(self, request: Request) -> None:
-        """Encodes the prompt of a request that is to be run later: the text encoder need not come again for it."""
+        """Puts the prompt of a later request, encoded, into the cache: that run will not need the text encoder."""
         if request.use_prompt_extend or request.decode_latents or request.resume:
             return
-        if self._ranks and request.t5_fsdp:  # they encode together, in a run
+        if self._ranks and request.t5_fsdp:  # the ranks encode together, which only a run does
             return
         request, _ = self._planned(request)
         with exact_arithmetic() if request.exact else contextlib.nullcontext():
@@ -239,7 +240,7 @@ class Runner:
             self._listener(Expected(end))
 
     def _pipeline_for(self, request: Request) -> Any:
-        """The pipeline that a request needs: the last one, if it was built from the same."""
+        """The pipeline that a request needs: the loaded one if it was built from the same settings, else a new one."""
         task, name = request.facts, request.ckpt_dir
         built = (
             task.pipeline,
@@ -257,7 +258,7 @@ class Runner:
             request.t5_fsdp,
         )
         if built != self._built:
-            self._pipeline = self._built = self._forecast = None  # its room is needed
+            self._pipeline = self._built = self._forecast = None  # frees the old models first
             device = self._device(request)
             if not task.toy:
                 require_accelerator(device, request.device)
@@ -287,5 +288,5 @@ class Runner:
 
 
 def _told(plan: Plan) -> Planned:
-    """What a listener is told of a plan."""
+    """The event that tells a listener of a plan."""
     return Planned(plan.line(), {name: stage.reserved for name, stage in plan.stages.items()}, plan.room)

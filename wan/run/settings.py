@@ -1,4 +1,4 @@
-"""The settings that decide a result, in the metadata of its file."""
+"""The settings that decide a result, as the metadata of its file keeps them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .request import (
 
 PROGRAM = "wan-low-memory"
 LONGEST_TEXT = 2**20  # characters in a file's metadata; a .png can hold no more
-# Where it is computed and kept changes nothing; an extended prompt stands among the settings itself.
+# Groups of fields that do not decide a result; an extended prompt is itself among the settings, as the prompt.
 _APART = (KEEPING, PLANNING, PROMPT_EXTENSION, GPUS)
 _NAMES = [
     field.name
@@ -42,13 +42,13 @@ _DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """The fields that decide the result of a request, as they come back from JSON; paths are absolute."""
+    """The fields of a request that decide its result, as JSON gives them back; paths are absolute."""
     values = request.to_json()
     return json.loads(json.dumps({name: values[name] for name in _NAMES if values[name] is not None}))
 
 
 def settings_text(request: Request, planned: bool = False) -> str:
-    """The settings as ASCII text, for a file's metadata; with the memory options that were planned, if they were."""
+    """The settings as ASCII JSON for a file's metadata; with the planned memory options if `planned`."""
     told = {"program": PROGRAM, "version": __version__, "settings": settings(request)}
     if planned:
         told["memory"] = {name: getattr(request.memory, name) for name in request.planned}
@@ -56,9 +56,9 @@ def settings_text(request: Request, planned: bool = False) -> str:
 
 
 def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
-    """Memory options of values that anybody may have written, and of own ones.
+    """MemoryOptions from `values`, which are not trusted, and `own` ones, which are.
 
-    Raises InputError, naming the option, for what cannot work or is of the wrong kind.
+    Raises InputError, naming the option, for a value that cannot work or is of the wrong type.
     """
     hints = get_type_hints(MemoryOptions)
     for name, value in values.items():
@@ -70,10 +70,10 @@ def memory_options(values: Mapping[str, Any], **own: Any) -> MemoryOptions:
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as `settings` gives them, of values that anybody may have written. The files that they name need not be
-    here; fields that are the same for every request unless they are given need not be there.
+    """Checks values that are not trusted, and returns them in the form of `settings`. Files that they name need not
+    exist; a field may be missing if its default is the same for every request.
 
-    Raises InputError, or what wrong kinds of values lead to, for what does not say all of a Request.
+    Raises InputError, or one of MISREAD for values of the wrong type, unless they describe a whole Request.
     """
     given = {name: values[name] for name in _NAMES if values.get(name) is not None}
     checkpoint, loras = given.get("ckpt_dir", ""), given.get("lora", [])
@@ -91,20 +91,20 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
-    """The fields of the Request that a file was made by, all of them valid.
+    """The fields of the Request that made a file, all of them valid.
 
-    Raises InputError, naming `field`, for a file that cannot be read or has no such settings in it.
+    Raises InputError, naming `field`, for a file that cannot be read or has no valid settings in it.
     """
     return _read(path, field)[0]
 
 
 def read_plan(path: str | os.PathLike, field: str = "like") -> dict[str, Any]:
-    """The memory options that were planned for a file, by name; none if they were not. Raises as read_settings."""
+    """The memory options that were planned for the run that made a file, if any, by name. Raises as read_settings."""
     return _read(path, field)[1]
 
 
 def _read(path: str | os.PathLike, field: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and planned memory options: the one way in which a file's metadata, whoever wrote it, comes in."""
+    """(settings, planned memory options) of a file: the only place that reads its metadata, which is not trusted."""
     comment = read_comment(path, field) or ""
     wrong = "has no settings in it; give an .mp4 or .png that this program made"
     try:

@@ -1,4 +1,4 @@
-"""How far a run has come, and all that the rest of it needs: one file, from which it goes on to the same bits."""
+"""The state of a run in one file: how far it has come, and all that it needs to continue to the same bits."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ FORMAT = "wan-state-1"
 
 @dataclass(frozen=True)
 class State:
-    """A run on its way.
+    """How far a run has come.
 
     Attributes:
-        request: with the prompt as it was written out, if it was. Its result goes where save_file says.
-        weights: name of each weight file in the checkpoint, and its digest when the run started.
-        conditioning: what encoding left; None before it, and when denoising is done.
-        latent: None before denoising.
-        solver: its state at `latent`.
-        finished: whether `latent` is the finished one, without the references' frames.
+        request: with the extended prompt, if it was extended. The result goes to its save_file.
+        weights: digest of each weight file when the run started, by its name in the checkpoint.
+        conditioning: the output of encoding; None before encoding, and when denoising is done.
+        latent: after the last step; None before denoising.
+        solver: its state after the same step.
+        finished: whether `latent` is the finished one, without the frames of reference images.
     """
 
     request: Request
@@ -52,16 +52,16 @@ class State:
 
     @property
     def stage(self) -> str:
-        """What comes next: text, denoise or decode."""
+        """The next stage: text, denoise or decode."""
         if self.finished:
             return "decode"
         return "text" if self.conditioning is None else "denoise"
 
 
 def write_state(path: str | os.PathLike, state: State) -> None:
-    """Writes a state as a safetensors file, whole or not at all, on the disk when it returns.
+    """Writes a state as a safetensors file, whole or not at all; it is on the disk when this returns.
 
-    The place of the result is kept relative to the file's, so that they can be moved together.
+    The result's path is stored relative to the file's folder, so that both can be moved together.
 
     Raises OSError: no room, or no right to write.
     """
@@ -91,11 +91,11 @@ def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any)
     """Reads a state; its tensors are on the CPU.
 
     Args:
-        field: named by the errors.
-        overrides: other values of the request's fields.
+        field: the field that errors name.
+        overrides: values for fields of the request, in place of the stored ones.
 
     Raises:
-        InputError: no such file, damaged, or written by another version of this program.
+        InputError: the file is missing, damaged, or written by another version of this program.
     """
     with _understood(path, field):
         values, tensors = _read(Path(path), field)
@@ -117,14 +117,14 @@ def read_state(path: str | os.PathLike, field: str = "resume", **overrides: Any)
 def resumed_request(
     path: str | os.PathLike, overrides: Mapping[str, Any], memory: Mapping[str, Any]
 ) -> Request:
-    """The request of a run that goes on from its state.
+    """The request that continues a run from its state.
 
     Args:
-        path: of the state.
-        overrides, memory: other values of the request's fields and of its memory options.
+        path: of the state file.
+        overrides, memory: values for fields of the request and for memory options, in place of the stored ones.
 
     Raises:
-        InputError: as read_state, and as the request itself.
+        InputError: as read_state, and as Request.
     """
     with _understood(path, "resume"):
         values, _ = _read(Path(path), "resume")
@@ -135,7 +135,7 @@ def resumed_request(
 
 @contextlib.contextmanager
 def _understood(path: str | os.PathLike, field: str) -> Iterator[None]:
-    """Inside, values of a state are picked; what is not as it has to be becomes an InputError."""
+    """Inside, errors of reading malformed values of a state become an InputError."""
     try:
         yield
     except InputError:
@@ -145,8 +145,8 @@ def _understood(path: str | os.PathLike, field: str) -> Iterator[None]:
 
 
 def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> Request:
-    """The request of a state in the file `path`."""
-    stored = dict(values["request"]) | ON_ONE_GPU  # however many it started on
+    """The request stored in the state file `path`, with `overrides` in place of stored fields."""
+    stored = dict(values["request"]) | ON_ONE_GPU  # the run may have started on several
     save_file = os.path.normpath(path.absolute().parent / stored["save_file"])
     memory = MemoryOptions(**stored["memory"])
     places = {"memory": memory, "save_file": save_file, "resume": str(path.absolute())}
@@ -154,14 +154,14 @@ def _request(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]
 
 
 def _read(path: Path, field: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The values and tensors of a state that is whole and this version's."""
+    """The values and tensors of a state file. Raises InputError unless it is whole and of this version."""
     if not os.path.isfile(path):
         raise InputError("no such file", field, path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             known = metadata.get("format") == FORMAT
-            # Copies: what is mapped keeps Windows from writing the next state over the file.
+            # Copies: Windows does not replace a file that is mapped, and the next state replaces this one.
             tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())} if known else {}  # noqa: SIM118
         if not known:
             raise InputError("not a state that this program wrote", field, path)
@@ -201,7 +201,7 @@ def _relative(target: str, folder: Path) -> str:
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value as JSON, with the tensors in it put into `tensors` and named."""
+    """The value as JSON; each tensor in it is put into `tensors` and replaced by its name there."""
     if isinstance(value, torch.Tensor):
         name = f"tensor {len(tensors):03}"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()

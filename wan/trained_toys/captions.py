@@ -1,8 +1,8 @@
-"""The words of the captions that toys are trained with: what their tokenizer knows."""
+"""The words of the captions that the toys are trained with: all that their tokenizer knows."""
 
 from __future__ import annotations
 
-# In [0, 255].
+# RGB in [0, 255].
 COLOURS = {
     "red": (225, 35, 35),
     "yellow": (240, 215, 30),
@@ -13,7 +13,7 @@ COLOURS = {
 }
 GROUNDS = {"white": (238, 238, 238), "grey": (150, 150, 150), "black": (28, 28, 28)}
 SHAPES = ("ball", "square", "triangle")
-# What a caption may say of a motion; {go} is a shape's own verb.
+# The wordings of each motion; {go} stands for the verb of the shape.
 MOTIONS = {
     "right": ("{go} to the right", "moves to the right"),
     "left": ("{go} to the left", "moves to the left"),

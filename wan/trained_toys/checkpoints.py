@@ -1,5 +1,5 @@
-"""What a toy's checkpoint is made of: what was trained, in half precision, and what is frozen random numbers, which are
-the encoders of text and images and what reads the image encoder.
+"""The checkpoints of the trained toys: trained weights, shipped in half precision, and frozen random numbers for the
+encoders of text and images and for the layers of the DiT that read the image encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .captions import words
 Weights = dict[str, torch.Tensor]
 
 SHIPPED = Path(__file__).parent / "weights"
-# Of each DiT, the files of SHIPPED that hold what it has learned; a later one's tensors go before.
+# The files in SHIPPED with the trained tensors of each DiT; those of a later file replace those of an earlier one.
 DITS = {
     "t2v-toy": ("t2v",),
     "t2i-toy": ("t2v",),
@@ -84,15 +84,15 @@ def _path(name: str) -> Path:
 
 
 def write_encoders(folder: Path, config: EasyDict) -> None:
-    """The encoders' files: random weights, and a tokenizer that knows the words of the captions."""
+    """Writes the encoders' files: random weights, and a tokenizer that knows the words of the captions."""
     tokenizer = random_models.train_tokenizer(config.t5_config["vocab_size"], " ".join(words()))
     random_models.write_encoders(folder, config, 0, tokenizer)
 
 
 def untrained(config: EasyDict) -> Weights:
-    """A DiT's tensors, of which only the image branch is to stay: random, but for values that are zero.
+    """A DiT's tensors before training, of which only the image branch stays: random, but its values are zero.
 
-    So the image's tokens say nothing, and the model goes by the latents that it is given.
+    So the image's tokens contribute nothing, and the model goes by the latents that it is given.
     """
     weights = random_models.dit_weights(config)
     for name, tensor in weights.items():
@@ -102,6 +102,6 @@ def untrained(config: EasyDict) -> Weights:
 
 
 def save_weights(folder: Path, name: str, weights: Weights) -> None:
-    """Trained tensors, in half precision."""
+    """Writes trained tensors in half precision."""
     halves = {key: tensor.detach().half().contiguous() for key, tensor in weights.items()}
     save_file(halves, folder / f"{name}.safetensors", metadata={"format": "pt"})

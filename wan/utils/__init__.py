@@ -1,4 +1,4 @@
-"""What is needed everywhere; the names that programs written for Wan2.1 import from here are imported when used."""
+"""Helpers for all other packages; names that programs written for Wan2.1 import from here are imported when used."""
 
 from leanwan.lazy import lazily
 

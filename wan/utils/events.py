@@ -1,4 +1,4 @@
-"""What a run tells while it goes on. A listener is a function of one event."""
+"""The events that a run reports. A listener is a function of one event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Planned:
-    """How memory will be used: in a line, as bytes that each stage reserves on the device, and of how many."""
+    """The memory plan: in a line, as bytes that each stage will reserve on the device, and the bytes there are."""
 
     line: str
     stages: Mapping[str, int]
@@ -32,9 +32,9 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Step:
-    """So many of the steps of a stage are done, or of other work that takes time, such as converting a file.
+    """`done` of `total` steps are done: of a stage, or of other work that takes time, such as converting a file.
 
-    `seconds_left` is for the rest of them at the pace so far, None where that is not known.
+    `seconds_left` is what the rest takes at the pace so far, None if that is not known.
     """
 
     stage: str
@@ -45,14 +45,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Expected:
-    """When the whole run will be done: about then."""
+    """The predicted end of the whole run."""
 
     end: datetime
 
 
 @dataclass(frozen=True)
 class Previewed:
-    """A picture of what denoising is about to show is in a file, which the next one replaces."""
+    """A preview of the video has been written to a file, which the next preview replaces."""
 
     path: Path
     step: int
@@ -60,7 +60,7 @@ class Previewed:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Device memory now, in bytes: in tensors, and taken from the driver for them, None where that is not counted."""
+    """Device memory now, in bytes: in tensors, and reserved from the driver (None if that is not counted)."""
 
     stage: str
     allocated: int
@@ -69,7 +69,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class StageDone:
-    """A stage has ended, or failed. Bytes are its peaks on the device, None on a CPU."""
+    """A stage has ended, or failed. `allocated` and `reserved` are its peak bytes on the device, None on a CPU."""
 
     name: str
     seconds: float
@@ -102,7 +102,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def counted(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """The items; whoever listens is told when each is done with, as a Step of `title`."""
+    """Yields the items; tells the listener, if there is one, a Step of `title` after each."""
     tell, pace = _listener.get(), Pace()
     for done, item in enumerate(items, 1):
         yield item
@@ -111,13 +111,13 @@ def counted(items: Iterable[T], total: int, title: str) -> Iterator[T]:
 
 
 class Pace:
-    """How fast work goes that starts now, or has `start` of its steps done by now."""
+    """The pace of work that starts now, `start` of its steps being done already."""
 
     def __init__(self, start: int = 0):
         self._start, self._since = start, time.monotonic()
 
     def left(self, done: int, total: int) -> float | None:
-        """Seconds that the rest takes at the pace so far."""
+        """Seconds that the rest takes at the pace so far; None before the first step."""
         if done <= self._start:
             return None
         return (time.monotonic() - self._since) / (done - self._start) * (total - done)

@@ -44,7 +44,7 @@ def check_target(path: str | os.PathLike, field: str) -> None:
 
 
 def is_plain_file(path: str | os.PathLike) -> bool:
-    """Whether a regular file is there itself: no link to one, no folder or pipe."""
+    """Whether a path is itself a regular file: not a link to one, no folder or pipe."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):  # no such file; a name that cannot be one
@@ -52,12 +52,12 @@ def is_plain_file(path: str | os.PathLike) -> bool:
 
 
 def user_cache(name: str) -> Path:
-    """A folder of this user for what can be made again: `$XDG_CACHE_HOME/NAME`, or `~/.cache/NAME` without it."""
+    """The user's folder for data that can be made again: `$XDG_CACHE_HOME/NAME`, or `~/.cache/NAME` without it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
 
 
 def other_folders(folder: Path) -> Iterator[Path]:
-    """Where something may go that `folder` has no room for: that of temporary files, the user's own."""
+    """Folders for a file that `folder` has no room for: the one for temporary files, and the user's home."""
     for other in (Path(tempfile.gettempdir()), Path.home()):
         if other.is_dir() and other != folder:
             yield other
@@ -67,14 +67,14 @@ def other_folders(folder: Path) -> Iterator[Path]:
 def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> Iterator[Path]:
     """Context that yields a temporary name with `path`'s folder and suffix, and renames it to `path` at its end.
 
-    The file is on the disk, not only on its way there, before it takes the name.
+    The file is flushed to the disk before it takes the name.
 
     If the body raises, KeyboardInterrupt included, or `keep` is false, the temporary file is removed instead. The body
-    closes it, and nobody has `path` open or mapped: Windows renames neither from nor over such a file.
+    must close it, and nobody may have `path` open or mapped: Windows renames neither from nor over such a file.
 
     Args:
         keep: see above.
-        over: whether what is at `path` by then is replaced; else that raises FileExistsError.
+        over: whether a file that is at `path` by then is replaced; if not, FileExistsError is raised.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".wan-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
@@ -89,7 +89,7 @@ def replacing(path: str | os.PathLike, keep: bool = True, over: bool = True) -> 
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Gives a file its name. Raises FileExistsError if that is taken, be it just now."""
+    """Renames a file. Raises FileExistsError if the name is taken, even if it was taken just now."""
     if os.name == "nt":
         temporary.rename(path)
         return

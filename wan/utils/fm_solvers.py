@@ -16,7 +16,7 @@ __all__ = ["FlowDPMSolverMultistepScheduler", "get_sampling_sigmas", "retrieve_t
 
 
 def get_sampling_sigmas(sampling_steps: int, shift: float) -> np.ndarray:
-    """The schedule that DPM-Solver++ walks: [sampling_steps] falling from 1, shifted, without the final 0."""
+    """The sigmas of DPM-Solver++: [sampling_steps] falling from 1, shifted, without the final 0."""
     return shifted(np.linspace(1, 0, sampling_steps + 1)[:-1], shift)
 
 
@@ -49,10 +49,10 @@ def retrieve_timesteps(
 
 
 class FlowSchedule:
-    """What turns a multistep solver of diffusers into one of flow matching with the published schedule."""
+    """A mixin that makes a multistep solver of diffusers one for flow matching on the published schedule."""
 
     def _start(self, shift: float | None, use_dynamic_shifting: bool, **options: Any) -> None:
-        """Makes the solver; options are those of diffusers' class.
+        """Initialises the solver; options are those of diffusers' class.
 
         Raises ValueError for dynamic shifting, or a schedule that does not end in 0.
         """
@@ -76,9 +76,9 @@ class FlowSchedule:
         Args:
             num_inference_steps: length of a schedule that falls evenly from the largest sigma of training.
             device: where the timesteps go.
-            sigmas: a schedule of one's own instead, without the final 0.
-            mu: None.
-            shift: to shift the schedule by; default: the solver's own.
+            sigmas: another schedule instead, without the final 0.
+            mu: must be None.
+            shift: of the schedule; default: the solver's own.
         """
         if mu is not None:
             raise ValueError("mu: belongs to dynamic shifting, which is not supported; give the shift itself")

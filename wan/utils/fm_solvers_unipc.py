@@ -65,5 +65,5 @@ class FlowUniPCMultistepScheduler(FlowSchedule, UniPCMultistepScheduler):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """One step, as diffusers'; the generator has no effect, for nothing is drawn."""
+        """One step, as diffusers'; the generator has no effect, since the step draws no noise."""
         return super().step(model_output, timestep, sample, return_dict)

@@ -1,4 +1,4 @@
-"""Reading what others wrote: JSON whose depth, numbers and values nobody vouches for."""
+"""Reads JSON that is not trusted: its depth, numbers and values may be anything."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import math
 from typing import Any, NoReturn
 
-# What picking values out of such data may raise.
+# The exceptions that reading values of such data may raise.
 MISREAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
-_DIGITS = 20  # of a number of 64 bits, with its sign
+_DIGITS = 20  # of a 64-bit integer, with its sign
 
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
-    Raises ValueError, which says why in a few words, for what is no JSON or nested too deep, and for numbers that are
-    infinite, none, or of more than 64 bits.
+    Raises ValueError, which says why in a few words, for text that is not JSON or is nested too deep, and for numbers
+    that are infinite, NaN, or integers of more than 64 bits.
     """
     try:
         return json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_refused)

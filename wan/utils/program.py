@@ -1,4 +1,4 @@
-"""The program as the user started it, and the log that it writes there."""
+"""How the user started the program, and the log that it writes to the terminal."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, TextIO
 from leanwan.errors import LINE_LENGTH, shown
 
 INSTALLED = "wan-generate"  # the command of the installed package
-SCRIPT = "generate.py"  # that of a checkout
+SCRIPT = "generate.py"  # the command of a checkout
 
 
 def program_name() -> str:
-    """What the program is called in messages."""
+    """The program's name in messages."""
     return INSTALLED if Path(sys.argv[0]).stem == INSTALLED else SCRIPT
 
 
 def command() -> list[str]:
-    """The words that start it again, in any folder; by torchrun if that started it."""
+    """The words of a command that starts the program again from any folder, by torchrun if that started it."""
     installed = program_name() == INSTALLED
     script = Path(__file__).resolve().parents[2] / SCRIPT
     if installed:
@@ -35,7 +35,7 @@ def command() -> list[str]:
 
 
 def log_to(stream: TextIO) -> None:
-    """Has what is logged written to a stream, unless it goes somewhere already."""
+    """Has log messages written to a stream, unless logging is configured already."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines("[%(asctime)s] %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

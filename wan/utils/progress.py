@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBars:
-    """A listener that draws a bar for whatever has steps, and logs what each stage took and when the run will end.
+    """A listener that draws a bar for all work with steps, and logs what each stage took and when the run will end.
 
-    What cannot be drawn, as on a full disk, is left out: that is no reason to stop.
+    A bar that cannot be drawn, as on a full disk, is left out and does not stop the run.
     """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._of = ""  # whose bar it is
-        self._stage = ""  # under way
+        self._of = ""  # the work that the bar shows
+        self._stage = ""  # the current stage
         self._expected: datetime | None = None
 
     def __call__(self, event: Event) -> None:
@@ -56,7 +56,7 @@ class ProgressBars:
             or step.done <= self._bar.n
         ):
             self._close()
-            # Steps before the first that is told were taken by an earlier run. Bars of stages stay.
+            # Steps before the first reported one were taken by an earlier run. Bars of stages stay on the screen.
             title, stays = shown(step.stage[:1].upper() + step.stage[1:]), step.stage == self._stage
             self._bar = tqdm(total=step.total, desc=title, initial=step.done - 1, leave=stays)
             self._of = step.stage
@@ -65,7 +65,7 @@ class ProgressBars:
             self._close()
 
     def _tell_end(self, end: datetime) -> None:
-        """Once, and again when it is off by more than a quarter of what is left."""
+        """Logs the end once, and again when it has moved by more than a minute and a quarter of the time left."""
         left = (end - datetime.now()).total_seconds()
         if self._expected is None or abs((end - self._expected).total_seconds()) > max(60, left / 4):
             self._expected = end

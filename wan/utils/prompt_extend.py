@@ -93,12 +93,12 @@ something else, and how the camera gets from one view to the other.""",
 
 @dataclass(frozen=True)
 class PromptOutput:
-    """What came of an extension.
+    """The result of extending a prompt.
 
     Attributes:
         status: whether it worked.
         prompt: the extended prompt, or the prompt as given if it did not work.
-        seed: the one used.
+        seed: the seed used.
         system_prompt: the instructions that the model got.
         message: one line: the model that answered, or why there is no answer.
     """
@@ -191,7 +191,7 @@ class PromptExpander:
 
         Args:
             prompt: what to extend.
-            system_prompt: instructions of one's own.
+            system_prompt: instructions in place of the built-in ones.
             tar_lang: "zh" or "en".
             image: PIL image or path, or a list of one or two. A single one is left out unless `is_vl`.
             seed: negative for a random one.
@@ -217,7 +217,7 @@ class PromptExpander:
 
 
 class DashScopePromptExpander(PromptExpander):
-    """By Alibaba Cloud's service. `max_image_size` and `retry_times` are fixed, see DASHSCOPE_*."""
+    """Extends prompts by Alibaba Cloud's service. `max_image_size`, `retry_times` have no effect, see DASHSCOPE_*."""
 
     method = "dashscope"
 
@@ -235,7 +235,7 @@ class DashScopePromptExpander(PromptExpander):
 
 
 class QwenPromptExpander(PromptExpander):
-    """By a model on this machine, which is loaded for each prompt and freed after it."""
+    """Extends prompts by a model on this machine, which is loaded for each prompt and freed after it."""
 
     method = "local_qwen"
 
@@ -372,7 +372,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _post(url: str, key: str, body: dict[str, Any]) -> bytes:  # type: ignore[return]
-    """The reply's bytes to a JSON request, tried again while the server is out of reach or busy."""
+    """The bytes of the reply to a JSON request, which is retried while the server is out of reach or busy."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (*DASHSCOPE_WAITS, None):

@@ -24,7 +24,7 @@ class Stages:
 
     Args:
         device: whose memory counts. Its statistics must be readable: see accelerator.initialise.
-        listener: told of every event.
+        listener: called with every event.
     """
 
     def __init__(self, device: torch.device | str, listener: Listener):
@@ -36,7 +36,7 @@ class Stages:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to the stage `name`. Its memory is measured also if it fails."""
+        """Measures the body as the stage `name`, also if it fails."""
         self._ask("reset_peak_memory_stats")
         self.current = name
         self._tell(StageStarted(name))
@@ -54,7 +54,7 @@ class Stages:
             self._tell(done)
 
     def steps(self, items: Iterable[T], total: int, start: int = 0) -> Iterator[T]:
-        """The items that are left of `total`, one after the other; tells when each is done with."""
+        """Yields the items, which are left of `total` after `start`; tells a Step and a MemorySample after each."""
         stage, pace = self.current or "", Pace(start)
         for done, item in enumerate(items, start + 1):
             yield item
@@ -64,13 +64,13 @@ class Stages:
                 self._tell(MemorySample(stage, allocated, reserved))
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the listener is told of files that are read, converted and checked."""
+        """Inside, reading, converting and checking files tells the listener its steps."""
         return listening(self._tell)
 
     def counter(self) -> Callable[[int, int], None]:
-        """A function to call with the steps done of the stage under way, and their total, after each of them.
+        """A function to call after each step of the current stage, with the number of steps done and their total.
 
-        Fewer done than before, or another total, is work that starts anew. Outside of stages it tells nothing.
+        If fewer are done than before, or the total differs, work has started anew. Outside of stages it tells nothing.
         """
         pace, before = Pace(), (0, 0)
 
@@ -86,7 +86,7 @@ class Stages:
 
     @contextlib.contextmanager
     def calls(self, modules: Sequence[nn.Module], rounds: int) -> Iterator[None]:
-        """Inside, each call of one of the modules is a step of the stage; all are called `rounds` times."""
+        """Inside, each call of a module counts as a step of the stage; each module is called `rounds` times."""
         count, done = self.counter(), 0
 
         def called(*_: object) -> None:
@@ -102,6 +102,6 @@ class Stages:
                 handle.remove()
 
     def _ask(self, function: str) -> int | None:
-        """What the backend's function of that name says of the device; None if it has none."""
+        """The result of the backend's function of that name for the device; None if there is no such function."""
         ask = getattr(self._backend, function, None)
         return ask(self.device) if ask else None

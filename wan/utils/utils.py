@@ -26,7 +26,7 @@ def rand_name(length: int = 8, suffix: str = "") -> str:
 
 
 def str2bool(v: str | bool) -> bool:
-    """A flag's text to True or False, which themselves stay; raises argparse.ArgumentTypeError for another."""
+    """A flag's text as True or False; a bool stays as it is. Raises argparse.ArgumentTypeError for other text."""
     return v if isinstance(v, bool) else boolean(v)
 
 
@@ -40,16 +40,16 @@ def cache_video(
     value_range: Sequence[float] = (-1, 1),
     retry: int = 5,
 ) -> str:
-    """Saves videos, several as a grid, and returns where.
+    """Saves a video, or several as a grid, and returns the path.
 
     Args:
         tensor: [B, 3, F, H, W], in `value_range`.
-        save_file: where; default: a random name in the directory for temporary files.
+        save_file: the path; default: a random name in the directory for temporary files.
         fps: frames per second.
         suffix: of the random name.
         nrow: samples in a row of the grid.
-        normalize: bring `value_range` to the range of pixels; else values are in [0, 1] already.
-        value_range: smallest and largest value; what is beyond is cut.
+        normalize: scale `value_range` to the range of pixels; else values are in [0, 1] already.
+        value_range: smallest and largest value; values beyond are clamped.
         retry: no effect; a file is written whole or not at all.
 
     Raises:
@@ -75,7 +75,7 @@ def cache_image(
 
 
 def _symmetric(tensor: torch.Tensor, normalize: bool, value_range: Sequence[float]) -> torch.Tensor:
-    """Values in [-1, 1], from value_range or, after cutting to that, from [0, 1]; what is there already stays."""
+    """Values clamped to value_range, then scaled to [-1, 1]: from value_range if `normalize`, else from [0, 1]."""
     low, high = value_range
     tensor = tensor.clamp(low, high)
     if not normalize:

@@ -1,4 +1,4 @@
-"""What VACE works from: a source video, its mask and reference images, read and brought to the model's size."""
+"""The inputs of VACE: a source video, its mask and reference images, read and scaled to the model's size."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from .video import VideoFile, open_image
 
 Source = str | os.PathLike[str]
 Box = tuple[int, int, int, int]  # (x1, x2, y1, y2)
-# Of each sample its video, mask and references.
+# The videos, masks and reference images, an entry for each sample.
 Sources = tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor] | None]]
 
 # Latent frames that a clip of the full area may have in any case: 21, that is 81 frames.
@@ -64,7 +64,7 @@ class VaceVideoProcessor:
         self.seq_len = seq_len
 
     def set_size(self, image_size: tuple[int, int], num_frames: int) -> None:
-        """Area and token budget of (width, height) pixels and so many frames, or of 81 if those are more."""
+        """Set the area to that of (width, height) pixels, the token budget to that of `num_frames`, or 81 if more."""
         stride_t, stride_h, stride_w = self.downsample
         area = image_size[0] * image_size[1]
         self.set_area(area)
@@ -72,13 +72,13 @@ class VaceVideoProcessor:
         self.set_seq_len(area // (stride_h * stride_w) * latent_frames)
 
     def shape_of(self, data_key: Source) -> tuple[int, int, int]:
-        """(frames, height, width) of what `load_video` would load of the clip at a path, with its errors."""
+        """(frames, height, width) of the clip that `load_video` would load; raises as that does."""
         (file,) = open_clips(data_key, None)
         ids, size, _ = self._choose(file, file.height, file.width, np.random.default_rng())
         return len(ids), *size
 
     def load_video(self, data_key: Source, crop_box: Box | None = None, seed: int = 2024) -> tuple[Any, ...]:
-        """Load the chosen frames of the clip at path `data_key`, the one that --src_video names.
+        """Load the chosen frames of the clip at path `data_key`, which --src_video names.
 
         Args:
             crop_box: (x1, x2, y1, y2), the part of the picture to use; all of it by default.
@@ -205,10 +205,10 @@ def fit_reference(image: Image.Image, height: int, width: int) -> torch.Tensor:
 
 
 def open_clips(video_path: Source | None, mask_path: Source | None) -> list[VideoFile]:
-    """The source video and its mask, as far as there are paths for them, as a list of VideoFile.
+    """The source video and its mask, if there are paths for them, as a list of VideoFile.
 
-    Raises InputError, naming field and file, for a file that cannot be read, a mask without a video, or one of
-    another length.
+    Raises InputError, naming field and file, for a file that cannot be read, or a mask without a video or of another
+    length.
     """
     if video_path is None and mask_path is not None:
         raise InputError("there is no video to mask; give --src_video too", "src_mask", mask_path)

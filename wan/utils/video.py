@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ORIENTATION = 0x0112  # EXIF's tag
 RATE_FACTOR = 10  # of H.264: constant quality, the smaller the better
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
-COMMENT = "Comment"  # the name of what metadata holds, in pictures and videos
+COMMENT = "Comment"  # the key of a file's comment in the metadata of pictures and videos
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -61,9 +61,9 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
 
 
 class EightBitFrames:
-    """Makes `to_uint8` of frames in [-1, 1], writing over them; `finite` tells whether all values were numbers.
+    """Converts frames in [-1, 1] as `to_uint8` does, overwriting them; `finite` tells whether all values were finite.
 
-    So a video takes a quarter of its RAM, from the decoder on.
+    So from the decoder on a video takes a quarter of the RAM that it takes in fp32.
     """
 
     dtype = torch.uint8
@@ -101,11 +101,11 @@ def save_video(
         path: the target, ending in one of VIDEO_SUFFIXES.
         fps: frames per second.
         comment: text without line breaks for the file's metadata.
-        over: whether what is at `path` by then is replaced.
+        over: whether a file that is at `path` by then is replaced.
 
     Raises:
         ValueError: another shape.
-        FileExistsError: something is there.
+        FileExistsError: `path` exists, and `over` is false.
         OSError: the encoder could not write the whole file (a full disk, for example).
     """
     if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
@@ -123,9 +123,9 @@ def save_video(
 
 
 def _encode(video: torch.Tensor, path: Path, fps: float, comment: str | None) -> int:
-    """Has ffmpeg make the file that save_video describes; returns its exit code.
+    """Has ffmpeg write the file that save_video describes; returns ffmpeg's exit code.
 
-    Raises OSError: it ended before it had all frames.
+    Raises OSError: ffmpeg ended before it had all frames.
     """
     _, frame_num, height, width = video.shape
     rate = str(Fraction(fps).limit_denominator())
@@ -135,7 +135,7 @@ def _encode(video: torch.Tensor, path: Path, fps: float, comment: str | None) ->
     encoder = subprocess.Popen(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target, os.fspath(path)],
         stdin=subprocess.PIPE,
-        # Ctrl-C is for this process, which ends the encoder or lets it finish.
+        # Ctrl-C reaches this process alone, which ends the encoder or lets it finish.
         start_new_session=True,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
@@ -176,7 +176,7 @@ def save_image(
     suffix, metadata = Path(path).suffix.lower(), PngInfo()
     if comment:
         metadata.add_text(COMMENT, comment)
-    # Encoded in RAM: PIL takes a file of which the disk took a part for the whole.
+    # Encoded in RAM first: PIL does not notice that a full disk took only a part of a file.
     data = io.BytesIO()
     picture.save(
         data, Image.registered_extensions()[suffix], **{"pnginfo": metadata} if suffix == ".png" else {}
@@ -188,7 +188,7 @@ def save_image(
 def read_comment(path: str | os.PathLike[str], field: str) -> str | None:
     """The comment in the metadata of a picture or video, or None.
 
-    Raises InputError, naming `field` and the file, if it cannot be read.
+    Raises InputError, naming `field` and the file, if the file cannot be read.
     """
     _check_file(path, field)
     try:
@@ -206,7 +206,7 @@ def _video_comment(path: str | os.PathLike[str], field: str) -> str | None:
         with av.open(os.fspath(path), metadata_errors="replace") as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
             return tags.get(COMMENT.lower())
-    except Exception as error:  # beside FFmpeg's, those of names that are not UTF-8
+    except Exception as error:  # FFmpeg's errors, and those of names that are not UTF-8
         why = getattr(error, "strerror", None) or error
         raise InputError(f"not a readable video ({why})", field, path) from error
 
@@ -247,7 +247,7 @@ def _check_pixels(width: int, height: int, most: float, field: str, path: str | 
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A PIL image of 16-bit grey, whose values PIL would cut off at 255, in 8 bits; others as they are."""
+    """A PIL image of 16-bit grey scaled to 8 bits, where PIL would clip at 255; other images as they are."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
@@ -266,7 +266,7 @@ class VideoFile:
     """A clip on disk: its index is read at once, its frames when asked for.
 
     Attributes:
-        path, field: where it is, and the option that named it (for messages).
+        path, field: the file's path, and the option that named it (for messages).
         fps: average frames per second.
         timestamps: [T, 2] float32, the second at which each frame, in order of showing, starts and ends, counted
             from the stream's start.
@@ -277,7 +277,7 @@ class VideoFile:
         most_pixels: of a frame.
 
     Raises InputError, naming field and file, here or in `frames`, if the file cannot be read or has no frames, or if
-    its header says that they have more than `most_pixels`.
+    its header says that a frame has more than `most_pixels`.
     """
 
     def __init__(self, path: str | os.PathLike[str], field: str = "video", most_pixels: float = math.inf):
@@ -300,7 +300,7 @@ class VideoFile:
             packets, unit, start = [(i, 1) for i in range(len(packets))], 1 / rate, 0
         spans = np.array([(pts, pts + duration) for pts, duration in sorted(packets)])
         start = spans[0, 0] if start is None else start
-        # The subtraction in float32 is what decord does, on whose seconds Wan's choice of frames is built.
+        # Subtracted in float32, as decord does: Wan's choice of frames is built on decord's seconds.
         seconds = (spans.astype(np.float32) - np.float32(start)) * np.float64(unit)
         self.timestamps = seconds.astype(np.float32)
         self.height, self.width = next(self.frames([0])).shape[:2]
@@ -339,7 +339,7 @@ class VideoFile:
 
 
 def fitted_size(height: int, width: int, max_area: int, step: int) -> tuple[int, int]:
-    """(height, width) of a video with a picture's aspect: multiples of `step`, at most max_area pixels, or 0."""
+    """(height, width) with a picture's aspect: multiples of `step`, or 0 if too narrow, and at most max_area pixels."""
     aspect = height / width
     sides = np.sqrt(max_area * aspect), np.sqrt(max_area / aspect)
     tall, wide = (round(side // (step // 2) // 2) * step for side in sides)

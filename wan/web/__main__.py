@@ -17,7 +17,7 @@ from leanwan.errors import InputError
 from .guard import Guard, is_loopback
 
 NAME = "wan-web"
-AUTH = "WAN_WEB_AUTH"  # in the environment
+AUTH = "WAN_WEB_AUTH"  # an environment variable
 MISSING = (
     'the page needs Gradio, install it with: pip install "wan-low-memory[web]", or ".[web]" in a checkout'
 )
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace, auth: str | None, sock: socket.socket) -> None:
-    """Serves on a socket that is bound, to whoever knows `auth` (see Guard).
+    """Serves the page on a bound socket, to clients that know `auth` (see Guard).
 
     Raises InputError for a folder or a checkpoint that cannot be used.
     """
@@ -107,7 +107,7 @@ def serve(args: argparse.Namespace, auth: str | None, sock: socket.socket) -> No
 
     service = Service(Rules(folder, checkpoints, args.device, offload))
     guarded = Guard(build_site(service), auth, is_loopback(args.host))
-    # Tabs keep a stream open each, which is cut at the end.
+    # At the end uvicorn cuts the stream that each tab keeps open, and would log it.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Cancel "))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -124,14 +124,14 @@ def serve(args: argparse.Namespace, auth: str | None, sock: socket.socket) -> No
     print("Ending after this step; what is unfinished goes on at the next start", flush=True)
     try:
         service.close()
-    except KeyboardInterrupt:  # the second one does not wait
+    except KeyboardInterrupt:  # a second Ctrl-C does not wait
         service.close(0)
 
 
 def _auth(args: argparse.Namespace) -> str | None:
-    """USER:PASSWORD of --auth, --auth_file or the environment, which child processes then do not get; or None.
+    """USER:PASSWORD from --auth, --auth_file or the environment, where child processes then do not see it; or None.
 
-    Raises InputError for what is none.
+    Raises InputError for text of another form.
     """
     given, named = os.environ.pop(AUTH, None), f" in ${AUTH}"
     where: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ def _check(args: argparse.Namespace, auth: str | None) -> None:
 def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    if os.name != "nt":  # there it would let two servers share a port
+    if os.name != "nt":  # on Windows it would let two servers share a port
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

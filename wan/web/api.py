@@ -30,7 +30,7 @@ _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application that answers for a service."""
+    """The application with the JSON interface of a service."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=HANDLERS)
     views = Views(service)
 
@@ -71,7 +71,7 @@ def build_app(service: Service) -> FastAPI:
             raise KeyError("preview")
         path = Path(progress.preview[0])
         try:
-            picture = path.read_bytes()  # at once: the next one takes its place at any time
+            picture = path.read_bytes()  # read whole: the next preview may replace it at any time
         except FileNotFoundError:
             raise KeyError("preview") from None
         kind = f"image/{path.suffix.removeprefix('.')}"
@@ -99,7 +99,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.api_route("/gradio_api/file={name:path}", methods=["GET", "HEAD"])
     async def shown(name: str) -> Response:
-        """What Gradio keeps of uploads; in its own place this would fetch addresses, and serve more."""
+        """An upload that Gradio keeps. Gradio's own route, replaced by this, would fetch addresses and serve more."""
         return _attachment(service.rules.gradio_folder, name)
 
     @app.get("/results")
@@ -136,7 +136,7 @@ def _serve(app: FastAPI, name: str, kind: str) -> None:
 
 
 def _told(service: Service, job: Job) -> dict[str, Any]:
-    """A job as it is told to the outside."""
+    """A job as the JSON interface tells it."""
     names = ("id", "status", "created", "started", "ended", "error", "notes")
     values = {name: getattr(job, name) for name in names} | {"settings": settings_of(job.request)}
     result = Path(job.result) if job.result else None
@@ -148,7 +148,7 @@ def _told(service: Service, job: Job) -> dict[str, Any]:
 
 
 def _attachment(folder: Path, name: str) -> Response:
-    """A file in a folder, or below it: to be saved, not to be opened as a page. Raises KeyError for all else."""
+    """A file in or below a folder, as a download, not as a page. Raises KeyError for any other path."""
     path = folder / name
     if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise KeyError(name)
@@ -157,14 +157,14 @@ def _attachment(folder: Path, name: str) -> Response:
 
 
 def _file(path: Path, **named: Any) -> Response:
-    """A regular file. Raises KeyError for all else, links among it."""
+    """A regular file. Raises KeyError for anything else, links included."""
     if not is_plain_file(path):
         raise KeyError(path.name)
     return FileResponse(path, **named)
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    """The JSON object that was sent. The guard has seen that it is JSON."""
+    """The JSON object in the request's body. The guard has checked that the body is JSON."""
     body = await request.body()
     values = parsed(body) if body else None
     if not isinstance(values, dict):
@@ -201,7 +201,7 @@ async def _system(_: Request, error: OSError) -> Response:
     return _line(status, error.strerror or str(error))
 
 
-# What is answered to what is raised, in the page's own application and in Gradio's.
+# The answer to each exception, in the page's own application and in Gradio's.
 HANDLERS: dict[Any, Any] = {
     InputError: _bad_input,
     RequestValidationError: _bad_query,

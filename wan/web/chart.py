@@ -14,7 +14,7 @@ _SHORT = 46  # a stage narrower than this has no room for its name
 
 
 def chart(series: Series) -> str:
-    """The charts as HTML, with words for those who do not see them."""
+    """The charts as HTML, with text for screen readers."""
     if not series.points:
         return '<p class="quiet">Memory is drawn here while a video is made.</p>'
     last = series.points[-1][2]
@@ -117,7 +117,7 @@ def _spans(points: Sequence[tuple[float, str, object]]) -> list[tuple[str, float
 
 
 def _round_up(gib: float) -> float:
-    """The next value whose half is a round number, too."""
+    """The next round value of at least `gib` whose half is a round number, too."""
     step = 0.25
     while True:
         for value in (step, 2 * step, 4 * step):

@@ -1,4 +1,4 @@
-"""A process of its own that is spoken to in lines of JSON, and ends when whoever started it does."""
+"""A child process that exchanges messages as lines of JSON, and ends when its parent does."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Message = dict[str, Any]
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS`, its standard input and output for messages, its standard error shared.
+    """`python -m MODULE ARGUMENTS`: standard input and output carry messages, standard error is shared.
 
-    The end of its input is how it learns that this process is gone, however that went.
+    The child's input ends when this process ends in whatever way, which tells the child to end.
 
     Args:
-        module, arguments: what runs.
-        on_message: is called with each message, in a thread.
-        on_exit: is called there after the last one, with the exit code.
+        module, arguments: of the command.
+        on_message: called with each message, in a thread.
+        on_exit: called in that thread after the last message, with the exit code.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Child:
         on_message: Callable[[Message], None],
         on_exit: Callable[[int], None],
     ):
-        root = str(Path(__file__).parents[2])  # of the package, wherever this was started
+        root = str(Path(__file__).parents[2])  # where the package is, whatever the working directory
         paths = [root, os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -44,7 +44,7 @@ class Child:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUTF8": "1"},
             encoding="utf-8",
-            # Ctrl-C in a terminal is for this process, which then says what to do.
+            # Ctrl-C in a terminal reaches this process alone, which then tells the child what to do.
             start_new_session=os.name != "nt",
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
@@ -53,16 +53,16 @@ class Child:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message; to a process that has ended, nothing."""
+        """Sends a message; does nothing if the child has ended."""
         with self._sending:
             write_message(self._process.stdin, message)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the child at once."""
         self._process.kill()
 
     def finish(self, seconds: float | None = None) -> None:
-        """Tells it that no more will come, and waits; kills it after so many seconds."""
+        """Ends the child's input and waits for its exit; kills it after `seconds`, never if None."""
         with self._sending, contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
@@ -75,7 +75,7 @@ class Child:
         for message in read_messages(self._process.stdout):
             try:
                 self._on_message(message)
-            except Exception:  # of one message; those that follow are heard
+            except Exception:  # one message failed; the next ones are still handled
                 log.exception("What the child process said could not be dealt with")
         self._on_exit(self._process.wait())
 
@@ -90,7 +90,7 @@ def read_messages(stream: IO[str]) -> Iterator[Message]:
 
 
 def write_message(stream: IO[str], message: Mapping[str, Any]) -> None:
-    """Writes a message; to a reader that is gone, nothing."""
+    """Writes a message; does nothing if the reader is gone."""
     with contextlib.suppress(OSError, ValueError):
         stream.write(json.dumps(message) + "\n")
         stream.flush()

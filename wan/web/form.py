@@ -1,4 +1,4 @@
-"""The form: its controls, their values as a job's settings, and settings as their values."""
+"""The form: its controls, and their values to and from the settings of a job."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _SWITCHES = {
 }
 _SEVERAL = (MANY_PICTURES, "lora")
 _WHOLE = ("frame_num", "sample_steps")
-# What a plan does not depend on: it is not made anew when these change.
+# Fields that the plan does not depend on: it is not made anew when they change.
 UNPLANNED = ("prompt", "negative_prompt", "base_seed", "sample_shift", "lora", "lora_strengths", "owed")
-# What may be empty: it says so itself, or whether it is needed depends on the task.
+# Fields that may be empty: empty has a meaning of its own, or the task decides whether the field is needed.
 _EMPTY = ("prompt", "negative_prompt", "base_seed", "lora_strengths", "owed", *FILES)
 
 
@@ -45,17 +45,17 @@ class Form:
     """The controls of a job, each under the name of its setting.
 
     Attributes:
-        fields: the controls, `lora_strengths` beside `lora`, and `owed`: files that settings which were taken over
-            name and that are not here, by their fields.
-        shown: what is shown of the files of a field.
+        fields: the controls; among them `lora_strengths` beside `lora`, and `owed`: by field, the files that a
+            result's settings name but that are not here.
+        shown: the HTML that shows the files of a field, by field.
 
     Args:
-        service: behind it.
+        service: of the page.
     """
 
     def __init__(self, service: Service):
         self._service = service
-        # Names of uploads, or why they are refused, by where Gradio has put them and their fields.
+        # (Gradio's path of an upload, its field) -> its name in the folder, or the error that refused it.
         self._kept: dict[tuple[str, str], str | InputError] = {}
         self.fields: dict[str, Any] = {}
         self.shown: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class Form:
     # Controls
 
     def build_job(self) -> None:
-        """Puts the controls of what is made into the block that is open."""
+        """Puts the controls of the content and its sampling into the open block."""
         fields, tasks = self.fields, self._service.tasks
         first = TASKS[tasks[0]]
         fields["task"] = gr.Dropdown(
@@ -116,7 +116,7 @@ class Form:
                     fields[key] = gr.Checkbox(False, label=label, elem_id=key)
 
     def build_memory(self) -> None:
-        """Puts those of memory there."""
+        """Puts the controls of the memory plan into the open block."""
         fields = self.fields
         with gr.Row():
             fields["vram_limit"] = gr.Dropdown(
@@ -156,12 +156,12 @@ class Form:
 
     @property
     def by_task(self) -> list[Any]:
-        """What `choose_task` sets."""
+        """The components that `choose_task` updates."""
         names = (*TITLES, "size", "frame_num", "sample_steps", "sample_shift", "sample_guide_scale", "prompt")
         return [*(self.fields[name] for name in names), *(self.shown[name] for name in TITLES)]
 
     def choose_task(self, task: str, prompt: str) -> list[Any]:
-        """The defaults of a task, and the inputs that it has."""
+        """Updates of `by_task`: a task's defaults, and only its own inputs visible."""
         facts = TASKS[task]
         example = any(prompt == other.prompt for other in TASKS.values())
         return [
@@ -176,10 +176,10 @@ class Form:
         ]
 
     def file_check(self, key: str) -> Any:
-        """What a field does with what is uploaded."""
+        """The function that handles uploads to a field."""
 
         def check(value: str | list[str] | None) -> tuple[Any, str]:
-            """Keeps what was uploaded, or says why it can't be used: it stays in the field, and in the way."""
+            """Keeps the uploads, or says why they are refused: a refused one stays in the field and blocks the job."""
             try:
                 names = [self._keep(path, key) for path in _several(value)]
             except (InputError, OSError) as error:
@@ -189,7 +189,7 @@ class Form:
         return check
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a job, from what the controls hold. Raises InputError for what cannot be."""
+        """The settings of a job, from the values of the controls. Raises InputError for values that cannot work."""
         facts = TASKS[values["task"]]
         for key, value in values.items():
             if value in (None, "") and key not in _EMPTY:
@@ -224,7 +224,7 @@ class Form:
         return given
 
     def filled(self, settings: Mapping[str, Any], same_seed: bool) -> list[Any]:
-        """What all controls hold, what is shown of files, and a line that tells of it."""
+        """Updates that fill in settings: of all controls, of what is shown of files, and of the message line."""
         facts = TASKS[settings["task"]]
         values: list[Any] = []
         files: dict[str, list[str]] = {}
@@ -261,7 +261,7 @@ class Form:
         return [*values, *thumbs, wan("<p>Settings are taken over.</p>")]
 
     def _keep(self, path: str, key: str) -> str:
-        """The name of an upload in the folder. Raises InputError for one that the field cannot be."""
+        """Keeps an upload and returns its name in the folder. Raises InputError if the field cannot take it."""
         if (path, key) not in self._kept:
             try:
                 with open(path, "rb") as file:
@@ -275,7 +275,7 @@ class Form:
 
 
 def told(error: InputError | OSError) -> str:
-    """An error in a line."""
+    """An error as one line."""
     return error.told() if isinstance(error, InputError) else error.strerror or str(error)
 
 
@@ -299,7 +299,7 @@ def _whole(value: Any, key: str) -> int:
 
 
 def _thumbs(names: list[str]) -> str:
-    """What is shown of uploads: pictures and videos; of others and of examples the name."""
+    """HTML that shows files: uploaded pictures and videos as such, other uploads and examples by name."""
     shown = []
     for name in names:
         path = Path(name)

@@ -1,4 +1,4 @@
-"""Finished results, and the settings that their own files know."""
+"""Finished results, with the settings that their files hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..utils.video import VideoFile, open_image
 SUFFIXES = (".mp4", ".png")
 POSTER = 480  # pixels of its longer side
 LATEST = 2.0**37  # seconds since 1970, in the year 6325: later ones have no date on some systems
-_Key = tuple[str, int, int, int, int]  # name, and what tells two files of it apart
+_Key = tuple[str, int, int, int, int]  # name, and the facts that tell two files of one name apart
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FinishedFile:
     Attributes:
         name: in the folder.
         made: seconds since 1970.
-        settings: as wan.run.settings has them; empty if the file knows none.
+        settings: as wan.run.settings reads them; empty if the file holds none.
     """
 
     name: str
@@ -44,7 +44,7 @@ class FinishedFile:
 
 
 class Gallery:
-    """The results in a folder, whatever else lies there. Any thread may call."""
+    """The results in a folder, which may hold other files, too. Any thread may call."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -52,11 +52,11 @@ class Gallery:
         self._posters: dict[_Key, bytes] = {}
         self._read: dict[
             _Key, tuple[int, FinishedFile]
-        ] = {}  # with the number of the look that found it first
+        ] = {}  # with the number of the listing that first found the file
         self._looks = 0
 
     def results(self) -> list[FinishedFile]:
-        """All results, newest first: those that came since the start, then by their times."""
+        """All results, newest first: by the listing that first found them, then by their times."""
         found: dict[_Key, tuple[int, FinishedFile]] = {}
         with self._lock:
             for path in self._folder.iterdir():
@@ -76,11 +76,11 @@ class Gallery:
         return [result for _, result in there]
 
     def get(self, name: str) -> FinishedFile:
-        """A result by its name. Raises KeyError for all else, such as a path."""
+        """A result by its file name. Raises KeyError for any other text, such as a path."""
         return {result.name: result for result in self.results()}[name]
 
     def path(self, name: str) -> Path:
-        """Where a result is. Raises KeyError."""
+        """The path of a result. Raises KeyError."""
         return self._folder / self.get(name).name
 
     def poster(self, name: str) -> bytes:
@@ -102,7 +102,7 @@ class Gallery:
 
 
 def _facts(path: Path) -> os.stat_result | None:
-    """What is known of a file that may be a result; None for what else there is in the folder."""
+    """The stat of a file that may be a result; None for anything else in the folder."""
     if path.suffix not in SUFFIXES or path.name.startswith("."):
         return None
     try:
@@ -114,7 +114,7 @@ def _facts(path: Path) -> os.stat_result | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a result; empty without, or if they cannot be told as JSON: paths in them may be any bytes."""
+    """The settings in a result; {} if there are none, or none that JSON can hold: paths in them may be any bytes."""
     try:
         settings = read_settings(path)
         json.dumps(settings, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""What an event of the page may carry: values of its fields' own types, and files that were uploaded."""
+"""Checks what an event of the page carries: values of its fields' own types, and only files that were uploaded."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _TYPES: dict[str, Any] = {"string": str, "boolean": bool, "integer": (int, float
 
 
 class GatedBlocks(gr.Blocks):
-    """Gradio's Blocks, for mounting.
+    """Gradio's Blocks, for mounting, with every value of every event checked.
 
-    Every value of every event passes `checked` before Gradio looks at it: that would copy files into its cache that a
-    value names, and fetch addresses.
+    A value passes `checked` before Gradio sees it: Gradio would copy files that a value names into its cache, and
+    fetch addresses.
     """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.has_launched = True  # as launch() would say; until then Gradio takes every path
+        self.has_launched = True  # as launch() sets it; before, Gradio takes every path
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *others: Any, **named: Any) -> Any:
-        """The arguments of an event's function. Raises gr.Error for what a field cannot hold."""
+        """The arguments of an event's function. Raises gr.Error for a value that its field cannot hold."""
         values = [checked(field, value) for field, value in zip(block_fn.inputs, inputs)]
         return await super().preprocess_data(block_fn, values, *others, **named)
 
 
 def checked(field: Any, value: Any) -> Any:
-    """The value of a field, of files nothing but where they are; None is an empty field.
+    """The value of a field, reduced to paths if it is files; None is an empty field.
 
     Raises gr.Error for a value that the field cannot hold.
     """

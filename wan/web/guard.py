@@ -10,7 +10,7 @@ import math
 from typing import Any
 from urllib.parse import urlsplit
 
-# Nothing comes from elsewhere, whatever a page says. Gradio's own page has scripts and styles in it.
+# The browser loads nothing from other hosts, whatever a page says. Gradio's page has inline scripts and styles.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -23,17 +23,17 @@ _HEADERS = {
 }
 LONGEST_LINE = 1000  # characters
 MOST_SENT = 2**20  # bytes of a body
-MOST_UPLOADED = 4 * 2**30  # of one that is a file
+MOST_UPLOADED = 4 * 2**30  # bytes of an uploaded file
 _TAKE_FILES = ("/uploads", "/gradio_api/upload")
-# What Gradio's page asks of its own interface. The rest of it is not answered: it runs events in other ways, fetches
-# addresses and converts recordings.
+# The routes of Gradio's interface that its page uses. The others are refused: they run events in other ways, fetch
+# addresses and convert recordings.
 _GRADIO = "/gradio_api/"
 _ASKED = ("queue/join", "queue/data", "cancel", "reset", "upload", "upload_progress")
 _ASKED_BELOW = ("heartbeat/", "file=")
 
 
 class Refused(Exception):
-    """What was asked is refused: the status of the answer, and its line."""
+    """A request is refused. `status` and `line` are those of the answer."""
 
     def __init__(self, status: int, line: str):
         self.status, self.line = status, line
@@ -51,16 +51,17 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """An ASGI application around another.
+    """An ASGI application that checks all requests to another one.
 
-    It asks for the password, refuses what other web sites send through the user's browser, bodies that are too long
-    or no JSON, and what the page does not need of Gradio, and forbids the browser to load anything from elsewhere.
+    It asks for the password; refuses requests that other web sites send through the user's browser, bodies that are
+    too long or not JSON, and routes of Gradio that the page does not use; and forbids the browser to load anything
+    from elsewhere.
 
     Args:
         app: the application.
         auth: "USER:PASSWORD", or None for no password.
-        local: whether it is served to this machine alone; other names of it are refused then, which a web site could
-            have pointed here.
+        local: whether it serves this machine alone; then host names other than loopback ones are refused, since a web
+            site could have pointed its own name here.
     """
 
     def __init__(self, app: Any, auth: str | None, local: bool):
@@ -101,14 +102,14 @@ class Guard:
 
 
 def told(line: str) -> dict[str, str]:
-    """An error as it is answered: one line, whatever it repeats of what was sent."""
+    """An error as a JSON answer: one line of limited length, whatever it repeats of the request."""
     return {"error": " ".join(line.split())[:LONGEST_LINE]}
 
 
 def parsed(body: bytes) -> Any:
     """The value of JSON that can be written again: no number that is not finite, no half of a surrogate pair.
 
-    Raises ValueError for all else, JSON that is nested too deep included.
+    Raises ValueError for anything else, also for JSON that is nested too deep.
     """
     try:
         value = json.loads(body, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
@@ -143,7 +144,7 @@ def _check_path(path: str) -> None:
 
 
 async def _checked_body(scope: Any, headers: dict[str, str], receive: Any) -> Any:
-    """What gives the body to the application. Raises Refused for one that it is not to get."""
+    """The `receive` that hands the body to the application. Raises Refused for a body that it must not get."""
     if "transfer-encoding" in headers:
         raise Refused(411, "of no stated length")
     try:

@@ -1,4 +1,4 @@
-"""The files that keep the jobs: each as its job is, or as soon as there is room for it."""
+"""The files that keep the jobs: written when a job changes, or as soon as the disk has room."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ log = logging.getLogger(__name__)
 
 
 class JobFiles:
-    """A file for each job, in a folder that is made.
+    """A file for each job, in a folder that is created.
 
     Attributes:
-        trouble: why files are behind their jobs, in a line; None if none is.
+        trouble: why some files are behind their jobs, in a line; None if none is.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.trouble: str | None = None
         self._folder = folder
-        self._owed: dict[str, Job | None] = {}  # whose files are to be written, or to go
+        self._owed: dict[str, Job | None] = {}  # by id: files still to be written, or to be deleted if None
 
     def read(self) -> list[Job]:
-        """The jobs that are kept; files that are none are renamed."""
+        """Reads all jobs; files that hold none are renamed to end in .damaged."""
         sweep(self._folder)
         jobs = []
         for path in sorted(self._folder.glob("*.json")):
@@ -39,24 +39,24 @@ class JobFiles:
         return jobs
 
     def add(self, job: Job) -> None:
-        """Keeps a new job. Raises OSError if it cannot be."""
+        """Writes a new job's file. Raises OSError if that fails."""
         try:
             job.write(self._folder)
         except OSError as error:
             raise OSError(error.errno, self._told(error)) from error
 
     def keep(self, job: Job) -> None:
-        """Keeps a job as it is now, or when there is room."""
+        """Writes a job's file now or, if that fails, as soon as it can."""
         self._owed[job.id] = job
         self.catch_up()
 
     def forget(self, name: str) -> None:
-        """Removes a job's file."""
+        """Deletes a job's file, now or as soon as it can."""
         self._owed[name] = None
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Writes what is behind."""
+        """Writes and deletes the files that are behind."""
         before, self.trouble = self.trouble, None
         for name, job in list(self._owed.items()):
             try:

@@ -1,4 +1,4 @@
-"""A job: a request, how it fares, and the file that keeps it; and settings from outside made into requests."""
+"""A job: a request, its status and the file that keeps it; and requests made from settings that are not trusted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..utils.files import replacing
 from ..utils.video import VideoFile, open_image
 from ..weights.lora import lora_identity, parse_lora
 
-# Where a job may be, and what may be asked of it there.
+# The statuses of a job.
 QUEUED, RUNNING, PAUSING, PAUSED = "queued", "running", "pausing", "paused"
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 STATUSES = (QUEUED, RUNNING, PAUSING, PAUSED, DONE, FAILED, CANCELLED)
 
-_OWN = ("save_file", "device")  # the server's to decide
+_OWN = ("save_file", "device")  # the server decides these
 _APART = (KEEPING, PROMPT_EXTENSION, GPUS)
 _REQUEST = {
     item.name
@@ -49,8 +49,8 @@ _VIDEO = {
     **{".mkv": "video/x-matroska", ".avi": "video/x-msvideo"},
 }
 _LORA = {".safetensors": "application/octet-stream"}
-# The fields that are files: the suffixes that an upload may have, the first where its name has another one, and the
-# type of content as which each is served.
+# The fields that are files, each with the suffixes that an upload keeps and the content types to serve them as. An
+# upload with another suffix gets the first.
 FILES = {
     **dict.fromkeys(PICTURES, _PICTURE),
     **dict.fromkeys(VIDEOS, _VIDEO),
@@ -63,17 +63,17 @@ MOST_PIXELS = 8192 * 8192  # of an upload; more cost seconds and gigabytes, in a
 
 @dataclass
 class Job:
-    """A request on its way.
+    """A request in the queue.
 
     Attributes:
-        id: names it; ids sort by time.
+        id: unique; ids sort by time.
         request: as Request.to_json gives it.
         status: one of STATUSES.
-        place: jobs run in the order of their places.
-        number, turn: counts of the queue when it came and when its status changed last: clocks go back.
-        created, started, ended: seconds since 1970, to be shown; `started` is the last time that it did.
+        place: jobs run in ascending order of their places.
+        number, turn: the queue's count of changes when the job came, and at its last change: clocks may go back.
+        created, started, ended: seconds since 1970, for display; `started` is that of the last start.
         result: path of the finished file.
-        error: why it failed, in a line.
+        error: why the job failed, in a line.
         notes: warnings of the run.
     """
 
@@ -91,7 +91,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Keeps it as a file, whole or not at all."""
+        """Writes the job's file, whole or not at all."""
         with replacing(folder / f"{self.id}.json") as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1), "utf-8")
 
@@ -106,7 +106,7 @@ def read_job(path: Path) -> Job:
         texts = (job.id, job.request["save_file"], job.result or "", job.error or "", *job.notes)
         fits = all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts)
         fits = fits and all(isinstance(text, str) for text in texts)
-        json.dumps(asdict(job), ensure_ascii=False, allow_nan=False).encode()  # as it is told
+        json.dumps(asdict(job), ensure_ascii=False, allow_nan=False).encode()  # as it is sent
     except (LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"of another shape ({type(error).__name__})") from error
     if not fits or job.id != path.stem or job.status not in STATUSES:
@@ -119,24 +119,24 @@ def new_id() -> str:
 
 
 def request_from(values: Mapping[str, Any]) -> Request:
-    """The request that Request.to_json gave."""
+    """The Request from the values of Request.to_json."""
     return Request(**dict(values) | {"memory": memory_options(values["memory"])})
 
 
 def without_weights(values: Mapping[str, Any]) -> Request:
-    """That request without its LoRAs and its checkpoint, which need not be there."""
+    """As request_from, but without LoRAs and checkpoint, whose files need not exist."""
     return request_from(dict(values) | {"lora": (), "ckpt_dir": ANY_CHECKPOINT})
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What settings from outside may ask for.
+    """What settings that are not trusted may ask for.
 
     Attributes:
-        folder: all results, uploads and files of jobs are in it.
+        folder: holds all results, uploads and files of jobs.
         checkpoints: folders or hub names that may be used.
-        device: where everything computes; None for the accelerator that is there.
-        offload_folder: where converted weights are kept; None for nowhere.
+        device: on which everything computes; None for the accelerator of this machine.
+        offload_folder: keeps converted weights; None to keep none.
     """
 
     folder: Path
@@ -151,11 +151,11 @@ class Rules:
 
     @property
     def gradio_folder(self) -> Path:
-        """Where Gradio keeps what was uploaded and what it shows."""
+        """The folder in which Gradio keeps uploads and the files that it shows."""
         return self.folder / ".wan" / "gradio"
 
     def may_read(self, name: str) -> bool:
-        """Whether a job may name a file, and it is there."""
+        """Whether a file exists and a job may name it."""
         try:
             return os.path.isfile(self._file(name, "image"))
         except InputError:
@@ -165,12 +165,12 @@ class Rules:
         """The request that settings describe: fields of a Request and of its memory options, by their names.
 
         Args:
-            settings: see above; what is None is not given.
-            name: of the result.
-            planning: whether it is only to be planned, which needs no checkpoint, no prompt and no files.
+            settings: see above; a value of None counts as not given.
+            name: of the result, without suffix.
+            planning: whether the request is only planned, for which checkpoint, prompt and files may be missing.
 
-        Raises InputError for what cannot work, is not to be decided from outside, or is not there: a server takes no
-        examples.
+        Raises InputError for settings that cannot work, that only the server may decide, or that are missing: no
+        example takes their place here.
         """
         unknown = [key for key in settings if key not in _REQUEST and key not in _MEMORY]
         if unknown:
@@ -187,7 +187,7 @@ class Rules:
             task = values.get("task", DEFAULT_TASK)
             needed = TASKS[task].needed if task in TASKS else ()
             missing = [key for key in needed if not str(values.get(key) or "").strip()]
-            if planning:  # what is no picture is taken to be as large as the video
+            if planning:  # the planner takes a file that is no picture to be as large as the video
                 values |= dict.fromkeys(missing, os.devnull)
             elif missing:
                 them = "them" if len(missing) > 1 else "it"
@@ -205,7 +205,7 @@ class Rules:
         return replace(request, save_file=str(self.folder / f"{name}.{suffix}"))
 
     def _place_files(self, values: dict[str, Any]) -> None:
-        """Makes paths of the names of files, none of which is outside."""
+        """Replaces names of files by paths. Raises InputError for one outside the readable folders."""
         for key in (*PICTURES, *VIDEOS):
             if values.get(key) is not None:
                 values[key] = self._file(values[key], key)
@@ -231,7 +231,7 @@ class Rules:
 
 
 def check_file(path: str | Path, key: str) -> None:
-    """Raises InputError, naming the field, for a file that it cannot be."""
+    """Raises InputError, naming the field, for a file that it cannot take."""
     if FILES[key] is _PICTURE:
         open_image(path, key, MOST_PIXELS)
     elif FILES[key] is _VIDEO:
@@ -252,7 +252,7 @@ def check_files(request: Request) -> None:
 
 
 def settings_of(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a request, as Request.to_json gives it, a job's settings say."""
+    """The settings of a job, from its request as Request.to_json gives it."""
     kept = {key: request[key] for key in sorted(_REQUEST) if request.get(key) not in (None, [], ())}
     planned = request.get("planned", ())
     defaults = vars(MemoryOptions())

@@ -1,4 +1,4 @@
-"""What a run takes: samples of GPU memory and RAM while it goes on, and the series that is kept of them."""
+"""The memory of a run: samples of GPU memory and RAM while it goes on, and the series kept of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 
 EVERY = 0.5  # seconds between samples
-KEPT = 300  # samples of a run; when there are more, every other one goes
+KEPT = 300  # samples of a run; when there are more, every other one is dropped
 
 
 def device_facts(name: str | None) -> dict[str, Any]:
-    """The device that computes, and the machine: names, bytes, versions. Raises InputError as choose_device."""
+    """Names, bytes and versions of the device and of the machine. Raises InputError as choose_device."""
     import torch
 
     from leanwan.accelerator import choose_device, initialise
@@ -71,11 +71,11 @@ def sample(device: Any = None) -> dict[str, int]:
 
 
 class Sampler:
-    """While it is entered, tells a sample every half second, from a thread of its own.
+    """While entered, takes a sample every half second, in a thread of its own.
 
     Args:
-        name: of the device.
-        tell: is told.
+        name: of the device, as choose_device's.
+        tell: called with each sample.
     """
 
     def __init__(self, name: str | None, tell: Callable[[dict[str, int]], None]):
@@ -102,11 +102,12 @@ class Sampler:
 
 @dataclass
 class Series:
-    """The samples of a run, of even spacing however long it is: (seconds, stage, sample).
+    """The samples of a run, evenly spaced however long it is.
 
     Attributes:
         plan: bytes that each stage was planned to reserve, by name.
         room: bytes that the plan was made for.
+        points: (seconds since the first sample, stage, sample).
     """
 
     plan: Mapping[str, int] = field(default_factory=dict)
@@ -116,7 +117,7 @@ class Series:
     _spacing: float = 0.0
 
     def add(self, stage: str, values: Mapping[str, int]) -> None:
-        """Takes a sample of now."""
+        """Adds a sample taken now, unless it is too close to the last one of its stage."""
         now = time.monotonic()
         self._start = now if self._start is None else self._start
         at = now - self._start

@@ -22,7 +22,7 @@ HEAD = '<link rel="stylesheet" href="/own/page.css"><script src="/own/page.js" d
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's, with the system's fonts: none is fetched."""
+    """Gradio's base theme with the system's fonts, so that none is fetched."""
     return gr.themes.Base(
         primary_hue="teal",
         neutral_hue="slate",
@@ -63,13 +63,13 @@ def build_site(service: Service) -> Any:
 
 
 class Page:
-    """The form, and what its controls do.
+    """The form, and the functions of its controls.
 
     Attributes:
-        blocks: for Gradio.
+        blocks: the page, for Gradio to mount.
 
     Args:
-        service: behind it.
+        service: of the page.
     """
 
     def __init__(self, service: Service):
@@ -145,13 +145,13 @@ class Page:
     def _settings(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """The settings of the job that the controls describe. Raises InputError, or OSError."""
         settings = self._form.settings(dict(zip(self._form.fields, values)))
-        if not self._service.has_card:  # nothing to be limited: the plan was only to be looked at
+        if not self._service.has_card:  # there is nothing to limit: the plan was only for display
             for key in ("vram_limit", "vram_fraction", "memory_mode"):
                 settings.pop(key, None)
         return self._service.settings(settings)
 
     def _may_make(self, *values: Any) -> tuple[Any, str]:
-        """Whether the button can be pressed, and if not, why: by what `_make` is going to check."""
+        """Enables the button if the settings can work, or disables it and says why they cannot."""
         try:
             self._service.rules.request(self._settings(values))
         except (InputError, OSError) as error:
@@ -172,7 +172,7 @@ class Page:
         return wan(f'<p role="status">{line} Seed {job.request["base_seed"]}.</p>')
 
     async def _planned(self, *values: Any) -> AsyncIterator[str]:
-        """The plan of what the controls hold."""
+        """The plan for the values of the controls, as HTML."""
         named = dict(zip((name for name in self._form.fields if name not in UNPLANNED), values))
         try:
             settings = await asyncio.to_thread(self._form.settings, named)
@@ -183,7 +183,7 @@ class Page:
             return
         if not found.done():
             yield wan(planning_html(card))
-        message = await asyncio.shield(asyncio.wrap_future(found))  # others may wait for it, too
+        message = await asyncio.shield(asyncio.wrap_future(found))  # other tabs may wait for the same plan
         if "plan" in message:
             yield wan(plan_html(message["plan"], card, limit))
         else:
@@ -195,7 +195,7 @@ class Page:
         return str(newest.request["base_seed"]) if newest else gr.skip()
 
     def _fill(self, request: gr.Request) -> list[Any]:
-        """What the controls hold at first: defaults, or the settings of the result that the address names."""
+        """Fills the controls as the page opens: with defaults, or the settings of the result that its address names."""
         name = request.query_params.get("like")
         nothing: list[Any] = [gr.skip()] * (len(self._form.fields) + len(FILES))
         if not name:

@@ -25,8 +25,8 @@ def plan_html(plan: dict[str, Any], card: bool, limit: float) -> str:
     """A plan, as wan.run.plan_request.report tells it.
 
     Args:
-        card: whether it is this machine's own.
-        limit: GiB that it is for.
+        card: whether the card is this machine's own.
+        limit: GiB that the plan is for.
     """
     fits, most = plan["fits"], plan["peak_bytes"]
     whose = f"{limit:g} GiB" if card else f"No GPU here: planned for a card of {limit:g} GiB"
@@ -87,7 +87,7 @@ def _chosen(options: dict[str, Any]) -> str:
 
 
 def planning_html(card: bool) -> str:
-    """Shown until a plan is there."""
+    """The text shown until the plan is made."""
     text = "Planning…" if card else "No GPU here: planning for a card…"
     return f'<div class="plan"><p class="quiet">{text}</p></div>'
 

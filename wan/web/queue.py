@@ -1,8 +1,8 @@
-"""The jobs: kept in files, run one at a time in their order by a process of their own.
+"""The queue of jobs: kept in files, run in order, one at a time, by a worker process.
 
-That process is told to pause, which it does after the step with its state on the disk; it is ended for a cancel, at
-once, whatever it is doing. Whatever ends this process ends that one too, in the same careful way, and the next queue
-over the same folder goes on with what was running.
+To pause a job, the queue tells the worker, which stops after the current step with the run's state on the disk. To
+cancel one, the queue kills the worker at once. When this process ends, in whatever way, the worker stops as for a
+pause, and the next queue over the same folder resumes the job that was running.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from .run_progress import Progress
 log = logging.getLogger(__name__)
 
 WORKER = f"{__package__}.worker"
-IDLE_SECONDS = 300  # without work, before loaded models are given up
-AGAIN_SECONDS = 5  # until what a full disk or a full machine refused is tried again
-ENDED_KEPT = 200  # jobs that are over, whose files stay
+IDLE_SECONDS = 300  # without work, until the worker is ended and its models are dropped
+AGAIN_SECONDS = 5  # until a write or a start that failed for lack of room is tried again
+ENDED_KEPT = 200  # finished, failed and cancelled jobs whose files stay
 _OVER = (DONE, FAILED, CANCELLED)
 
 
 class WrongStatus(Exception):
-    """What is asked of a job does not fit its status."""
+    """The status of a job does not allow what is asked of it."""
 
 
 class Queue:
     """The jobs of a folder. Any thread may call.
 
-    What cannot be written does not stop it: jobs go on as they are in memory, the next one waits until there is room,
-    and all is written then.
+    A full disk does not stop the queue: jobs go on in memory, the next one waits until there is room, and then all
+    files are written.
 
     Attributes:
         progress: of each job that has run since the start, by id.
-        latest: the id of the one that was started last.
-        device: what the worker says of its device; None until it does.
+        latest: the id of the job that was started last.
+        device: what the worker reports of its device; None until then.
 
     Args:
-        rules: for settings; `rules.folder` is the jobs'.
+        rules: for settings; the jobs are in `rules.folder`.
 
     Raises InputError: another server uses the folder.
     """
@@ -79,7 +79,7 @@ class Queue:
         self._ledger = JobFiles(rules.folder / ".wan" / "jobs")
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
-        self._turn = 0  # counts what happens: clocks go back
+        self._turn = 0  # counts the changes of all jobs, since clocks may go back
         self._owner = FileLock(rules.folder / ".wan" / "server.lock")
         try:
             self._owner.acquire(timeout=0)
@@ -93,13 +93,13 @@ class Queue:
         self._load()
         with self._lock:
             with contextlib.suppress(OSError):  # tried again when there is a job
-                self._start_child()  # which tells of the device
+                self._start_child()  # it reports the device
             self._advance()
 
-    # What is there
+    # Reading
 
     def jobs(self) -> list[Job]:
-        """All jobs: the running one, then those that wait, in order, then the others, newest first."""
+        """All jobs: the running one, then the waiting ones in order, then the ended ones, newest first."""
         with self._lock:
             waiting = sorted((job for job in self._jobs.values() if job.status not in _OVER), key=_order)
             over = sorted((job for job in self._jobs.values() if job.status in _OVER), key=_recency)
@@ -115,7 +115,7 @@ class Queue:
         """Why the queue waits or its files are not written, in a line; None if all is well."""
         return self._waits_for or self._ledger.trouble
 
-    # What is asked
+    # Changing
 
     def add(self, settings: dict[str, Any]) -> Job:
         """A new job at the end. Raises InputError for settings that cannot work, OSError if its file has no room."""
@@ -128,7 +128,7 @@ class Queue:
     def add_request(self, name: str, request: Request) -> Job:
         """A new job of a checked request. Raises OSError if its file has no room."""
         with self._lock:
-            values = json.loads(json.dumps(request.to_json()))  # as the file gives it
+            values = json.loads(json.dumps(request.to_json()))  # as read back from the file
             self._turn += 1
             job = Job(name, values, place=self._last_place() + 1, created=time.time(), number=self._turn)
             self._ledger.add(job)
@@ -137,21 +137,21 @@ class Queue:
             return job
 
     def cancel(self, name: str) -> Job:
-        """Ends a job for good, at once; nothing of it stays but its entry."""
+        """Ends a job for good, at once; only its entry in the list stays."""
         with self._lock:
             job = self._expect(name, QUEUED, RUNNING, PAUSING, PAUSED)
             ran = job.status in (RUNNING, PAUSING)
             self._set(job, CANCELLED, ended=time.time())
             if ran:
                 child, self._child = self._child, None
-                child.kill()  # what it leaves is removed when it has ended
+                child.kill()  # when it has ended, the job's files are deleted
                 self._advance()
             else:
                 self._remove_files(job)
             return job
 
     def pause(self, name: str) -> Job:
-        """Stops a job after its step, to go on when it is resumed."""
+        """Stops a job after its current step, until it is resumed."""
         with self._lock:
             job = self._expect(name, QUEUED, RUNNING)
             if job.status == QUEUED:
@@ -162,7 +162,7 @@ class Queue:
             return job
 
     def resume(self, name: str) -> Job:
-        """Lets a paused job go on in its place, or a failed one, from its state if it left one."""
+        """Queues a paused or failed job again, in its place; it continues from its state if it has one."""
         with self._lock:
             job = self._expect(name, PAUSED, FAILED)
             self._set(job, QUEUED, error=None, ended=None)
@@ -170,7 +170,7 @@ class Queue:
             return job
 
     def move(self, name: str, by: int) -> Job:
-        """Moves a waiting job so many places on, back if negative."""
+        """Moves a waiting job `by` places later in the queue, or earlier if negative."""
         with self._lock:
             job = self._expect(name, QUEUED, PAUSED)
             line = [job for job in self.jobs() if job.status in (QUEUED, PAUSED)]
@@ -186,16 +186,16 @@ class Queue:
             return job
 
     def remove(self, name: str) -> None:
-        """Forgets a job that is over; a result stays."""
+        """Removes an ended job from the list; its result stays."""
         with self._lock:
             self._expect(name, *_OVER)
             self._forget(name)
 
     def close(self, seconds: float | None = None) -> None:
-        """Ends the work, after its step and with its state on the disk; another queue goes on with it.
+        """Stops the running job after its step, with its state on the disk, for the next queue to resume.
 
         Args:
-            seconds: how long to wait for that; None for as long as it takes.
+            seconds: how long to wait for that before the worker is killed; None for as long as it takes.
         """
         with self._lock:
             self._closed = True
@@ -208,7 +208,7 @@ class Queue:
             self._ledger.catch_up()
         self._owner.release()
 
-    # How it goes on
+    # Running
 
     def _load(self) -> None:
         for job in self._ledger.read():
@@ -219,7 +219,7 @@ class Queue:
                 self._set(job, QUEUED)
             elif job.status == PAUSING:
                 self._set(job, PAUSED)
-            elif job.status == CANCELLED:  # it may have been running when everything ended
+            elif job.status == CANCELLED:  # the worker may not have ended before this process did
                 self._remove_files(job)
 
     def _start_child(self) -> None:
@@ -245,7 +245,7 @@ class Queue:
         self._child = child
 
     def _advance(self) -> None:
-        """Starts the next job if none runs; if that cannot be now, it is tried again."""
+        """Starts the next job if none runs; a start that fails is tried again later."""
         waited_for, self._waits_for = self._waits_for, None
         if self._closed or self._running():
             return
@@ -269,7 +269,7 @@ class Queue:
         self._try_again()
 
     def _start(self, job: Job) -> None:
-        """Has the worker run a job, if that can be kept."""
+        """Has the worker run a job, unless the job's file cannot be written."""
         started, notes = job.started, job.notes
         self._set(job, RUNNING, started=time.time(), notes=[])
         if self._ledger.trouble:
@@ -279,7 +279,7 @@ class Queue:
         self._child.send({"run": job.id, "request": job.request})
 
     def _try_again(self) -> None:
-        """Comes back to what could not be done, if there is anything."""
+        """Sets a timer that tries failed writes and starts again, if there are any."""
         if self.trouble and not self._again and not self._closed:
             self._again = _timer(AGAIN_SECONDS, self._catch_up)
 
@@ -291,7 +291,7 @@ class Queue:
             self._try_again()
 
     def _take(self, message: Message) -> None:
-        """What the worker says."""
+        """Handles a message of the worker."""
         if "ready" in message:
             self.device = message["ready"]
             return
@@ -309,14 +309,14 @@ class Queue:
             self._set(job, DONE, result=message["path"], ended=time.time())
             self._remove_files(job)
         elif message["how"] == "paused":
-            # It stops because that was asked, or because everything does: then it goes on at the next start.
+            # The job was paused, or the server ends: then the job is queued for the next start.
             self._set(job, PAUSED if job.status == PAUSING else QUEUED)
         else:
             self._set(job, FAILED, error=message["error"], ended=time.time())
         self._advance()
 
     def _after(self, code: int) -> None:
-        """The worker has ended, and nobody asked it to."""
+        """Handles an end of the worker that nobody asked for: its job has failed."""
         for job in self._jobs.values():
             if job.status in (RUNNING, PAUSING) and not self._closed:
                 reason = f"signal {-code}" if code < 0 else f"code {code}"
@@ -358,7 +358,7 @@ class Queue:
         self._try_again()
 
     def _remove_files(self, job: Job) -> None:
-        """Removes what a job needs no more: its states and previews."""
+        """Deletes a job's states and previews."""
         states = glob.glob(f"{glob.escape(job.request['save_file'])}.*.state")
         previews = self.rules.folder / ".wan" / "previews"
         stem = Path(job.request["save_file"]).name
@@ -379,7 +379,7 @@ def _recency(job: Job) -> tuple[int, float]:
 
 
 def _timer(seconds: float, do: Callable[[], None]) -> threading.Timer:
-    """Does something later, in a thread that keeps nothing from ending."""
+    """Calls `do` after `seconds`, in a daemon thread."""
     timer = threading.Timer(seconds, do)
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""How far the running job is, from what its process tells."""
+"""How far the running job is, from the events of the worker."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ class Progress:
 
     Attributes:
         stages: seconds of each stage that is done, by name.
-        stage: under way.
-        done, total, seconds_left: of its steps; of `doing`, which is the stage or other work such as loading.
+        stage: the current stage.
+        doing: the current stage, or other work such as loading.
+        done, total, seconds_left: of the steps of `doing`.
         end: when the run will be done, seconds since 1970.
-        preview: (path, step) of the last one.
-        plan: how memory is used, in a line; None if nothing was planned.
-        series: of memory.
+        preview: (path, step) of the last preview.
+        plan: the memory plan in a line; None if nothing was planned.
+        series: the samples of the run's memory.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class Progress:
     series: Series = field(default_factory=Series)
 
     def take(self, message: Message) -> None:
-        """Takes an event."""
+        """Updates the progress by the message of an event."""
         kind = message["event"]
         if kind == "StageStarted":
             self.stage = self.doing = message["name"]

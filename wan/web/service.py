@@ -24,23 +24,23 @@ from .queue import WORKER, Queue
 
 GIB = 2**30
 CARDS = (4, 6, 8, 12, 16, 24, 32, 48, 80)  # GiB
-SHOWN_CARD = 8  # whose plans are shown where there is no accelerator
+SHOWN_CARD = 8  # GiB of the card that is planned for where there is no accelerator
 PLANS_KEPT = 500
-_NO_PLANNING = ("prompt", "negative_prompt", "base_seed", "save_file", "preview")  # changes no plan
+_NO_PLANNING = ("prompt", "negative_prompt", "base_seed", "save_file", "preview")  # these change no plan
 
 
 class LivePlanner:
-    """Plans requests in a process of its own: a plan may take seconds of computing. The newest question comes first."""
+    """Plans requests in a child process, since a plan may take seconds of computing. The newest request comes first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._plans: dict[str, Future[Message]] = {}
-        self._requests: dict[str, dict[str, Any]] = {}  # that wait, oldest first
+        self._requests: dict[str, dict[str, Any]] = {}  # waiting, oldest first
         self._asked: str | None = None
 
     def plan(self, request: Request) -> Future[Message]:
-        """What wan.run.plan_request.report says of it, as {"plan": ...}, or {"error": LINE}; found ones are kept."""
+        """The plan to come: {"plan": as wan.run.plan_request.report's} or {"error": LINE}. Plans are cached."""
         values = {key: value for key, value in request.to_json().items() if key not in _NO_PLANNING}
         key = json.dumps(values, sort_keys=True)
         with self._lock:
@@ -113,7 +113,7 @@ class Service:
 
     @cached_property
     def checkpoints(self) -> dict[str, str]:
-        """The checkpoint of each task that has one: the first whose config fits, or that cannot be looked at yet."""
+        """The checkpoint of each task that has one: the first whose config.json fits, or cannot be read yet."""
         found: dict[str, str] = {}
         for name in self.rules.checkpoints:
             config = _config(name)
@@ -136,8 +136,8 @@ class Service:
         return {"ckpt_dir": checkpoint} | dict(values) if checkpoint else dict(values)
 
     def plan(self, values: Mapping[str, Any]) -> Future[Message]:
-        """The plan of settings, which need no checkpoint: for their limit, for what the card has free, or without a
-        card for one of SHOWN_CARD GiB.
+        """The plan of settings, which need no checkpoint: for their limit, for what the card has free or, without a
+        card, for one of SHOWN_CARD GiB.
 
         Raises InputError for settings that cannot work.
         """
@@ -146,7 +146,7 @@ class Service:
         return self.planner.plan(self.rules.request(settings, planning=True))
 
     def planned_limit(self, limit: Any) -> Any:
-        """The GiB that a plan is for: those given or, for auto, those of `plan`."""
+        """The GiB to plan for: the limit or, if it is auto, what the card has free, or SHOWN_CARD."""
         if limit not in (None, "auto"):
             return limit
         free = (self.queue.device or {}).get("free_bytes")
@@ -154,13 +154,13 @@ class Service:
 
     @property
     def has_card(self) -> bool:
-        """Whether there is an accelerator, as far as that is known."""
+        """Whether there is an accelerator; false until the worker has reported."""
         return bool((self.queue.device or {}).get("name"))
 
     def upload(self, stream: BinaryIO, name: str, key: str) -> str:
-        """Keeps a file that is for a field, and returns its name in the folder: the same contents have the same.
+        """Keeps an upload for a field, and returns its name in the folder, which depends on its contents alone.
 
-        Raises InputError for a file that the field cannot be.
+        Raises InputError for a file that the field cannot take.
         """
         suffixes, given = list(FILES[key]), Path(name).suffix.lower()
         suffix = given if given in suffixes else suffixes[0]
@@ -181,7 +181,7 @@ class Service:
 
 
 def _config(checkpoint: str) -> dict[str, Any] | None:
-    """What the config.json of a checkpoint's folder says; None where that cannot be known yet."""
+    """The config.json of a checkpoint's folder; None if it cannot be read yet, as of a name on the hub."""
     try:
         found = json.loads((Path(checkpoint) / "config.json").read_text("utf-8"))
         return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""What the page shows of jobs, memory and results, as pieces of HTML that are sent when they change."""
+"""Jobs, memory and results as pieces of HTML, each sent to the page when it changes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .service import Service
 
 PARTS = ("device", "now", "memory", "queue", "gallery")
 SHOWN_RESULTS = 24
-_FRESH = 0.3  # seconds for which what was made is sent again
+_FRESH = 0.3  # seconds for which the pieces are not made anew
 
 
 class Views:
-    """The pieces, each with the version at which it last changed. Any thread may call."""
+    """The pieces of HTML, each with the version at which it last changed. Any thread may call."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -37,7 +37,7 @@ class Views:
         self._pieces: dict[str, tuple[int, str]] = {}
 
     def since(self, known: str) -> dict[str, Any]:
-        """{"version", "parts": {name: HTML}}: the pieces that changed after a version; all, if it is none of these."""
+        """{"version", "parts": {name: HTML}}: the pieces changed since a version; all if it is another server's."""
         run, _, number = known.partition("-")
         with self._lock:
             if time.monotonic() - self._made_at > _FRESH:
@@ -144,7 +144,7 @@ def _stages(job: Job, progress: Progress) -> str:
             items.append(f'<li class="on" aria-current="step">{name}</li>')
         elif name in progress.stages:
             items.append(f'<li class="done">{name} <small>{short_time(progress.stages[name])}</small></li>')
-        else:  # what a resumed run left behind was done before
+        else:  # a resumed run did its first stages before it stopped
             items.append(f'<li class="{"done" if number < last_done else ""}">{name}</li>')
     return "".join(items)
 
@@ -162,7 +162,7 @@ def _idle_html(jobs: list[Job], results: list[FinishedFile]) -> str:
     if not shown:
         return '<div class="preview empty" data-key="none"><span>Your video appears here while it is made</span></div>'
     seconds = done.ended - done.started if done.started else -1
-    took = f" · made in {time_text(seconds)}" if seconds >= 0 else ""  # less if the clock went back
+    took = f" · made in {time_text(seconds)}" if seconds >= 0 else ""  # negative if the clock went back
     return (
         f'<div data-key="{escape(shown.name)}">{_media(shown, large=True)}'
         f'<p class="prompt">{_prompt(done)}</p><p class="quiet">{_facts(done.request)}{took}</p>'

@@ -1,7 +1,7 @@
 """The program that does the work: requests come in as lines of JSON, what happens goes out as lines of JSON.
 
-A process of its own, so that a run can be ended at once and a crash ends nothing else; it lives on between jobs, so
-that models stay loaded. Without --lock it plans requests, else it runs them, one at a time on the whole machine.
+It is a process of its own, so that a run can be ended at once and a crash ends nothing else; it lives on between jobs,
+so that models stay loaded. With --lock it runs requests, one at a time on the whole machine; without, it plans them.
 
 Comes in:   {"run": ID, "request": {...}}    {"pause": ID}    {"plan": ID, "request": {...}}
 Goes out:   {"ready": {...}}    {"event": KIND, "job": ID, ...}    {"memory": {...}, "job": ID}
@@ -42,22 +42,22 @@ from .memory_samples import Sampler, device_facts
 
 log = logging.getLogger(__name__)
 
-AGAIN_SECONDS = 2  # until a lock is tried again for which there was no room
+AGAIN_SECONDS = 2  # until a lock whose file had no room is tried again
 
 
 class Worker:
-    """Does what messages say, one after the other.
+    """Carries out messages, one after the other.
 
     Args:
-        out: where messages go.
-        device: its name, None for the accelerator that is there.
+        out: the stream for outgoing messages.
+        device: its name, None for the accelerator of this machine.
     """
 
     def __init__(self, out: IO[str], device: str | None):
         self._out, self._writing, self._device = out, threading.Lock(), device
         self._waiting: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._job: str | None = None
-        self._pauses: set[str] = set()  # jobs that are to stop, be they begun or not
+        self._pauses: set[str] = set()  # jobs to pause, whether running or still waiting
         self.closing = False
         self._interrupts = Interrupts()
         self._bars = ProgressBars()
@@ -68,12 +68,12 @@ class Worker:
             write_message(self._out, message)
 
     def note(self, text: str) -> None:
-        """Tells what the run had to say."""
+        """Sends a warning of the running job."""
         if self._job:
             self.tell(note=text, job=self._job)
 
     def listen(self, stream: IO[str]) -> None:
-        """Takes messages until they end; then what runs stops after its step, and so does `work`."""
+        """Takes messages until the stream ends; then has the running job stop after its step, and `work` return."""
         for message in read_messages(stream):
             if "pause" in message:
                 self._pauses.add(message["pause"])
@@ -86,7 +86,7 @@ class Worker:
         self._waiting.put(None)
 
     def work(self) -> None:
-        """Does what has come, until nothing more will."""
+        """Carries out the messages that `listen` took, until it has no more."""
         while (message := self._waiting.get()) is not None:
             if "run" in message:
                 self._run(message["run"], message["request"])
@@ -115,7 +115,7 @@ class Worker:
                 self._interrupts.withdraw()
 
     def _made(self, entry: Entry) -> Path:
-        """The result: what is done already is taken, what is half done goes on."""
+        """The path of the result, which is made, resumed from a state, or there already."""
         if is_done(entry):
             return Path(entry.request.save_file)
         self._interrupts.check()
@@ -142,7 +142,7 @@ class Worker:
 
 
 class _Notes(logging.Handler):
-    """Passes warnings on to those who look at the job."""
+    """Sends warnings to the queue, which shows them with the job."""
 
     def __init__(self, worker: Worker):
         super().__init__(logging.WARNING)
@@ -166,7 +166,7 @@ def told(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _alone(path: str, worker: Worker) -> Iterator[None]:
-    """Holds the lock: a worker that was left behind goes to the end of its step first, a full disk is waited for."""
+    """Holds the lock inside. Waits while an earlier worker finishes its step, or while the disk has no room for it."""
     lock = FileLock(path)
     while not lock.is_locked and not worker.closing:
         try:
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--device")
     args = parser.parse_args()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing that prints disturbs the messages
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints go to standard error, not among the messages
     worker = Worker(out, args.device)
     log_to(sys.stderr)
     logging.getLogger("wan").addHandler(_Notes(worker))
