@@ -6,19 +6,16 @@ import pytest
 
 WIDE = bool(os.environ.get("WAN_WIDE_SWEEP"))
 MIB = 2**20
-# Of cuBLAS and cublasLt, which live in PyTorch's allocator: 8.1 and 1 MiB before Hopper.
-WORKSPACES = 10 * MIB
-ROUNDED = 64 * MIB  # by which segments may be larger than was predicted
 CASES = [("t2v-1.3B", "832*480")]
-CASES += [("t2v-14B", "1280*720"), ("t2i-14B", "1024*1024")] if WIDE else []
+CASES += [("t2v-14B", "1280*720")] if WIDE else []
 CARDS = (4, 6, 8, 12, 16, 24)
 
 
 def check(found):
     assert found["out_of_memory"] is None
     for name, stage in found["stages"].items():
-        assert abs(stage["live"] - stage["predicted"]) <= WORKSPACES, (name, stage)
-        assert stage["reserved"] <= stage["to be reserved"] + ROUNDED, (name, stage)
+        assert stage["live"] == stage["predicted"], (name, stage)
+        assert stage["reserved"] <= stage["to be reserved"], (name, stage)
 
 
 @pytest.mark.parametrize("task, size", CASES)
