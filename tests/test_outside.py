@@ -20,6 +20,7 @@ from leanwan.flags import is_option
 from leanwan.options import MemoryOptions
 from wan import cli
 from wan.run import Request
+from wan.run import settings as run_settings
 from wan.run.batch import read_entries
 from wan.run.settings import PROGRAM, read_settings
 from wan.run.state import State, _checksum, read_state, resumed_request, write_state
@@ -271,7 +272,7 @@ def test_no_path_to_write_to_comes_from_a_file():
         "resume",
         "decode_latents",
     ]
-    own = {"task": "t2v-tiny", "prompt": "a"}
+    own = run_settings.settings(Request(task="t2v-tiny", prompt="a"))
     told = own | dict.fromkeys(paths, "elsewhere")
     file = picture(comment(told, told | {"vae_cpu": True}))
     request = generate.parse_arguments(["--like", file])

@@ -166,7 +166,7 @@ def test_no_event_reads_a_file_or_an_address(server, secrets):
     assert not [answer for answer in server.heard if TOKEN in answer]
     copies = [path for path in out.rglob("*") if path.is_file() and path != link]
     assert not [path for path in copies if TOKEN in path.read_bytes()]
-    assert server.ask("GET", "/jobs").json() == {"jobs": []}
+    assert server.ask("GET", "/jobs").json() == {"jobs": [], "trouble": None}
 
 
 def test_gradio_checks_paths_too(json_client, secrets, monkeypatch):
@@ -371,7 +371,7 @@ def test_what_is_wrong_in_json_takes_a_line(json_client, path):
     for values in WRONG:
         answer = json_client.post(path, json={"task": "i2v-tiny", "frame_num": 5} | values)
         assert answer.status_code == 422 and is_line(answer), values
-    assert json_client.get("/jobs").json() == {"jobs": []}
+    assert json_client.get("/jobs").json() == {"jobs": [], "trouble": None}
 
 
 def test_any_json_takes_a_line_or_is_a_job(json_client):
@@ -393,7 +393,7 @@ def test_any_json_takes_a_line_or_is_a_job(json_client):
     @settings(max_examples=2000 if EVERY else 40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(names, values, max_size=3), values, text)
     def attack(wrong, other, name):
-        bodies = [json.dumps({"task": "t2v-tiny"} | wrong), json.dumps(other)]
+        bodies = [json.dumps({"task": "t2v-tiny", "prompt": "a"} | wrong), json.dumps(other)]
         asked = [("POST", path, {"content": body}) for path in ("/jobs", "/plan") for body in bodies]
         asked.append(("POST", "/gradio_api/queue/join", {"content": json.dumps(join | wrong)}))
         asked += [
@@ -460,7 +460,7 @@ def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch
             assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
         with monkeypatch.context() as patched:
             patched.setattr("wan.web.jobs.replacing", refuse)
-            answer = json_client.post("/jobs", json={"task": "t2v-tiny"})
+            answer = json_client.post("/jobs", json={"task": "t2v-tiny", "prompt": "a"})
             assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
 
 

@@ -70,10 +70,10 @@ def test_a_preview_changes_nothing(task, solver):
 
 
 def test_previews_that_cannot_be_written_stop_nothing(monkeypatch, caplog):
-    def full(picture, path, **options):
+    def full(picture, path, *args, **options):
         if "save_all" in options:
             raise OSError("No space left on device")
-        save(picture, path, **options)
+        save(picture, path, *args, **options)
 
     save = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", full)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from goldens import pseudo_model, solver_start
+from goldens import at_steps, pseudo_model, solver_start
 
 from wan.sampling import SOLVERS, Solver, denoise
 
@@ -23,26 +23,28 @@ def _repeats(solver):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_walk_takes_all_its_steps_and_each_with_its_own_noise(name, steps, shift):
     solver, looked_up = (Solver(name, steps, shift, "cpu") for _ in range(2))
-    found = denoise(pseudo_model, solver, _latent())
+    found = denoise(at_steps(pseudo_model, solver), solver, _latent())
     assert solver.done == steps and torch.isfinite(found).all()
     # The scheduler's own search, which is right where no time repeats.
     looked_up._scheduler._begin_index = None
     if not _repeats(looked_up):
-        assert torch.equal(found, denoise(pseudo_model, looked_up, _latent()))
+        flow = at_steps(pseudo_model, looked_up)
+        assert torch.equal(found, denoise(flow, looked_up, _latent()))
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("done", [0, 1, 2, 70, 71])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_state_goes_on_where_times_repeat(name, done, offload):
-    expected = denoise(pseudo_model, Solver(name, 72, 16.0, "cpu"), _latent())
+    whole = Solver(name, 72, 16.0, "cpu")
+    expected = denoise(at_steps(pseudo_model, whole), whole, _latent())
     first, second = (Solver(name, 72, 16.0, "cpu", offload=offload) for _ in range(2))
     latent = _latent()
     for t in first.timesteps[:done]:
         latent = first.step(pseudo_model(latent, t[None]), t, latent)
     second.load_state_dict(first.state_dict())
     assert second.done == done
-    assert torch.equal(denoise(pseudo_model, second, latent), expected)
+    assert torch.equal(denoise(at_steps(pseudo_model, second), second, latent), expected)
 
 
 def test_times_repeat_in_what_is_tried():

@@ -27,8 +27,10 @@ from .conditioning import (
     embed_text,
     embed_time,
     image_keys_and_values,
+    image_layers,
     project_time,
     text_keys_and_values,
+    text_layers,
 )
 from .forward import cross_attentions, embedding_layers, layer_groups
 
@@ -98,7 +100,11 @@ class Ahead:
                 image = model.img_emb(clip_fea.to(device))
         self._kept = {attention: _Kept() for attention in cross_attentions(model)}
         if image is not None:
-            self._keep(lambda attention: [image_keys_and_values(attention, image, dtype)], _Kept.set_image)
+            self._keep(
+                image_layers,
+                lambda attention: [image_keys_and_values(attention, image, dtype)],
+                _Kept.set_image,
+            )
         self.groups = [self._group(group) for group in layer_groups(model)]
 
     @torch.inference_mode(False)
@@ -125,6 +131,7 @@ class Ahead:
         with Component([model.text_embedding], device).on_device():
             texts = [embed_text(model, prompt, device, dtype) for prompt in prompts]
         self._keep(
+            text_layers,
             lambda attention: [text_keys_and_values(attention, text, dtype) for text in texts],
             _Kept.add_texts,
         )
@@ -144,11 +151,12 @@ class Ahead:
 
     def _keep(
         self,
+        layers: Callable[[nn.Module], list[nn.Module]],
         make: Callable[[nn.Module], list[KeysAndValues]],
         keep: Callable[[_Kept, list[KeysAndValues]], None],
     ) -> None:
-        """Keeps the keys and values that `make` computes with each cross attention, whose context layers stream."""
-        groups = [nn.ModuleList(context_layers(attention)) for attention in self._kept]
+        """Keeps the keys and values that `make` computes with `layers` of each cross attention, which stream."""
+        groups = [nn.ModuleList(layers(attention)) for attention in self._kept]
         with Streamer(groups, self._device):
             for attention, kept in self._kept.items():
                 keep(kept, make(attention))

@@ -100,12 +100,21 @@ def embed_text(
     return model.text_embedding(padded)
 
 
-_CONTEXT_LAYERS = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
-
-
 def context_layers(attention: nn.Module) -> list[nn.Module]:
     """The layers that a cross attention calls on the context, not on the tokens."""
-    return [getattr(attention, name) for name in _CONTEXT_LAYERS if hasattr(attention, name)]
+    return text_layers(attention) + image_layers(attention)
+
+
+def text_layers(attention: nn.Module) -> list[nn.Module]:
+    """The layers that a cross attention calls on embedded text."""
+    return [attention.k, attention.v, attention.norm_k]
+
+
+def image_layers(attention: nn.Module) -> list[nn.Module]:
+    """The layers that a cross attention calls on an embedded image; none in a model without one."""
+    if not hasattr(attention, "k_img"):
+        return []
+    return [attention.k_img, attention.v_img, attention.norm_k_img]
 
 
 def text_keys_and_values(attention: nn.Module, text: torch.Tensor, dtype: torch.dtype) -> KeysAndValues:

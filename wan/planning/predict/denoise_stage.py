@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from leanwan.dit.conditioning import context_layers
+from leanwan.dit.conditioning import context_layers, image_layers, text_layers
 from leanwan.dit.forward import cross_attentions
 from leanwan.record.ledger import Ledger
 
@@ -78,6 +79,23 @@ def _conditions_ahead(model: nn.Module, samples: int, pictures: int, itemsize: i
     """What leanwan/dit/ahead.py makes: embedded time, prompts and image, every block's keys and values, all to RAM."""
     ledger = Ledger()
     walk, dim = ContextRequests(ledger, model, pictures, itemsize), model.dim
+    attentions = cross_attentions(model)
+
+    def kept(layers: Callable[[nn.Module], list[nn.Module]], pairs: Callable[[], Sequence[tuple]]) -> None:
+        ring = attach(
+            ledger, [[size for layer in layers(one) for size in _sizes(layer)] for one in attentions], 2
+        )
+        for _ in range(min(2, len(attentions))):
+            ledger.drop(*[tensor for pair in pairs() for tensor in pair])
+        ledger.drop(*ring)
+
+    if walk.image:
+        visit = ledger.arrive(_sizes(model.img_emb))
+        image = walk.embed_image()
+        ledger.drop(*visit)
+        ledger.release()
+        kept(image_layers, lambda: [walk.image_context()])
+        ledger.drop(image)
     visit = ledger.arrive(_sizes(model.time_embedding))
     ledger.drop(walk.embed_time(), *visit)
     ledger.release()
@@ -86,20 +104,11 @@ def _conditions_ahead(model: nn.Module, samples: int, pictures: int, itemsize: i
     ledger.drop(ledger.become(24 * dim, ledger.take(4 * dim)), time, *visit)
     ledger.release()
     visit = ledger.arrive(_sizes(model.text_embedding))
-    held = [walk.embed_text() for _ in range(samples)]
+    texts = [walk.embed_text() for _ in range(samples)]
     ledger.drop(*visit)
     ledger.release()
-    if walk.image:
-        visit = ledger.arrive(_sizes(model.img_emb))
-        held.append(walk.embed_image())
-        ledger.drop(*visit)
-        ledger.release()
-    attentions = cross_attentions(model)
-    groups = [[size for layer in context_layers(one) for size in _sizes(layer)] for one in attentions]
-    ring = attach(ledger, groups, 2)
-    for _ in range(min(2, len(attentions))):
-        ledger.drop(*[tensor for pair in walk.context(samples) for tensor in pair])
-    ledger.drop(*ring, *held)
+    kept(text_layers, lambda: walk.text_context(samples))
+    ledger.drop(*texts)
     return ledger
 
 

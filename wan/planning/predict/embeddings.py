@@ -61,12 +61,17 @@ class ContextRequests:
 
     def context(self, prompts: int) -> list[tuple[int, int]]:
         """Keys and values of prompts, and of the image if there is one."""
-        found = [self._keys_and_values(self.model.text_len) for _ in range(prompts)]
-        if self.image:
-            tokens = self.pictures * IMAGE_TOKENS
-            cast = self.ledger.take(tokens * self.dim * self.itemsize) if self.narrow else None
-            found.append(self._keys_and_values(tokens))
-            self.ledger.drop(cast)
+        found = self.text_context(prompts)
+        return [*found, self.image_context()] if self.image else found
+
+    def text_context(self, prompts: int) -> list[tuple[int, int]]:
+        return [self._keys_and_values(self.model.text_len) for _ in range(prompts)]
+
+    def image_context(self) -> tuple[int, int]:
+        tokens = self.pictures * IMAGE_TOKENS
+        cast = self.ledger.take(tokens * self.dim * self.itemsize) if self.narrow else None
+        found = self._keys_and_values(tokens)
+        self.ledger.drop(cast)
         return found
 
     def _keys_and_values(self, tokens: int) -> tuple[int, int]:
