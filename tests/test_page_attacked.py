@@ -461,7 +461,8 @@ def test_what_the_system_refuses_takes_a_line(json_client, tmp_path, monkeypatch
         with monkeypatch.context() as patched:
             patched.setattr("wan.web.jobs.replacing", refuse)
             answer = json_client.post("/jobs", json={"task": "t2v-tiny", "prompt": "a"})
-            assert answer.status_code == status and answer.json() == {"error": os.strerror(code)}
+            told = answer.json()["error"]
+            assert answer.status_code == status and os.strerror(code) in told and "\n" not in told
 
 
 def test_frames_are_measured_before_they_are_decoded(monkeypatch):
