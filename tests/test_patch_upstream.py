@@ -167,7 +167,7 @@ def test_installed_package(upstream, patched, tmp_path):
     before = contents(tree)
     assert "generate.py: not there, left out" in apply(tree)
     full = contents(patched)
-    assert contents(tree) == {path: full[path] for path in full if path.parts[0] == "wan"}
+    assert contents(tree) == {path: full[path] for path in full if path.parts[0] in ("leanwan", "wan")}
     apply("--reverse", tree)
     assert contents(tree) == before
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from virtual_gpu import LACK
+
 ROOT = Path(__file__).parent.parent
 OLD = """
 import runpy, sys
@@ -79,6 +81,7 @@ def test_a_check_of_a_card_that_needs_it_is_skipped(tmp_path):
     assert told["status"] == "skipped" and told["reason"].startswith(REASON), done.stderr
 
 
+@pytest.mark.skipif(bool(LACK), reason=LACK)
 def test_the_process_of_a_card_has_no_virtual_gpu():
     """PyTorch would take it for the accelerator, and lock no more pages for CUDA."""
     done = python(
