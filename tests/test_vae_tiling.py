@@ -532,7 +532,8 @@ def test_upstream_in_tiles_equals_upstream(upstream):
     whole, tiled = (upstream.WanVAE.__new__(upstream.WanVAE) for _ in range(2))
     dim = 16  # at 8, rounding alone makes each of the two differ from fp64 by up to 6.8e-6 on some processors
     for coder in (whole, tiled):
-        coder.model, coder.scale, coder.dtype = randomized(upstream_model(upstream, dim)), SCALE, torch.float32
+        coder.model = randomized(upstream_model(upstream, dim))
+        coder.scale, coder.dtype = SCALE, torch.float32
     for tile, frames in ((0, 5), (64, 1), (64, 9), (96, 5)):
         undo = apply_tiling(tiled, tile)
         video = noise(3, frames, 112, 144)
