@@ -23,6 +23,7 @@ def promised():
     "file, pattern",
     [
         (".ci/constraints-oldest.txt", r"^torch==(\d+\.\d+)\.0$"),
+        ("leanwan/pyproject.toml", r'"torch>=([\d.]+)"'),
         ("README.md", r"\(from ([\d.]+) on;"),
         ("README.md", r"^Tried with .*; with ([\d.]+) all but"),
     ],
